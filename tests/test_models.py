@@ -1,0 +1,210 @@
+"""Networks, what of them is a neuron, and files that come back bit for bit or not at all."""
+
+import json
+import os
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import models
+from regularizers import alignment
+
+SETTINGS = {"model": "resnet18", "stem": "imagenet", "hidden_dim": 16, "out_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def byol():
+    torch.manual_seed(0)
+    return models.BYOL("resnet18", "imagenet", 16, 8)
+
+
+@pytest.fixture
+def pair(byol, tmp_path):
+    """ckpt.safetensors and encoder.safetensors as pretrain writes them."""
+    for name, part, holds in (("ckpt", byol, "checkpoint"), ("encoder", byol.encoder, "encoder")):
+        models.save(tmp_path / f"{name}.safetensors", part.state_dict(), {"settings": SETTINGS, "holds": holds})
+    return tmp_path
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_parameters_are_those_counted_by_hand():
+    """ResNet-18: stem, four stages of two blocks, two BatchNorm parameters a channel, 1x1 shortcuts at a new width."""
+
+    def stage(i, o):
+        blocks = 9 * (i * o + 3 * o * o) + 4 * 2 * o
+        return blocks + (0 if i == o else i * o + 2 * o)
+
+    body = 2 * 64 + stage(64, 64) + stage(64, 128) + stage(128, 256) + stage(256, 512)
+    assert count(models.build_encoder("resnet18", "imagenet")) == 7 * 7 * 3 * 64 + body
+    assert count(models.build_encoder("resnet18", "cifar")) == 3 * 3 * 3 * 64 + body
+    assert count(models.mlp(512, 4096, 256)) == 512 * 4096 + 4096 + 2 * 4096 + 4096 * 256
+
+
+def test_maps_of_the_two_stems():
+    x = torch.zeros(2, 3, 32, 32)
+    assert models.build_encoder("resnet18", "cifar").forward_features(x).shape == (2, 512, 4, 4)
+    assert models.build_encoder("resnet18", "imagenet").forward_features(x).shape == (2, 512, 1, 1)
+
+
+def test_cifar_stem_starts_as_timms_convolutions_do():
+    torch.manual_seed(0)
+    weight = models.build_encoder("resnet18", "cifar").conv1.weight
+    assert weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
+
+
+def test_residual_branches_start_at_one():
+    assert models.build_encoder("resnet18", "imagenet").layer4[1].bn2.weight.min() == 1
+
+
+@pytest.mark.parametrize("name, hint", [("resnet19", "did you mean resnet"), ("vit_tiny_patch16_224", "not a ResNet")])
+def test_other_names_are_refused(name, hint):
+    with pytest.raises(models.ModelError, match=hint):
+        models.build_encoder(name, "imagenet")
+
+
+def test_forward_and_where_gradients_go(byol):
+    v1, v2 = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    p, z, t = byol(v1, v2)
+    assert [x.shape for x in (*p, *z, *t)] == [(4, 8)] * 6
+    (alignment(p[0], t[1]) + alignment(p[1], t[0])).backward()
+    assert all(x.grad is None for x in byol.target.parameters())
+    for part in (byol.encoder, byol.projector, byol.predictor):
+        assert all(x.grad is not None and x.grad.abs().max() > 0 for x in part.parameters())
+    byol.zero_grad()
+
+
+def test_views_have_batch_statistics_of_their_own():
+    byol = models.BYOL("resnet18", "imagenet", 16, 8)
+    v1, v2 = torch.randn(2, 4, 3, 32, 32)
+    together, alone = byol(v1, 5 + v2)[1][0], byol(v1)[1][0]
+    torch.testing.assert_close(together, alone)
+
+
+def test_target_is_a_moving_average(byol):
+    byol = models.BYOL("resnet18", "imagenet", 16, 8)
+    assert all(torch.equal(x, y) for x, y in zip(byol.target.encoder.parameters(), byol.encoder.parameters()))
+    with torch.no_grad():
+        for x in byol.parameters():
+            x.fill_(1.0 if x.requires_grad else 3.0)
+    mean = byol.target.encoder.bn1.running_mean.clone()
+    byol.encoder.bn1.running_mean.fill_(7)
+    byol.update_target(0.75)
+    assert all((x == 0.75 * 3 + 0.25 * 1).all() for x in byol.target.parameters())
+    assert torch.equal(byol.target.encoder.bn1.running_mean, mean)
+    byol.update_target(1.0)
+    assert all((x == 2.5).all() for x in byol.target.parameters())
+
+
+def test_neurons(byol):
+    heads = models.neurons(byol, ["projector", "predictor"])
+    shapes = {name: tuple(weight.shape) for name, weight in heads.items()}
+    assert shapes == {
+        "projector.hidden": (16, 512),
+        "projector.out": (8, 16),
+        "predictor.hidden": (16, 8),
+        "predictor.out": (8, 16),
+    }
+    encoder = models.neurons(byol, ["encoder"])
+    assert len(encoder) == 20 and encoder["encoder.conv1"] is byol.encoder.conv1.weight
+    grouped = models.BYOL("resnext50_32x4d", "imagenet", 16, 8)
+    assert models.neurons(grouped, ["projector"])
+    with pytest.raises(models.ModelError, match="grouped"):
+        models.neurons(grouped, ["encoder"])
+
+
+def test_embed_is_in_evaluation_mode_and_puts_the_mode_back():
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3), nn.Dropout(0.9))
+    x = torch.randn(5, 3, 1, 1)
+    features = models.embed(net, [x[:2], x[2:]])
+    torch.testing.assert_close(features, x.flatten(1) / (1 + 1e-5) ** 0.5)
+    assert net.training and not features.requires_grad
+
+
+def test_the_pair_comes_back_bit_for_bit(byol, pair):
+    tensors, description = models.load(pair / "ckpt.safetensors")
+    assert description["settings"] == SETTINGS and tensors.keys() == byol.state_dict().keys()
+    assert all(torch.equal(x, byol.state_dict()[name]) for name, x in tensors.items())
+    for name in ("ckpt", "encoder"):
+        encoder, _ = models.load_encoder(pair / f"{name}.safetensors")
+        assert not encoder.training
+        assert all(torch.equal(x, byol.encoder.state_dict()[key]) for key, x in encoder.state_dict().items())
+    assert not [p for p in pair.iterdir() if p.name.startswith(".")]
+
+
+def test_equal_content_makes_equal_files(byol, pair, tmp_path):
+    models.save(tmp_path / "again.safetensors", byol.state_dict(), {"holds": "checkpoint", "settings": SETTINGS})
+    assert (tmp_path / "again.safetensors").read_bytes() == (pair / "ckpt.safetensors").read_bytes()
+
+
+def test_timm_loads_the_encoder(byol, pair):
+    path = str(pair / "encoder.safetensors")
+    encoder = timm.create_model("resnet18", num_classes=0, checkpoint_path=path)
+    assert all(torch.equal(x, byol.encoder.state_dict()[key]) for key, x in encoder.state_dict().items())
+
+
+def test_timm_loads_an_encoder_with_the_cifar_stem(tmp_path):
+    """By the lines in the README."""
+    ours = models.build_encoder("resnet18", "cifar")
+    models.save(tmp_path / "encoder.safetensors", ours.state_dict(), {})
+    encoder = timm.create_model("resnet18", num_classes=0)
+    encoder.conv1, encoder.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    encoder.load_state_dict(load_file(tmp_path / "encoder.safetensors"))
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(encoder.eval()(x), ours.eval()(x))
+
+
+def test_a_failed_save_leaves_the_old_file(byol, pair, monkeypatch):
+    before = (pair / "ckpt.safetensors").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        models.save(pair / "ckpt.safetensors", {"x": torch.ones(3)}, {})
+    assert (pair / "ckpt.safetensors").read_bytes() == before
+    assert sorted(p.name for p in pair.iterdir()) == ["ckpt.safetensors", "encoder.safetensors"]
+
+
+def rewrite(path, tensors=None, **changes):
+    """A file with other tensors or another description, and a digest that agrees."""
+    old, description = models.load(path)
+    models.save(path, old if tensors is None else tensors(old), {**description, **changes})
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda p: p.unlink(), "no such file"),
+        (lambda p: p.write_bytes(b""), "not a whole safetensors file"),
+        (lambda p: p.write_bytes(b"\x80\x04pickle" * 9), "not a whole safetensors file"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-1000]), "not a whole safetensors file"),
+        (lambda p: p.write_bytes(p.read_bytes()[:50]), "not a whole safetensors file"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-9] + b"\x01" + p.read_bytes()[-8:]), "damaged"),
+        (lambda p: save_file({"x": torch.ones(2)}, p), "without a description"),
+        (lambda p: save_file({"x": torch.ones(2)}, p, {"description": "{"}), "not one that pretrain.py writes"),
+        (lambda p: save_file({"x": torch.ones(2)}, p, {"description": json.dumps([1])}), "not one that"),
+        (
+            lambda p: rewrite(p, lambda t: {k: x for k, x in t.items() if k != "encoder.bn1.bias"}),
+            "missing.*encoder.bn1.bias",
+        ),
+        (lambda p: rewrite(p, lambda t: {**t, "encoder.extra": torch.ones(2)}), "superfluous.*encoder.extra"),
+        (lambda p: rewrite(p, lambda t: {**t, "encoder.bn1.bias": torch.ones(2)}), r"encoder.bn1.bias is \(2,\)"),
+        (lambda p: rewrite(p, settings=SETTINGS | {"model": "resnet34"}), "missing, for a resnet34"),
+        (lambda p: rewrite(p, settings=SETTINGS | {"out_dim": 9}), r"projector.out.weight is \(8, 16\)"),
+        (lambda p: rewrite(p, settings=SETTINGS | {"model": "resnet17"}), "resnet17"),
+        (lambda p: rewrite(p, settings={}), "not one that pretrain.py writes"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_by_name(pair, damage, message):
+    path = pair / "ckpt.safetensors"
+    damage(path)
+    with pytest.raises(models.ModelError, match=message) as e:
+        models.load_encoder(path)
+    assert str(path) in str(e.value) or "resnet17" in str(e.value)
