@@ -1,0 +1,177 @@
+"""The door of every stage: flags in, rows out.
+
+A stage is a function whose signature is its command line. `run(stage)` holds what was typed against that signature
+before Fire calls the stage: Fire alone runs the function first and rejects a misspelt flag afterwards. Annotations say
+what a flag takes:
+
+    reg: Literal["none", "mhe"]     k: tuple[int, ...]     s: Annotated[float, ">= 0"]     lr: float | None
+
+`emit` prints a row of results as one line of JSON and adds it to a log.
+"""
+
+import difflib
+import functools
+import inspect
+import json
+import math
+import operator
+import os
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import fire
+from tqdm import tqdm
+
+RULES = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+
+
+class UsageError(ValueError):
+    """A command line that asks for something that cannot be done."""
+
+
+def run(stage: Callable, *errors: type[Exception]) -> None:
+    """Call `stage` with the flags of the command line.
+
+    UsageError and `errors`, the stage's own for input that is at fault, end the program with one line and exit code 2.
+    """
+    signature = inspect.signature(stage)
+    asks_help = {"-h", "--help"} & set(sys.argv[1:])
+
+    @functools.wraps(stage)
+    def command(*_, **__):
+        stage(**values)
+
+    takes = {name: words(flag.annotation).partition(":")[0] for name, flag in signature.parameters.items()}
+    flags = [flag.replace(annotation=type(takes[name], (), {})) for name, flag in signature.parameters.items()]
+    command.__signature__ = signature.replace(parameters=flags)  # for --help, which prints the names of types
+    try:
+        values = {} if asks_help else check(sys.argv[1:], signature.parameters)
+        typed = ["--help"] if asks_help else [f"--{name}={value}" for name, value in values.items()]
+        fire.Fire(command, typed, name=Path(sys.argv[0]).name)
+    except (UsageError, *errors) as e:
+        fail(e, 2)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+
+
+def fail(why: object, code: int) -> None:
+    """End the program with one line on standard error."""
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(why).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def check(argv: list[str], flags: dict[str, inspect.Parameter]) -> dict[str, Any]:
+    """The values that a command line gives to flags, each known, given once and of its type. Raises UsageError."""
+    places = [name for name, flag in flags.items() if flag.kind is not flag.KEYWORD_ONLY]
+    rest, values = list(argv), {}
+    while rest:
+        word = rest.pop(0)
+        if is_flag(word):
+            typed, equals, text = word.partition("=")
+            name, negated = resolve(typed, flags)
+            if negated:
+                text = str(text.lower() == "false")
+            elif not equals and rest and not is_flag(rest[0]):
+                text = rest.pop(0)
+            elif not equals and is_switch(flags[name]):
+                text = "True"
+        elif places:
+            name, typed, text = places[0], places[0].upper(), word
+        else:
+            raise UsageError(f"{word}: a stray word; flags are given as --name value, see --help")
+        if name in values:
+            raise UsageError(f"{typed} {text}: given twice")
+        try:
+            values[name] = parse(text, flags[name].annotation)
+        except ValueError as e:
+            raise UsageError(f"{typed} {text}".rstrip() + f": expected {e}") from e
+        places = [place for place in places if place != name]
+    if places:
+        raise UsageError(f"{places[0].upper()} is missing, see --help")
+    return values
+
+
+def is_flag(word: str) -> bool:
+    """Whether a word of the command line begins with a hyphen and is no negative number."""
+    return word.startswith("-") and not word[1:2].isdigit() and word[1:2] != "."
+
+
+def is_switch(flag: inspect.Parameter) -> bool:
+    """Whether a flag is on or off, so that its name alone, or --no and its name, will do."""
+    return bool in (flag.annotation, *get_args(flag.annotation))
+
+
+def resolve(typed: str, flags: dict[str, inspect.Parameter]) -> tuple[str, bool]:
+    """The flag that was typed, by its name or an initial that is no other's, and whether --no stood before it."""
+    name = typed.lstrip("-").replace("-", "_")
+    if name in flags:
+        return name, False
+    if name.startswith("no") and name[2:] in flags and is_switch(flags[name[2:]]):
+        return name[2:], True
+    if len(name) == 1 and len(same := [flag for flag in flags if flag.startswith(name)]) == 1:
+        return same[0], False
+    near = difflib.get_close_matches(name, flags, 1, cutoff=0.5)
+    hint = f"did you mean --{near[0]}?" if near else f"known: {', '.join('--' + flag for flag in flags)}"
+    raise UsageError(f"{typed}: no such flag; {hint}")
+
+
+def parse(text: str, annotation: Any) -> Any:
+    """The value of a flag from its text. A ValueError's message is what the annotation expects, in words."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):  # X | None
+        return None if text == "None" else parse(text, args[0])
+    if origin is Literal and text not in args:
+        near = difflib.get_close_matches(text, args, 1)
+        raise ValueError(words(annotation) + (f" (did you mean {near[0]}?)" if near else ""))
+    try:
+        if origin is Literal:
+            return text
+        if origin is Annotated:
+            value = parse(text, args[0])
+            valid = all(RULES[sign](value, float(bound)) for sign, bound in map(str.split, args[1:]))
+        elif origin is tuple:
+            value = tuple(parse(part.strip(" '\""), args[0]) for part in text.strip("()[], ").split(","))
+            valid = len(set(value)) == len(value)
+        elif annotation is bool:
+            value, valid = text.lower() == "true", text.lower() in ("true", "false")
+        else:
+            value = annotation(text)
+            valid = value != "" and (annotation is not float or math.isfinite(value))
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError(words(annotation))
+    return value
+
+
+def words(annotation: Any) -> str:
+    """What a flag takes, in words."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return words(args[0])
+    if origin is Annotated:
+        return f"{words(args[0])} {' and '.join(args[1:])}"
+    if origin is tuple:
+        return f"comma-separated, each once: {words(args[0])}"
+    if origin is Literal:
+        return ", ".join(args)
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}[annotation]
+
+
+def emit(row: dict, log: Path | None = None) -> None:
+    """Print a row as one line of JSON on standard output and, with `log`, add it to that file."""
+    line = json.dumps(row)
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+    if log is not None:
+        with open(log, "a") as file:
+            file.write(line + "\n")
+
+
+def log_of(checkpoint: str) -> Path | None:
+    """The metrics.jsonl of the run folder that a checkpoint lies in; None where there is none that can be written."""
+    log = Path(checkpoint).with_name("metrics.jsonl")
+    return log if os.access(log, os.W_OK) else None

@@ -1,0 +1,119 @@
+"""The command line against a stage's signature."""
+
+import json
+import sys
+from typing import Annotated, Literal
+
+import pytest
+
+import cli
+
+
+def stage(
+    file: str,
+    *,
+    reg: Literal["none", "mhe", "amhe"] = "none",
+    s: Annotated[float, ">= 0", "< 9"] = 2.0,
+    reg_on: tuple[Literal["encoder", "projector"], ...] = ("projector",),
+    epochs: int | None = None,
+    data_dir: str = "data",
+    floors: bool | None = None,
+    seed: Annotated[int, ">= 0"] = 0,
+):
+    """What it was called with.
+
+    Args:
+        file: one
+        reg: two
+    """
+    cli.emit(locals())
+
+
+def call(monkeypatch, capsys, text):
+    monkeypatch.setattr(sys, "argv", ["stage.py", *text.split()])
+    cli.run(stage)
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "text, values",
+    [
+        ("x", {"file": "x", "reg": "none", "s": 2.0, "epochs": None}),
+        ("--file x --reg amhe --s 1", {"reg": "amhe", "s": 1.0}),
+        ("x -s 0.5 --reg=mhe", {"reg": "mhe", "s": 0.5}),
+        ("x --reg_on encoder,projector", {"reg_on": ["encoder", "projector"]}),
+        ("x --reg-on (projector,)", {"reg_on": ["projector"]}),
+        ("x --epochs 3 --data_dir 123", {"epochs": 3, "data_dir": "123"}),
+        ("x --epochs None --data_dir 1e3", {"epochs": None, "data_dir": "1e3"}),
+        ("x --floors", {"floors": True}),
+        ("x --nofloors", {"floors": False}),
+        ("--floors=false x", {"floors": False}),
+        ("a,b.safetensors --s 1e-3", {"file": "a,b.safetensors", "s": 1e-3}),
+    ],
+)
+def test_values_arrive_as_the_signature_types_them(monkeypatch, capsys, text, values):
+    assert call(monkeypatch, capsys, text).items() >= values.items()
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("", "FILE is missing, see --help"),
+        ("x y", "y: a stray word; flags are given as --name value, see --help"),
+        ("x --rag amhe", "--rag: no such flag; did you mean --reg?"),
+        (
+            "x --zzz 1",
+            "--zzz: no such flag; known: --file, --reg, --s, --reg_on, --epochs, --data_dir, --floors, --seed",
+        ),
+        ("x --reg amh", "--reg amh: expected none, mhe, amhe (did you mean amhe?)"),
+        ("x --s two", "--s two: expected a number >= 0 and < 9"),
+        ("x --s -1", "--s -1: expected a number >= 0 and < 9"),
+        ("x --s 9", "--s 9: expected a number >= 0 and < 9"),
+        ("x --s nan", "--s nan: expected a number >= 0 and < 9"),
+        ("x --s inf", "--s inf: expected a number >= 0 and < 9"),
+        ("x --epochs 1.5", "--epochs 1.5: expected a whole number"),
+        ("x --epochs", "--epochs: expected a whole number"),
+        ("x --data_dir --s 1", "--data_dir: expected a text"),
+        ("x --floors=maybe", "--floors maybe: expected True or False"),
+        ("x --reg_on head", "--reg_on head: expected comma-separated, each once: encoder, projector"),
+        (
+            "x --reg_on encoder,encoder",
+            "--reg_on encoder,encoder: expected comma-separated, each once: encoder, projector",
+        ),
+        ("x --s 1 --s 2", "--s 2: given twice"),
+        ("x --noreg", "--noreg: no such flag; did you mean --reg?"),
+        (
+            "x -e 3 -- --trace",
+            "--: no such flag; known: --file, --reg, --s, --reg_on, --epochs, --data_dir, --floors, --seed",
+        ),
+    ],
+)
+def test_wrong_usage_is_one_line_and_nothing_runs(monkeypatch, capsys, text, line):
+    with pytest.raises(SystemExit) as e:
+        call(monkeypatch, capsys, text)
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == "" and err == f"stage.py: {line}\n"
+
+
+def test_help_explains_each_flag(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as e:
+        call(monkeypatch, capsys, "--help")
+    text = "".join(capsys.readouterr())
+    assert e.value.code == 0
+    for part in (
+        "--reg=REG",
+        "none, mhe, amhe",
+        "a number >= 0",
+        "comma-separated, each once",
+        "Default: ('projector',)",
+    ):
+        assert part in text
+
+
+def test_rows_go_to_standard_output_and_the_log(tmp_path, capsys):
+    log = tmp_path / "metrics.jsonl"
+    for row in ({"a": 1}, {"b": [0.5, None]}):
+        cli.emit(row, log)
+    assert capsys.readouterr().out == log.read_text() == '{"a": 1}\n{"b": [0.5, null]}\n'
+    assert cli.log_of(tmp_path / "ckpt.safetensors") == log
+    assert cli.log_of(tmp_path / "elsewhere" / "ckpt.safetensors") is None
