@@ -1,0 +1,106 @@
+"""Judge a frozen encoder by a weighted vote of its nearest neighbours.
+
+    python knn_eval.py runs/photos-amhe/ckpt.safetensors
+
+The training set is the bank, the test set asks. Features are the encoder's pooled output, compared by cosine; each of
+the k nearest votes for its class with weight exp(cosine / temperature), as in Wu et al. (2018) and DINO. One row a k:
+
+    {"stage": "knn_eval", "of": "trained", "k": 20, "top1": 78.4, "top5": 99.2, ...}
+
+The same vote on an untrained network (the run's own initial weights) and on raw pixels: floors that a score stands on.
+"""
+
+from typing import Annotated
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+import cli
+import data
+import models
+
+SMALL = 10_000  # images in the bank: up to here the floors come unasked
+
+
+def knn_eval(
+    ckpt: str,
+    *,
+    k: tuple[Annotated[int, ">= 1"], ...] = (10, 20, 100, 200),
+    temperature: Annotated[float, "> 0"] = 0.07,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+    floors: bool | None = None,
+):
+    """Print the top-1 and top-5 accuracy (%) of a weighted k-NN vote on the features of a checkpoint.
+
+    Args:
+        ckpt: ckpt.safetensors or encoder.safetensors of a run
+        k: numbers of neighbours, each at most the size of the bank
+        temperature: of the votes' weights exp(cosine / temperature); DINO's 0.07
+        dataset: photos, cifar10 or a folder; None = the one the checkpoint was trained on
+        data_dir: where cifar10 lies; None = as in training
+        floors: judge the untrained network and raw pixels, too; None = if the bank has at most 10,000 images
+    """
+    device = Accelerator().device
+    encoder, description = models.load_encoder(ckpt)
+    settings = description["settings"]
+    name = dataset or settings["dataset"]
+    judged = data.load(name, data_dir or settings["data_dir"])
+    train, test = judged.train.to(device), judged.test.to(device)
+    log = cli.log_of(ckpt)
+
+    judges = {"trained": encoder}
+    if floors or (floors is None and len(train.labels) <= SMALL):
+        torch.manual_seed(settings["seed"])
+        judges |= {"untrained": models.build_encoder(settings["model"], settings["stem"]), "pixels": nn.Flatten()}
+    for of, judge in judges.items():
+        for n, scores in nearest_neighbours(judge.to(device), train, test, description["view"], k, temperature).items():
+            row = {"stage": "knn_eval", "of": of, "k": n, **scores}
+            cli.emit(row | {"dataset": name, "bank": len(train.labels), "queries": len(test.labels)}, log)
+
+
+def nearest_neighbours(
+    encoder: nn.Module,
+    bank: data.Split,
+    queries: data.Split,
+    view: dict,
+    k: tuple[int, ...] = (20,),
+    temperature: float = 0.07,
+) -> dict[int, dict[str, float]]:
+    """The `vote` on an encoder's features of the evaluation views of two splits; k and temperature are DINO's."""
+    features = (models.embed(encoder, data.evaluation_views(split.images, **view)) for split in (bank, queries))
+    return vote(next(features), bank.labels, next(features), queries.labels, k, temperature)
+
+
+@torch.no_grad()
+def vote(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: tuple[int, ...], temperature: float
+) -> dict[int, dict[str, float]]:
+    """Accuracy in percent, {k: {"top1": ..., "top5": ...}}, of the vote of the k rows of the bank nearest by cosine.
+
+    bank (n, d), queries (m, d): features, rows of any length; bank_labels (n,), labels (m,): classes from 0. k is
+    clipped to n. The similarity matrix is taken in chunks of at most 64 MB.
+    """
+    classes = int(max(bank_labels.max(), labels.max())) + 1
+    bank, queries = (nn.functional.normalize(x) for x in (bank, queries))
+    ks = list(dict.fromkeys(min(n, len(bank)) for n in k))
+    ranks, index = {n: [] for n in ks}, torch.arange(classes, device=bank.device)
+    for some, truth in zip(*(x.split(max(1, 2**24 // len(bank))) for x in (queries, labels))):
+        similarity, nearest = (some @ bank.T).topk(max(ks))
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()  # the nearest weighs 1, at any temperature
+        for n in ks:
+            votes = weight.new_zeros(len(some), classes).scatter_add_(1, bank_labels[nearest[:, :n]], weight[:, :n])
+            won = votes.gather(1, truth[:, None])
+            before = (votes > won) | (votes == won) & (
+                index < truth[:, None]
+            )  # of equal votes, the lower class is first
+            ranks[n].append(before.sum(1).masked_fill(won[:, 0] == 0, max(classes, 5)))  # without a vote, no rank
+    return {
+        n: {f"top{t}": round(100 * (torch.cat(r) < t).double().mean().item(), 4) for t in (1, 5)}
+        for n, r in ranks.items()
+    }
+
+
+if __name__ == "__main__":
+    cli.run(knn_eval, data.DataError, models.ModelError)

@@ -1,0 +1,48 @@
+"""Small real data: patches of the embedded photographs, written as a folder of PNG files."""
+
+import json
+import sys
+
+import pytest
+from torchvision.transforms.v2.functional import to_pil_image
+
+import cli
+import data
+import models
+from pretrain import Diverged
+
+
+@pytest.fixture(scope="session")
+def photos():
+    return data.load("photos")
+
+
+@pytest.fixture(scope="session")
+def folder(photos, tmp_path_factory):
+    """Three classes, 16 + 6 pictures of 32x32 each."""
+    root = tmp_path_factory.mktemp("pictures")
+    for part, split, n in (("train", photos.train, 16), ("test", photos.test, 6)):
+        for label in range(3):
+            place = root / part / photos.classes[label]
+            place.mkdir(parents=True)
+            for i, image in enumerate(split.images[split.labels == label][:n]):
+                to_pil_image(image).save(place / f"{i:02}.png")
+    return root
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run a stage as its command line does, in an empty folder: exit code, JSON rows and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(stage, *words):
+        monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, words)])
+        code = 0
+        try:
+            cli.run(stage, data.DataError, models.ModelError, Diverged)
+        except SystemExit as e:
+            code = e.code
+        out, err = capsys.readouterr()
+        return code, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
+
+    return run

@@ -1,0 +1,290 @@
+"""The user's journey: pre-train, judge, and every wrong turn on the way."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import models
+from knn_eval import knn_eval, vote
+from linear_eval import linear_eval
+from pretrain import lr_at, parameter_groups, pretrain, tau_at
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 16 --epochs 2 --eval_every 1 --lr 8".split()
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_from_the_command_line_to_both_scores(tmp_path):
+    """accelerate launch as a newcomer types it, one epoch of photos, and the two commands that the end names."""
+
+    def launch(*command):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    flags = "--reg amhe --s 2 --epochs 1 --batch_size 250".split()
+    rows, prose = launch("accelerate", "launch", str(ROOT / "pretrain.py"), *flags)
+    run = tmp_path / "runs" / "photos-amhe-epochs1-batch_size250"
+    assert rows == rows_of(run) and "loss = byol + 10 energy" in prose
+    settings, trained, online = rows
+    assert settings["settings"]["weight"] == 10 and settings["settings"]["hidden_dim"] == 512
+    assert trained["step"] == 8 and trained["loss"] == pytest.approx(trained["byol"] + 10 * trained["energy"], rel=1e-5)
+    assert 1.5 < trained["energy"] < 1.8 and 0 < trained["byol"] < 8
+    ckpt = Path("runs") / run.name / "ckpt.safetensors"
+    for stage in ("knn_eval.py", "linear_eval.py"):
+        assert f"python {stage} {ckpt}" in prose
+
+    scores, _ = launch(sys.executable, str(ROOT / "knn_eval.py"), str(ckpt))
+    by = {(row["of"], row["k"]): row["top1"] for row in scores}
+    assert by.keys() == {(of, k) for of in ("trained", "untrained", "pixels") for k in (10, 20, 100, 200)}
+    assert by["trained", 20] == online["top1"]
+    assert 40 < by["pixels", 20] < 50 < by["untrained", 20] < 70
+    probe, _ = launch(sys.executable, str(ROOT / "linear_eval.py"), str(ckpt), "--epochs", "3", "--cached")
+    assert probe[-1]["top1"] > 50 and probe[-1]["top5"] > 80
+    assert rows_of(run) == rows + scores + probe
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """A finished run on the small folder."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    argv = ["pretrain.py", "--dataset", str(folder), "--reg", "mhe", "--out", str(out), *SMALL]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        pretrain(
+            dataset=str(folder), reg="mhe", out=str(out), stem="imagenet", hidden_dim=32, out_dim=16, batch_size=16,
+            epochs=2, eval_every=1, lr=8.0,
+        )  # fmt: skip
+    return out
+
+
+def test_the_same_seed_makes_the_same_run(command, folder, trained, tmp_path):
+    code, rows, _ = command(pretrain, "--dataset", folder, "--reg", "mhe", "--out", tmp_path / "again", *SMALL)
+    assert code == 0
+    for name in ("ckpt", "encoder"):
+        first, again = (models.load(run / f"{name}.safetensors") for run in (trained, tmp_path / "again"))
+        assert all(torch.equal(x, again[0][key]) for key, x in first[0].items())
+        assert {**first[1], "command": None} == {**again[1], "command": None}
+    timeless = [{k: v for k, v in row.items() if k not in ("images_per_s", "command")} for row in rows]
+    assert timeless == [
+        {k: v for k, v in row.items() if k not in ("images_per_s", "command")} for row in rows_of(trained)
+    ]
+
+
+def test_what_a_run_leaves(folder, trained):
+    assert sorted(p.name for p in trained.iterdir()) == ["ckpt.safetensors", "encoder.safetensors", "metrics.jsonl"]
+    tensors, description = models.load(trained / "ckpt.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"encoder", "projector", "predictor", "target"}
+    assert description["epoch"] == 2 and description["settings"]["dataset"] == str(folder)
+    assert description["settings"]["warmup"] == pytest.approx(10 * 2 / 300)
+    assert description["view"]["size"] == 32 and len(description["view"]["mean"]) == 3
+    torch.manual_seed(0)
+    untrained = models.BYOL("resnet18", "imagenet", 32, 16).state_dict()
+    assert not torch.equal(tensors["encoder.conv1.weight"], untrained["encoder.conv1.weight"])
+    assert not torch.equal(tensors["target.encoder.conv1.weight"], tensors["encoder.conv1.weight"])
+
+
+@pytest.mark.parametrize("file", ["ckpt.safetensors", "encoder.safetensors"])
+def test_both_files_are_judged_alike(command, trained, file):
+    code, rows, _ = command(knn_eval, trained / file, "--k", "5,20,100", "--floors")
+    assert code == 0 and [row["k"] for row in rows if row["of"] == "trained"] == [5, 20, 48]  # clipped to the bank
+    assert [r["of"] for r in rows] == ["trained"] * 3 + ["untrained"] * 3 + ["pixels"] * 3
+    code, probe, _ = command(linear_eval, trained / file, "--epochs", 4, "--batch_size", 20)
+    assert code == 0 and [row["epoch"] for row in probe] == [1, 2, 3, 4, 4] and probe[-1]["features"] == "augmented"
+    assert probe[-1]["top1"] > 40 and probe[-1]["top5"] == 100
+    assert rows_of(trained)[-14:] == rows + probe
+
+
+def test_a_checkpoint_judges_another_set(command, trained):
+    code, rows, _ = command(knn_eval, trained / "ckpt.safetensors", "--dataset", "photos", "--k", 20, "--nofloors")
+    assert code == 0 and rows[0]["bank"] == 2000 and 30 < rows[0]["top1"] < 90
+
+
+def test_a_checkpoint_elsewhere_is_judged_without_a_log(command, trained, tmp_path):
+    (tmp_path / "moved.safetensors").write_bytes((trained / "encoder.safetensors").read_bytes())
+    assert command(knn_eval, tmp_path / "moved.safetensors", "--k", 1, "--nofloors")[0] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["moved.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "flags, term",
+    [
+        ("--reg none", "byol"),
+        ("--reg uniform --weight 0.5", "byol + 0.5 uniformity"),
+        ("--reg amhe --s 0 --reg_on encoder", "log(1 / arccos(w_i . w_j))"),
+        ("--reg mhe --s 1.5 --reg_on predictor,encoder,projector --weight 1", "|w_i - w_j|^-1.5"),
+    ],
+)
+def test_every_regularizer_trains(command, folder, tmp_path, flags, term):
+    code, rows, prose = command(pretrain, "--dataset", folder, *flags.split(), *SMALL, "--epochs=1", "--out", "run")
+    assert code == 2  # --epochs is there twice
+    short = [x if x != "2" else "1" for x in SMALL]
+    code, rows, prose = command(pretrain, "--dataset", folder, *flags.split(), *short, "--out", "run")
+    assert code == 0 and term in prose
+    settings, row = rows[0]["settings"], rows[1]
+    weighed = {"none": 0, "uniform": row["uniformity"]}.get(settings["reg"], row["energy"])
+    assert row["loss"] == pytest.approx(row["byol"] + settings["weight"] * weighed, rel=1e-5)
+    layers = [name for name in row if name.startswith("energy/")]
+    assert {name.split("/")[1].split(".")[0] for name in layers} == set(settings["reg_on"])
+    assert row["energy"] == pytest.approx(sum(row[name] for name in layers), rel=1e-5)
+
+
+def test_energy_falls_when_it_is_all_that_counts(command, folder, tmp_path):
+    """A large lambda on one projector: its energy ends below that of the plain run, from the same start."""
+    for reg, flags in (("none", []), ("mhe", ["--weight", "1000"])):
+        command(pretrain, "--dataset", folder, "--reg", reg, *flags, *SMALL, "--out", reg)
+    plain, regularized = (models.load(tmp_path / reg / "ckpt.safetensors")[0] for reg in ("none", "mhe"))
+    from regularizers import mhe
+
+    for layer in ("projector.out", "predictor.hidden"):
+        assert mhe(regularized[f"{layer}.weight"]) < mhe(plain[f"{layer}.weight"])
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        ("--regg amhe", "--regg: no such flag; did you mean --reg?"),
+        ("--dataset photo", "dataset photo: neither photos, cifar10 nor a folder (did you mean photos?)"),
+        ("--dataset .", "no folder train; train/ and test/ (or val/) hold one sub-folder of pictures a class"),
+        ("--model resnet19", "model resnet19: not a name timm knows (did you mean resnet10t?)"),
+        ("--model vit_tiny_patch16_224", "model vit_tiny_patch16_224: not a ResNet"),
+        ("--model resnext50_32x4d --reg amhe --reg_on encoder", "encoder.layer1.0.conv2 is a grouped convolution"),
+        ("--batch_size 2001", "--batch_size 2001: photos has 2000 images to train on; take fewer"),
+        ("--epochs 3 --warmup 3", "--warmup 3.0: has to be shorter than the training, 3 epochs"),
+        ("--weight 1", "--weight 1.0: has no effect with --reg none"),
+        ("--reg uniform --s 1", "--s 1.0: has no effect with --reg uniform"),
+        ("--out occupied", "--out occupied: cannot be written (File exists)"),
+        ("--out occupied/run", "--out occupied/run: cannot be written (Not a directory)"),
+    ],
+)
+def test_wrong_input_to_pretrain(command, tmp_path, flags, line):
+    (tmp_path / "occupied").write_text("a file")
+    code, rows, err = command(pretrain, *flags.split())
+    assert code == 2 and rows == [] and line in err and err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["occupied"]
+
+
+def test_a_folder_with_a_run_is_refused(command, folder, trained):
+    before = {p.name: p.read_bytes() for p in trained.iterdir()}
+    code, rows, err = command(pretrain, "--dataset", folder, *SMALL, "--out", trained)
+    assert code == 2 and rows == [] and "already holds a run" in err and err.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in trained.iterdir()} == before
+
+
+def test_processes_that_do_not_see_each_other_are_refused(command, folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = command(pretrain, "--dataset", folder, *SMALL)
+    assert code == 2 and "WORLD_SIZE is 2, but Accelerate sees 1" in err
+
+
+@pytest.mark.parametrize("stage", [knn_eval, linear_eval])
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        ("", "CKPT is missing"),
+        ("nowhere.safetensors", "nowhere.safetensors: no such file"),
+        ("text", "text: not a whole safetensors file"),
+        ("cut.safetensors", "cut.safetensors: not a whole safetensors file"),
+        ("good.safetensors --dataset nowhere", "dataset nowhere: neither"),
+        ("good.safetensors --epoch 3 --temprature 1", "no such flag; did you mean"),
+    ],
+)
+def test_wrong_input_to_the_evaluations(command, trained, tmp_path, stage, flags, line):
+    whole = (trained / "encoder.safetensors").read_bytes()
+    (tmp_path / "good.safetensors").write_bytes(whole)
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text").write_text("no weights")
+    code, rows, err = command(stage, *flags.split())
+    assert code == 2 and rows == [] and line in err and err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.safetensors", "good.safetensors", "text"]
+
+
+def test_a_batch_larger_than_the_set(command, trained):
+    code, rows, err = command(linear_eval, trained / "ckpt.safetensors", "--batch_size", 49)
+    assert code == 2 and rows == [] and "has 48 images to train on; take fewer" in err
+
+
+def test_a_loss_that_is_no_number_stops_the_run(command, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("pretrain.alignment", lambda x, y: (x - y).sum() * math.nan)
+    code, _, err = command(pretrain, "--dataset", folder, *SMALL, "--out", "run")
+    assert code == 2 and "epoch 1: the loss is not finite" in err.splitlines()[-1]
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_schedules_are_those_of_appendix_b2():
+    steps, warmup, peak = 100, 10, 6.0
+    rates = [lr_at(k, steps, warmup, peak) for k in range(steps)]
+    assert rates[0] == pytest.approx(peak / 10) and rates[9] == peak and rates[10] == peak
+    assert rates[55] == pytest.approx(peak / 2) and 0 < rates[99] < 0.01 * peak
+    assert lr_at(0, 5, 0, peak) == peak
+    assert [tau_at(k, steps, 0.99) for k in (0, 50, 100)] == pytest.approx([0.99, 0.995, 1.0])
+
+
+def test_lars_leaves_biases_and_norms_alone():
+    network = models.BYOL("resnet18", "imagenet", 32, 16)
+    adapted, plain = parameter_groups(network, 1e-6)
+    assert all(p.ndim > 1 for p in adapted["params"]) and all(p.ndim == 1 for p in plain["params"])
+    assert adapted["weight_decay"] == 1e-6 and adapted["always_adapt"] and plain["weight_decay"] == 0
+    online = [p for name, p in network.named_parameters() if not name.startswith("target.")]
+    assert len(adapted["params"]) + len(plain["params"]) == len(online)
+
+
+def test_vote_is_the_one_written_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(300, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    bank_labels, labels = (torch.randint(7, (n,), generator=generator) for n in (300, 40))
+    for temperature in (0.07, 1.0, 1e-4):
+        scores = vote(bank, bank_labels, queries, labels, (1, 20, 500), temperature)
+        assert list(scores) == [1, 20, 300]
+        for k, score in scores.items():
+            right = {1: 0, 5: 0}
+            for query, label in zip(queries.double(), labels.tolist()):
+                similarity = torch.nn.functional.cosine_similarity(query[None], bank.double())
+                nearest = similarity.argsort(descending=True)[:k].tolist()
+                votes = dict.fromkeys(bank_labels[nearest].tolist(), 0.0)
+                for i in nearest:
+                    votes[bank_labels[i].item()] += math.exp((similarity[i] - similarity[nearest[0]]) / temperature)
+                order = sorted((c for c in votes if votes[c] > 1e-300), key=lambda c: (-votes[c], c))
+                for n in right:
+                    right[n] += label in order[:n]
+            assert score == {f"top{n}": pytest.approx(100 * right[n] / 40, abs=1e-3) for n in right}, (k, temperature)
+
+
+def test_vote_on_few_classes_and_images():
+    bank = torch.eye(2)
+    assert vote(bank, torch.tensor([0, 1]), bank, torch.tensor([0, 1]), (20,), 0.07) == {
+        2: {"top1": 100.0, "top5": 100.0}
+    }
+    assert vote(bank, torch.tensor([0, 1]), bank, torch.tensor([1, 0]), (1,), 0.07) == {1: {"top1": 0.0, "top5": 0.0}}
+
+
+def test_linear_eval_leaves_the_encoder_as_it_was(command, trained, monkeypatch):
+    """An encoder that is touched in training, here by BatchNorm in training mode, is found out."""
+    monkeypatch.setattr(models, "embed", lambda encoder, views: torch.cat([encoder.train()(v) for v in views]))
+    with pytest.raises(RuntimeError, match="frozen encoder has changed"):
+        command(linear_eval, trained / "ckpt.safetensors", "--epochs", 1, "--batch_size", 24)
+
+
+def test_nothing_optional_is_imported_for_a_folder(folder, tmp_path):
+    """Training on a folder or CIFAR-10 needs no scikit-image, photos says that it does."""
+    (tmp_path / "skimage").mkdir()
+    (tmp_path / "skimage" / "__init__.py").write_text("raise ImportError('not installed')")
+    script = f"import data; print(len(data.load({str(folder)!r}).classes)); data.load('photos')"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout == "3\n" and done.stderr.endswith("pip install scikit-image\n")
+
+
+def test_data_error_is_what_data_raises():
+    assert issubclass(data.DataError, ValueError) and issubclass(models.ModelError, ValueError)
