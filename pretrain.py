@@ -114,7 +114,7 @@ def pretrain(
     folder = Path(out or Path("runs", run_name(flags)))
     check(flags, folder, accelerator.num_processes)
     images = data.load(dataset, data_dir)
-    settings = resolve(flags, images)
+    settings = resolve(flags, images, accelerator.num_processes)
     epochs, batch_size = settings["epochs"], settings["batch_size"]
     steps_per_epoch = len(images.train.labels) // batch_size
     steps, warmup_steps = steps_per_epoch * epochs, round(steps_per_epoch * settings["warmup"])
@@ -204,20 +204,20 @@ def check(flags: dict, folder: Path, processes: int) -> None:
         )
 
 
-def resolve(flags: dict, images: data.Dataset) -> dict:
+def resolve(flags: dict, images: data.Dataset, processes: int) -> dict:
     """Every setting with its value in force. Raises UsageError where they do not go together."""
     recipe = RECIPES.get(flags["dataset"], RECIPES["cifar10"])
     epochs, n = flags["epochs"] or recipe.epochs, len(images.train.labels)
     derived = {"stem": images.stem, "weight": WEIGHTS[flags["reg"]], "warmup": recipe.warmup * epochs / recipe.epochs}
     defaults = asdict(recipe) | derived
     settings = {name: defaults.get(name) if x is None else x for name, x in flags.items() if name != "out"}
-    settings["reg_on"] = sorted(flags["reg_on"])
+    settings["reg_on"] = [part for part in ("encoder", "projector", "predictor") if part in flags["reg_on"]]
     batch_size, warmup = settings["batch_size"], settings["warmup"]
     if warmup >= epochs:
         raise cli.UsageError(f"--warmup {warmup}: has to be shorter than the training, {epochs} epochs")
     if batch_size > n:
         raise cli.UsageError(f"--batch_size {batch_size}: {flags['dataset']} has {n} images to train on; take fewer")
-    if batch_size % (processes := int(os.environ.get("WORLD_SIZE", 1))) or batch_size < 2 * processes:
+    if batch_size % processes or batch_size < 2 * processes:
         raise cli.UsageError(
             f"--batch_size {batch_size}: has to be a multiple of the {processes} processes, twice or more"
         )
