@@ -162,6 +162,7 @@ def _sweep(rows: Tensor, w: Tensor, s: float, angular: bool, want_grad: bool) ->
 
 
 def _near(cosine: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Rows and columns of the pairs that are close or opposite, usually none."""
     low, high = cosine.aminmax()
     if torch.maximum(-low, high) <= NEAR:
         return None
@@ -170,7 +171,7 @@ def _near(cosine: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def _riesz(cosine: Tensor, s: float, angular: bool, want_slope: bool) -> tuple[Tensor, Tensor | None]:
     """f_s(z), z^-s or log(1 / z), and its derivative by the cosine, for pairs that are neither near nor opposite."""
-    cosine = cosine.clamp(-NEAR, NEAR)
+    cosine = cosine.clamp_(-NEAR, NEAR)
     if angular:
         z = cosine.arccos()
         value = z.pow(-s) if s > 0 else -z.log()
@@ -194,9 +195,7 @@ def _exact_pairs(
     if grad is not None:
         bend = z * (apart * across / 2 if angular else apart).clamp_min(1e-30)  # sin z = apart across / 2
         slope = ((s * value if s > 0 else 1) / bend)[:, None]
-        side = (
-            (apart < across).to(x).mul(2).sub(1)[:, None]
-        )  # w_q -+ w_p has w_q's tangent at w_p, without cancellation
+        side = torch.where(apart < across, 1, -1)[:, None]  # y -+ x points along the sphere as y does, with all digits
         grad.index_add_(0, p, (slope * (y - side * x)).to(grad.dtype))
         if both:
             grad.index_add_(0, q, (slope * (x - side * y)).to(grad.dtype))
