@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import fire
 from tqdm import tqdm
 
+SWITCH = ("true", "false", "none")  # what may follow the name of a switch
 RULES = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
@@ -48,13 +49,16 @@ def run(stage: Callable, *errors: type[Exception]) -> None:
     flags = [flag.replace(annotation=type(takes[name], (), {})) for name, flag in signature.parameters.items()]
     command.__signature__ = signature.replace(parameters=flags)  # for --help, which prints the names of types
     try:
-        values = {} if asks_help else check(sys.argv[1:], signature.parameters)
+        values = {} if asks_help else read(sys.argv[1:], signature.parameters)
         typed = ["--help"] if asks_help else [f"--{name}={value}" for name, value in values.items()]
         fire.Fire(command, typed, name=Path(sys.argv[0]).name)
     except (UsageError, *errors) as e:
         fail(e, 2)
     except KeyboardInterrupt:
         fail("interrupted", 130)
+    except BrokenPipeError:  # whoever read our rows has left: not even the interpreter's last flush can reach them
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def fail(why: object, code: int) -> None:
@@ -63,7 +67,7 @@ def fail(why: object, code: int) -> None:
     sys.exit(code)
 
 
-def check(argv: list[str], flags: dict[str, inspect.Parameter]) -> dict[str, Any]:
+def read(argv: list[str], flags: dict[str, inspect.Parameter]) -> dict[str, Any]:
     """The values that a command line gives to flags, each known, given once and of its type. Raises UsageError."""
     places = [name for name, flag in flags.items() if flag.kind is not flag.KEYWORD_ONLY]
     rest, values = list(argv), {}
@@ -71,13 +75,14 @@ def check(argv: list[str], flags: dict[str, inspect.Parameter]) -> dict[str, Any
         word = rest.pop(0)
         if is_flag(word):
             typed, equals, text = word.partition("=")
-            name, negated = resolve(typed, flags)
-            if negated:
-                text = str(text.lower() == "false")
-            elif not equals and rest and not is_flag(rest[0]):
+            name, negated = find(typed, flags)
+            switch = is_switch(flags[name])
+            if negated and equals:
+                raise UsageError(f"{word}: --no{name} takes no value")
+            if not equals and rest and not is_flag(rest[0]) and (not switch or rest[0].lower() in SWITCH):
                 text = rest.pop(0)
-            elif not equals and is_switch(flags[name]):
-                text = "True"
+            elif not equals and switch:
+                text = str(not negated)
         elif places:
             name, typed, text = places[0], places[0].upper(), word
         else:
@@ -104,13 +109,14 @@ def is_switch(flag: inspect.Parameter) -> bool:
     return bool in (flag.annotation, *get_args(flag.annotation))
 
 
-def resolve(typed: str, flags: dict[str, inspect.Parameter]) -> tuple[str, bool]:
+def find(typed: str, flags: dict[str, inspect.Parameter]) -> tuple[str, bool]:
     """The flag that was typed, by its name or an initial that is no other's, and whether --no stood before it."""
     name = typed.lstrip("-").replace("-", "_")
     if name in flags:
         return name, False
-    if name.startswith("no") and name[2:] in flags and is_switch(flags[name[2:]]):
-        return name[2:], True
+    bare = name.removeprefix("no").lstrip("_")
+    if name.startswith("no") and bare in flags and is_switch(flags[bare]):
+        return bare, True
     if len(name) == 1 and len(same := [flag for flag in flags if flag.startswith(name)]) == 1:
         return same[0], False
     near = difflib.get_close_matches(name, flags, 1, cutoff=0.5)
@@ -162,8 +168,8 @@ def words(annotation: Any) -> str:
 
 
 def emit(row: dict, log: Path | None = None) -> None:
-    """Print a row as one line of JSON on standard output and, with `log`, add it to that file."""
-    line = json.dumps(row)
+    """Print a row as one line of JSON on standard output and, with `log`, add it to that file. ValueError for a NaN."""
+    line = json.dumps(row, allow_nan=False)
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
     if log is not None:
@@ -172,6 +178,9 @@ def emit(row: dict, log: Path | None = None) -> None:
 
 
 def log_of(checkpoint: str) -> Path | None:
-    """The metrics.jsonl of the run folder that a checkpoint lies in; None where there is none that can be written."""
+    """The metrics.jsonl of the run folder that a checkpoint lies in; None where there is none of ours to write to."""
     log = Path(checkpoint).with_name("metrics.jsonl")
-    return log if os.access(log, os.W_OK) else None
+    if not os.access(log, os.W_OK):
+        return None
+    with open(log) as file:
+        return log if file.readline().startswith('{"stage": "pretrain"') else None

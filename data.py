@@ -11,6 +11,7 @@ own.
 import contextlib
 import difflib
 import math
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ class Split(NamedTuple):
     labels: Tensor
 
     def to(self, device) -> "Split":
+        """The same on another device."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
@@ -64,6 +66,12 @@ FACTS = {
 }
 
 
+PHOTOGRAPHS = (
+    *("astronaut", "brick", "chelsea", "coffee", "coins"),
+    *("grass", "gravel", "hubble_deep_field", "immunohistochemistry", "retina"),
+)
+
+
 def load(name: str, data_dir: str = "data") -> Dataset:
     """The data set called `name`, or the folder of pictures at that path.
 
@@ -75,7 +83,7 @@ def load(name: str, data_dir: str = "data") -> Dataset:
         read, facts = _photos(), FACTS[name]
     elif name == "cifar10":
         read, facts = _cifar10(data_dir), FACTS[name]
-    elif Path(name).is_dir():
+    elif os.path.isdir(name):
         read = _folder(Path(name))
         side = min(read[1].images.shape[2:])
         facts = dict(
@@ -98,10 +106,8 @@ def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
     counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.unbind(1)]).double()
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ values
-    std = (
-        (share @ values.square() - mean.square()).clamp_min(0).sqrt().clamp_min(1 / 255)
-    )  # one flat colour has no spread
-    return tuple(round(m, 4) for m in mean.tolist()), tuple(round(s, 4) for s in std.tolist())
+    variance = (share @ values.square() - mean.square()).clamp_min(1 / 255**2)  # one flat colour has none
+    return tuple(round(m, 4) for m in mean.tolist()), tuple(round(s, 4) for s in variance.sqrt().tolist())
 
 
 def _photos() -> tuple[tuple[str, ...], Split, Split]:
@@ -110,18 +116,6 @@ def _photos() -> tuple[tuple[str, ...], Split, Split]:
         from skimage import data as photographs
     except ImportError as e:
         raise DataError("dataset photos: its photographs ship inside scikit-image; pip install scikit-image") from e
-    names = (
-        "astronaut",
-        "brick",
-        "chelsea",
-        "coffee",
-        "coins",
-        "grass",
-        "gravel",
-        "hubble_deep_field",
-        "immunohistochemistry",
-        "retina",
-    )
     generator = torch.Generator().manual_seed(2022)
 
     def patches(image: Tensor, n: int) -> Tensor:
@@ -131,30 +125,26 @@ def _photos() -> tuple[tuple[str, ...], Split, Split]:
         return F.resize(windows, [32, 32], InterpolationMode.BICUBIC, antialias=True)
 
     train, test = [], []
-    for name in names:
+    for name in PHOTOGRAPHS:
         image = torch.from_numpy(getattr(photographs, name)())
         image = (image[..., None].expand(-1, -1, 3) if image.ndim == 2 else image).permute(2, 0, 1)
         border = int(0.7 * image.shape[2])
         train.append(patches(image[:, :, :border], 200))
         test.append(patches(image[:, :, border:], 50))
-    label = torch.arange(len(names))
-    return (
-        names,
-        Split(torch.cat(train), label.repeat_interleave(200)),
-        Split(torch.cat(test), label.repeat_interleave(50)),
-    )
+    labels = (torch.arange(len(PHOTOGRAPHS)).repeat_interleave(n) for n in (200, 50))
+    return PHOTOGRAPHS, *(Split(torch.cat(parts), label) for parts, label in zip((train, test), labels))
 
 
 def _cifar10(data_dir: str) -> tuple[tuple[str, ...], Split, Split]:
     root = Path(data_dir)
-    new = not root.exists()
+    new = [folder for folder in (root, *root.parents) if not os.path.exists(folder)]
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for rows
             sets = [datasets.CIFAR10(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as e:
-        if new:
-            with contextlib.suppress(OSError):
-                root.rmdir()
+        with contextlib.suppress(OSError):
+            for folder in new:
+                folder.rmdir()
         raise DataError(
             f"dataset cifar10: cannot be read from or downloaded to {root} ({e}); put its python version at "
             f"{root / datasets.CIFAR10.base_folder}, or take the embedded set, --dataset photos"
@@ -190,7 +180,7 @@ def _read_all(folder: datasets.ImageFolder, shape: torch.Size) -> Split:
         if image.shape != shape:
             size, first = ("x".join(map(str, s[:0:-1])) for s in (image.shape, shape))
             raise DataError(
-                f"{path}: {size} pixels, where the set's first picture has {first}; a folder holds pictures of one size"
+                f"{path}: {size} pixels, the first picture has {first}; a folder holds pictures of one size"
             )
         images[i] = image
     return Split(images, torch.tensor(folder.targets))
@@ -199,7 +189,7 @@ def _read_all(folder: datasets.ImageFolder, shape: torch.Size) -> Split:
 def _read(path: str) -> Tensor:
     try:
         return F.pil_to_tensor(datasets.folder.pil_loader(path))
-    except (OSError, ValueError, SyntaxError) as e:  # what Pillow raises on broken files
+    except Exception as e:  # Pillow raises errors of many types on broken files
         raise DataError(f"{path}: not a picture that can be read ({e})") from e
 
 

@@ -42,7 +42,10 @@ def knn_eval(
         data_dir: where cifar10 lies; None = as in training
         floors: judge the untrained network and raw pixels, too; None = if the bank has at most 10,000 images
     """
-    device = Accelerator().device
+    accelerator = Accelerator()
+    if not accelerator.is_main_process:
+        return  # one process judges
+    device = accelerator.device
     encoder, description = models.load_encoder(ckpt)
     settings = description["settings"]
     name = dataset or settings["dataset"]
@@ -56,7 +59,7 @@ def knn_eval(
         judges |= {"untrained": models.build_encoder(settings["model"], settings["stem"]), "pixels": nn.Flatten()}
     for of, judge in judges.items():
         for n, scores in nearest_neighbours(judge.to(device), train, test, description["view"], k, temperature).items():
-            row = {"stage": "knn_eval", "of": of, "k": n, **scores}
+            row = {"stage": "knn_eval", "of": of, "k": n, **scores, "temperature": temperature}
             cli.emit(row | {"dataset": name, "bank": len(train.labels), "queries": len(test.labels)}, log)
 
 
@@ -88,18 +91,15 @@ def vote(
     ranks, index = {n: [] for n in ks}, torch.arange(classes, device=bank.device)
     for some, truth in zip(*(x.split(max(1, 2**24 // len(bank))) for x in (queries, labels))):
         similarity, nearest = (some @ bank.T).topk(max(ks))
-        weight = ((similarity - similarity[:, :1]) / temperature).exp()  # the nearest weighs 1, at any temperature
+        weight = ((similarity - similarity[:, :1]).double() / temperature).exp()  # the nearest weighs 1
         for n in ks:
             votes = weight.new_zeros(len(some), classes).scatter_add_(1, bank_labels[nearest[:, :n]], weight[:, :n])
             won = votes.gather(1, truth[:, None])
-            before = (votes > won) | (votes == won) & (
-                index < truth[:, None]
-            )  # of equal votes, the lower class is first
-            ranks[n].append(before.sum(1).masked_fill(won[:, 0] == 0, max(classes, 5)))  # without a vote, no rank
-    return {
-        n: {f"top{t}": round(100 * (torch.cat(r) < t).double().mean().item(), 4) for t in (1, 5)}
-        for n, r in ranks.items()
-    }
+            # of equal votes the lower class comes first; a class without a vote has no rank
+            before = (votes > won) | ((votes == won) & (index < truth[:, None]))
+            ranks[n].append(before.sum(1).masked_fill(won[:, 0] == 0, max(classes, 5)))
+    within = {n: {t: (torch.cat(rank) < t).double().mean().item() for t in (1, 5)} for n, rank in ranks.items()}
+    return {n: {f"top{t}": round(100 * share, 4) for t, share in shares.items()} for n, shares in within.items()}
 
 
 if __name__ == "__main__":

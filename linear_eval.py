@@ -27,7 +27,7 @@ def linear_eval(
     *,
     epochs: Annotated[int, ">= 1"] = 80,
     batch_size: Annotated[int, ">= 1"] = 100,
-    lr: Annotated[float, "> 0"] = 0.2,
+    lr: Annotated[float, "> 0", "< 1e6"] = 0.2,
     weight_decay: Annotated[float, ">= 0"] = 0.0,
     seed: Annotated[int, ">= 0", "< 1e9"] = 0,
     cached: bool = False,
@@ -47,7 +47,10 @@ def linear_eval(
         dataset: photos, cifar10 or a folder; None = the one the checkpoint was trained on
         data_dir: where cifar10 lies; None = as in training
     """
-    device = Accelerator().device
+    accelerator = Accelerator()
+    if not accelerator.is_main_process:
+        return  # one process judges
+    device = accelerator.device
     encoder, description = models.load_encoder(ckpt)
     encoder.to(device).requires_grad_(False)
     settings, view = description["settings"], description["view"]
@@ -56,7 +59,7 @@ def linear_eval(
     train, test = judged.train.to(device), judged.test.to(device)
     if batch_size > len(train.labels):
         raise cli.UsageError(
-            f"--batch_size {batch_size}: {name} has {len(train.labels)} images to train on; take at most that many"
+            f"--batch_size {batch_size}: {name} has {len(train.labels)} images to train on; take fewer"
         )
     frozen = {key: x.clone() for key, x in encoder.state_dict().items()}
     log = cli.log_of(ckpt)
@@ -84,17 +87,19 @@ def linear_eval(
                 loss += step_loss.detach() * len(labels)
                 right += (scores.argmax(1) == labels).sum()
                 bar.update()
+            if not torch.isfinite(loss):
+                raise cli.UsageError(f"--lr {lr}: the loss is not finite after epoch {epoch}; take a smaller one")
             n = len(train.labels)
-            cli.emit(
-                {**row, "epoch": epoch, "loss": float(loss / n), "train_top1": float(100 * right / n), "lr": rate}, log
-            )
+            means = {"loss": float(loss / n), "train_top1": round(float(100 * right / n), 4)}
+            cli.emit({**row, "epoch": epoch, **means, "lr": rate}, log)
 
     with torch.no_grad():
         scores = classifier(models.embed(encoder, data.evaluation_views(test.images, **view)))
     if any(not torch.equal(x, frozen[key]) for key, x in encoder.state_dict().items()):
         raise RuntimeError("the frozen encoder has changed")
-    where = {"dataset": name, "train": len(train.labels), "queries": len(test.labels)}
-    cli.emit({**row, "epoch": epochs, **top(scores, test.labels), **where}, log)
+    how = {"batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "seed": seed}
+    where = {"dataset": name, "train": len(train.labels), "test": len(test.labels)}
+    cli.emit({**row, "epoch": epochs, **accuracy(scores, test.labels), **how, **where}, log)
 
 
 def random_crop(images: Tensor, u: Tensor, view: dict) -> Tensor:
@@ -102,7 +107,7 @@ def random_crop(images: Tensor, u: Tensor, view: dict) -> Tensor:
     return data.normalise(data.crop_flip(images, u, view["size"]), view["mean"], view["std"])
 
 
-def top(scores: Tensor, labels: Tensor) -> dict[str, float]:
+def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent of scores (n, classes)."""
     best = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
     return {f"top{k}": round(100 * best[:, :k].any(1).double().mean().item(), 4) for k in (1, 5)}

@@ -1,9 +1,11 @@
 """Everything that has parameters, and how it is stored.
 
-model = BYOL("resnet18", "cifar", hidden_dim=4096, out_dim=256)
-p, z, t = model(v1, v2)                             # predictions, projections, the target's projections of both views
-save("ckpt.safetensors", model.state_dict(), description)
-encoder, description = load_encoder("ckpt.safetensors")
+    model = BYOL("resnet18", "cifar", hidden_dim=4096, out_dim=256)
+    p, z, t = model(v1, v2)
+    save("ckpt.safetensors", model.state_dict(), description)
+    encoder, description = load_encoder("ckpt.safetensors")
+
+p, z and t are predictions, projections and the target's projections of both views. A file comes back bit for bit.
 """
 
 import copy
@@ -18,9 +20,11 @@ from pathlib import Path
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
+
+VIEW = ("size", "crop", "mean", "std")  # what a description tells of the images that its network was trained on
 
 
 class ModelError(ValueError):
@@ -39,7 +43,10 @@ def build_encoder(name: str, stem: str) -> ResNet:
         raise ModelError(f"model {name}: not a name timm knows{f' (did you mean {near[0]}?)' if near else ''}")
     if timm.model_entrypoint(name).__module__ != ResNet.__module__:
         raise ModelError(f"model {name}: not a ResNet of timm.models.resnet; resnet18 and resnet50 are the paper's")
-    encoder = timm.create_model(name, num_classes=0, zero_init_last=False)
+    try:
+        encoder = timm.create_model(name, num_classes=0, zero_init_last=False)
+    except RuntimeError as e:  # an unknown tag behind the name
+        raise ModelError(f"model {name}: timm cannot make it ({e})") from e
     if stem == "cifar":
         encoder.conv1 = nn.Conv2d(3, encoder.bn1.num_features, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's own
@@ -110,11 +117,16 @@ def neurons(model: BYOL, parts: Iterable[str]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def embed(encoder: nn.Module, views: Iterable[Tensor]) -> Tensor:
-    """Features (n, d), in fp32, of batches of views (b, 3, h, w) by the encoder in evaluation mode."""
+    """Features (n, d), in fp32, of batches of views (b, 3, h, w) by the encoder in evaluation mode.
+
+    ModelError if one is not finite: every judge would take it for something.
+    """
     training = encoder.training
     encoder.eval()
     features = torch.cat([encoder(v).float() for v in views])
     encoder.train(training)
+    if not features.isfinite().all():
+        raise ModelError("the encoder's features are not finite: its weights have diverged")
     return features
 
 
@@ -128,8 +140,9 @@ def save(path: str | Path, tensors: dict[str, Tensor], description: dict) -> Non
     text = json.dumps(description | {"digest": digest(tensors)}, sort_keys=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata={"description": text})
-        with open(temporary, "rb+") as file:
+        with open(temporary, "wb") as file:
+            file.write(to_bytes(tensors, {"description": text}))
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -141,8 +154,8 @@ def save(path: str | Path, tensors: dict[str, Tensor], description: dict) -> Non
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and description of a file that `save` wrote. ModelError, naming the file, if it is another or damaged."""
-    if not Path(path).is_file():
-        raise ModelError(f"{path}: no such file; a run folder holds ckpt.safetensors and encoder.safetensors")
+    if not os.path.isfile(path):
+        raise ModelError(f"{path}: no such file; a checkpoint is the ckpt.safetensors or encoder.safetensors of a run")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -180,6 +193,7 @@ def load_encoder(path: str | Path) -> tuple[ResNet, dict]:
     tensors, description = load(path)
     try:
         settings = description["settings"]
+        _ = [settings[key] for key in ("dataset", "data_dir", "seed")], [description["view"][key] for key in VIEW]
         name, stem = settings["model"], settings["stem"]
         if description["holds"] == "encoder":
             network = encoder = build_encoder(name, stem)

@@ -60,10 +60,6 @@ WEIGHTS = {"none": 0.0, "mhe": 10.0, "amhe": 10.0, "uniform": 0.125}  # lambda: 
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what lambda weighs
 
 
-class Diverged(RuntimeError):
-    """The loss is no longer a number."""
-
-
 def pretrain(
     *,
     dataset: str = "photos",
@@ -76,12 +72,12 @@ def pretrain(
     reg_on: tuple[Literal["encoder", "projector", "predictor"], ...] = ("projector", "predictor"),
     epochs: Annotated[int, ">= 1"] | None = None,
     batch_size: Annotated[int, ">= 2"] | None = None,
-    lr: Annotated[float, "> 0"] | None = None,
+    lr: Annotated[float, "> 0", "< 1e6"] | None = None,
     weight_decay: Annotated[float, ">= 0"] | None = None,
     warmup: Annotated[float, ">= 0"] | None = None,
     tau: Annotated[float, ">= 0", "<= 1"] | None = None,
-    hidden_dim: Annotated[int, ">= 1"] | None = None,
-    out_dim: Annotated[int, ">= 1"] | None = None,
+    hidden_dim: Annotated[int, ">= 1", "<= 65536"] | None = None,
+    out_dim: Annotated[int, ">= 1", "<= 65536"] | None = None,
     seed: Annotated[int, ">= 0", "< 1e9"] = 0,
     out: str | None = None,
     eval_every: Annotated[int, ">= 0"] | None = None,
@@ -112,73 +108,61 @@ def pretrain(
     flags = dict(locals())
     accelerator = Accelerator()
     folder = Path(out or Path("runs", run_name(flags)))
-    check(flags, folder, accelerator.num_processes)
+    refuse(flags, folder, accelerator.num_processes)
     images = data.load(dataset, data_dir)
-    settings = resolve(flags, images, accelerator.num_processes)
-    epochs, batch_size = settings["epochs"], settings["batch_size"]
-    steps_per_epoch = len(images.train.labels) // batch_size
-    steps, warmup_steps = steps_per_epoch * epochs, round(steps_per_epoch * settings["warmup"])
+    settings = in_force(flags, images, accelerator.num_processes)
+    view = {"size": images.size, "crop": images.eval_crop, "mean": images.mean, "std": images.std}
+    steps_per_epoch = len(images.train.labels) // settings["batch_size"]
+    steps, warmup_steps = steps_per_epoch * settings["epochs"], round(steps_per_epoch * settings["warmup"])
+    peak = settings["lr"] * settings["batch_size"] / 256
 
     use_cores(accelerator)
     set_seed(seed)
-    network = models.BYOL(model, settings["stem"], settings["hidden_dim"], settings["out_dim"])
-    network.to(memory_format=torch.channels_last)  # the layout that convolutions are fast in, on CPU and GPU
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    optimizer = Lars(parameter_groups(network, settings["weight_decay"]), momentum=0.9, trust_coeff=1e-3)
-    parallel, optimizer = accelerator.prepare(network, optimizer)
-    network = accelerator.unwrap_model(parallel, keep_torch_compile=False)
+    network, parallel, optimizer = build(settings, accelerator)
     layers = models.neurons(network, settings["reg_on"])
     train, test = images.train.to(accelerator.device), images.test.to(accelerator.device)
-    view = {"size": images.size, "crop": images.eval_crop, "mean": images.mean, "std": images.std}
-    description = {"settings": settings, "view": view, **provenance()}
-
     log = start_log(folder) if accelerator.is_main_process else None
+    description = {"settings": settings, "view": view, **provenance()}
     if log:
-        where = {"device": str(accelerator.device), "precision": accelerator.mixed_precision}
-        cli.emit({"stage": "pretrain", **description, **where, "processes": accelerator.num_processes}, log)
+        cli.emit({"stage": "pretrain", **description, **hardware(accelerator)}, log)
         print(formula(settings, layers), file=sys.stderr)
-    step, bar = 0, tqdm(total=steps, unit="step", disable=not log)
-    for epoch in range(1, epochs + 1):
-        start, totals = time.perf_counter(), {}
-        share = accelerator.process_index, accelerator.num_processes
-        for x, _, u in data.batches(train, batch_size, seed, epoch, *share):
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, steps, warmup_steps, settings["lr"] * batch_size / 256)
-            v1, v2 = data.two_views(x, u, images.size, images.mean, images.std)
-            terms = objective(*parallel(v1, v2), layers, settings)
-            optimizer.zero_grad()
-            accelerator.backward(terms["loss"])
-            optimizer.step()
-            network.update_target(tau_now := tau_at(step, steps, settings["tau"]))
-            totals = {name: totals.get(name, 0) + term.detach() for name, term in terms.items()}
-            step += 1
-            bar.update()
-        row = {name: accelerator.reduce(x, "mean").item() / steps_per_epoch for name, x in totals.items()}
-        images_per_s = steps_per_epoch * batch_size / (time.perf_counter() - start)
-        if not math.isfinite(row["loss"]):
-            raise Diverged(f"epoch {epoch}: the loss is not finite ({row}); a smaller --lr or --weight may help")
-        if not log:
-            continue
-        if "energy" not in row:  # the objective has none: what the weights have come to
-            row |= {name: x.item() for name, x in layer_energies(layers, settings).items()}
-        row |= {"lr": group["lr"], "tau": tau_now, "images_per_s": round(images_per_s, 1)}
-        cli.emit({"stage": "pretrain", "epoch": epoch, "step": step, **row}, log)
-        if settings["eval_every"] and epoch % settings["eval_every"] == 0:
-            for k, top in nearest_neighbours(network.encoder, train, test, view).items():
-                cli.emit({"stage": "pretrain", "epoch": epoch, "step": step, "of": "online", "k": k, **top}, log)
-        for name, holds, part in (("ckpt", "checkpoint", network), ("encoder", "encoder", network.encoder)):
-            models.save(
-                folder / f"{name}.safetensors", part.state_dict(), {**description, "holds": holds, "epoch": epoch}
-            )
-    bar.close()
+    step = 0
+    with tqdm(total=steps, unit="step", disable=not log) as bar:
+        for epoch in range(1, settings["epochs"] + 1):
+            start, totals = time.perf_counter(), {}
+            share = accelerator.process_index, accelerator.num_processes
+            for x, _, u in data.batches(train, settings["batch_size"], seed, epoch, *share):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_at(step, steps, warmup_steps, peak)
+                views = data.two_views(x, u, images.size, images.mean, images.std)
+                terms = objective(*parallel(*views), layers, settings)
+                optimizer.zero_grad()
+                accelerator.backward(terms["loss"])
+                optimizer.step()
+                network.update_target(tau_now := tau_at(step, steps, settings["tau"]))
+                totals = {name: totals.get(name, 0) + term.detach() for name, term in terms.items()}
+                step += 1
+                bar.update()
+            row = {name: accelerator.reduce(x, "mean").item() / steps_per_epoch for name, x in totals.items()}
+            images_per_s = steps_per_epoch * settings["batch_size"] / (time.perf_counter() - start)
+            if not (math.isfinite(row["loss"]) and all(p.isfinite().all() for p in network.parameters())):
+                raise cli.UsageError(f"epoch {epoch}: the loss is not finite; a smaller --lr or --weight may help")
+            if not log:
+                continue
+            if "energy" not in row:  # the objective has none: what the weights have come to
+                row |= {name: x.item() for name, x in layer_energies(layers, settings).items()}
+            row |= {"lr": group["lr"], "tau": tau_now, "images_per_s": round(images_per_s, 1)}
+            where = {"stage": "pretrain", "epoch": epoch, "step": step}
+            cli.emit({**where, **row}, log)
+            if settings["eval_every"] and epoch % settings["eval_every"] == 0:
+                for k, scores in nearest_neighbours(network.encoder, train, test, view).items():
+                    cli.emit({**where, "of": "online", "k": k, **scores}, log)
+            save_pair(folder, network, {**description, "epoch": epoch})
     accelerator.end_training()
     if log:
-        ckpt = folder / "ckpt.safetensors"
-        commands = "".join(
-            f"\n    python {stage} {shlex.quote(str(ckpt))}" for stage in ("knn_eval.py", "linear_eval.py")
-        )
-        print(f"{ckpt} is written; judge it by{commands}", file=sys.stderr)
+        ckpt = shlex.quote(str(folder / "ckpt.safetensors"))
+        print(f"{ckpt} is written; judge it by", file=sys.stderr)
+        print(f"    python knn_eval.py {ckpt}\n    python linear_eval.py {ckpt}", file=sys.stderr)
 
 
 def run_name(flags: dict) -> str:
@@ -187,16 +171,16 @@ def run_name(flags: dict) -> str:
     given = {name: x for name, x in flags.items() if x != defaults[name] and name not in ("dataset", "reg")}
     others = [name + ("+".join(x) if isinstance(x, tuple) else str(x)) for name, x in given.items()]
     method = "byol" if flags["reg"] == "none" else flags["reg"]
-    return re.sub(r"[^\w.+-]+", "_", "-".join([Path(flags["dataset"]).resolve().name, method, *others]))
+    return re.sub(r"[^\w.+-]+", "_", "-".join([Path(flags["dataset"]).resolve().name, method, *others]))[:200]
 
 
-def check(flags: dict, folder: Path, processes: int) -> None:
-    """Refuse, with UsageError, what can be refused before anything is read."""
+def refuse(flags: dict, folder: Path, processes: int) -> None:
+    """UsageError for what can be seen to be wrong before anything is read."""
     for name, reason in (("s", "energy"), ("reg_on", "energy"), ("weight", TERMS[flags["reg"]])):
         given = flags[name] != inspect.signature(pretrain).parameters[name].default
         if given and (reason is None or TERMS[flags["reg"]] != reason):
             raise cli.UsageError(f"--{name} {flags[name]}: has no effect with --reg {flags['reg']}")
-    if any((folder / name).exists() for name in ("metrics.jsonl", "ckpt.safetensors")):
+    if any(os.path.exists(folder / name) for name in ("metrics.jsonl", "ckpt.safetensors", "encoder.safetensors")):
         raise cli.UsageError(f"--out {folder}: already holds a run; name another folder, or remove this one")
     if int(os.environ.get("WORLD_SIZE", 1)) != processes:
         raise cli.UsageError(
@@ -205,7 +189,7 @@ def check(flags: dict, folder: Path, processes: int) -> None:
         )
 
 
-def resolve(flags: dict, images: data.Dataset, processes: int) -> dict:
+def in_force(flags: dict, images: data.Dataset, processes: int) -> dict:
     """Every setting with its value in force. Raises UsageError where they do not go together."""
     recipe = RECIPES.get(flags["dataset"], RECIPES["cifar10"])
     epochs, n = flags["epochs"] or recipe.epochs, len(images.train.labels)
@@ -241,6 +225,29 @@ def use_cores(accelerator: Accelerator) -> None:
     if accelerator.device.type == "cpu" and launched:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // accelerator.num_processes))
+
+
+def build(settings: dict, accelerator: Accelerator) -> tuple[models.BYOL, torch.nn.Module, Lars]:
+    """The network on its device, the same as it runs on all processes, and LARS, Appendix B.2."""
+    network = models.BYOL(settings["model"], settings["stem"], settings["hidden_dim"], settings["out_dim"])
+    network.to(memory_format=torch.channels_last)  # the layout that convolutions are fast in, on CPU and GPU
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    optimizer = Lars(parameter_groups(network, settings["weight_decay"]), momentum=0.9, trust_coeff=1e-3)
+    parallel, optimizer = accelerator.prepare(network, optimizer)
+    return accelerator.unwrap_model(parallel, keep_torch_compile=False), parallel, optimizer
+
+
+def save_pair(folder: Path, network: models.BYOL, description: dict) -> None:
+    """ckpt.safetensors, the whole network, and encoder.safetensors, its encoder under timm's names."""
+    models.save(folder / "ckpt.safetensors", network.state_dict(), {**description, "holds": "checkpoint"})
+    models.save(folder / "encoder.safetensors", network.encoder.state_dict(), {**description, "holds": "encoder"})
+
+
+def hardware(accelerator: Accelerator) -> dict:
+    """What the run runs on; it is no part of a checkpoint's description."""
+    device = {"device": str(accelerator.device), "precision": accelerator.mixed_precision}
+    return {**device, "processes": accelerator.num_processes}
 
 
 def provenance() -> dict:
@@ -338,4 +345,4 @@ def formula(settings: dict, layers: dict[str, Tensor]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(pretrain, data.DataError, models.ModelError, Diverged)
+    cli.run(pretrain, data.DataError, models.ModelError)

@@ -31,7 +31,8 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2) -> Tensor:
         raise ValueError(
             f"alignment takes two (n, d) tensors and alpha > 0, not {tuple(x.shape)}, {tuple(y.shape)}, {alpha}"
         )
-    return torch.linalg.vector_norm(unit(x) - unit(y), dim=1).pow(alpha).mean()
+    distance = torch.linalg.vector_norm(unit(x) - unit(y), dim=1).clamp_min(1e-30)  # no infinite slope for alpha < 1
+    return distance.pow(alpha).mean()
 
 
 def uniformity(x: Tensor, t: float = 2) -> Tensor:
@@ -87,10 +88,12 @@ def unit(x: Tensor) -> Tensor:
 
 
 def _precision(x: Tensor) -> torch.dtype:
+    """float64 for float64, else float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
+    """1 / |x_i| of the rows of x (n, d), as (n, 1); 0 for a zero row."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return (norm > ZERO) / norm.clamp_min(ZERO)
 

@@ -9,7 +9,6 @@ from torchvision.transforms.v2.functional import to_pil_image
 import cli
 import data
 import models
-from pretrain import Diverged
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +38,7 @@ def command(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, words)])
         code = 0
         try:
-            cli.run(stage, data.DataError, models.ModelError, Diverged)
+            cli.run(stage, data.DataError, models.ModelError)
         except SystemExit as e:
             code = e.code
         out, err = capsys.readouterr()

@@ -1,12 +1,17 @@
 """The command line against a stage's signature."""
 
 import json
+import shlex
+import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 
 import cli
+
+ROOT = Path(__file__).parent.parent
 
 
 def stage(
@@ -48,6 +53,9 @@ def call(monkeypatch, capsys, text):
         ("x --floors", {"floors": True}),
         ("x --nofloors", {"floors": False}),
         ("--floors=false x", {"floors": False}),
+        ("--floors x", {"floors": True, "file": "x"}),
+        ("--no-floors x", {"floors": False, "file": "x"}),
+        ("x --floors None --s 1", {"floors": None, "s": 1.0}),
         ("a,b.safetensors --s 1e-3", {"file": "a,b.safetensors", "s": 1e-3}),
     ],
 )
@@ -81,6 +89,7 @@ def test_values_arrive_as_the_signature_types_them(monkeypatch, capsys, text, va
             "--reg_on encoder,encoder: expected comma-separated, each once: encoder, projector",
         ),
         ("x --s 1 --s 2", "--s 2: given twice"),
+        ("x --nofloors=true", "--nofloors=true: --nofloors takes no value"),
         ("x --noreg", "--noreg: no such flag; did you mean --reg?"),
         (
             "x -e 3 -- --trace",
@@ -115,5 +124,18 @@ def test_rows_go_to_standard_output_and_the_log(tmp_path, capsys):
     for row in ({"a": 1}, {"b": [0.5, None]}):
         cli.emit(row, log)
     assert capsys.readouterr().out == log.read_text() == '{"a": 1}\n{"b": [0.5, null]}\n'
+    assert cli.log_of(tmp_path / "ckpt.safetensors") is None  # not the log of a run of ours
+    log.write_text('{"stage": "pretrain"}\n')
     assert cli.log_of(tmp_path / "ckpt.safetensors") == log
+    with pytest.raises(ValueError):
+        cli.emit({"loss": float("nan")}, log)
+    assert log.read_text() == '{"stage": "pretrain"}\n'
     assert cli.log_of(tmp_path / "elsewhere" / "ckpt.safetensors") is None
+
+
+def test_a_reader_that_leaves_ends_the_stage_quietly():
+    script = "import cli\ndef stage():\n    for i in range(9999): cli.emit({'i': i})\ncli.run(stage)"
+    done = subprocess.run(
+        f"{sys.executable} -c {shlex.quote(script)} | head -1", shell=True, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout == '{"i": 0}\n' and done.stderr == ""

@@ -3,6 +3,7 @@
 import math
 import pickle
 import shutil
+import struct
 
 import pytest
 import skimage.data
@@ -13,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 import data
 
 BICUBIC = InterpolationMode.BICUBIC
+BOMB = b"BM" + struct.pack("<IIIIiiHHIIiiII", 99, 0, 54, 40, 99999, 99999, 1, 24, 0, 0, 0, 0, 0, 0)  # a huge picture
 
 
 def draws(n, seed=0):
@@ -69,6 +71,7 @@ def test_a_folder_is_read_as_it_is(photos, folder):
             ),
             "03.png",
         ),
+        (lambda root: (root / "train" / "brick" / "03.bmp").write_bytes(BOMB), "03.bmp"),
         (
             lambda root: F.to_pil_image(torch.zeros(3, 9, 7, dtype=torch.uint8)).save(
                 root / "test" / "brick" / "x.png"
@@ -90,6 +93,8 @@ def test_unknown_names_are_refused(tmp_path):
         data.load("photo")
     with pytest.raises(data.DataError, match="neither photos, cifar10 nor a folder"):
         data.load(str(tmp_path / "nowhere"))
+    with pytest.raises(data.DataError, match="neither photos, cifar10 nor a folder"):
+        data.load("x" * 5000)
 
 
 def test_cifar10_without_network(monkeypatch, tmp_path):
@@ -98,8 +103,8 @@ def test_cifar10_without_network(monkeypatch, tmp_path):
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
     with pytest.raises(data.DataError, match=r"cifar-10-batches-py.*--dataset photos"):
-        data.load("cifar10", str(tmp_path / "data"))
-    assert not (tmp_path / "data").exists()
+        data.load("cifar10", str(tmp_path / "some" / "data"))
+    assert not (tmp_path / "some").exists()
 
 
 def test_cifar10_in_its_format_on_disk(monkeypatch, tmp_path):

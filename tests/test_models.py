@@ -13,6 +13,8 @@ import models
 from regularizers import alignment
 
 SETTINGS = {"model": "resnet18", "stem": "imagenet", "hidden_dim": 16, "out_dim": 8}
+SETTINGS |= {"dataset": "photos", "data_dir": "data", "seed": 0}
+VIEW = {"size": 32, "crop": 0.875, "mean": [0.5] * 3, "std": [0.2] * 3}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,8 @@ def byol():
 def pair(byol, tmp_path):
     """ckpt.safetensors and encoder.safetensors as pretrain writes them."""
     for name, part, holds in (("ckpt", byol, "checkpoint"), ("encoder", byol.encoder, "encoder")):
-        models.save(tmp_path / f"{name}.safetensors", part.state_dict(), {"settings": SETTINGS, "holds": holds})
+        description = {"settings": SETTINGS, "view": VIEW, "holds": holds}
+        models.save(tmp_path / f"{name}.safetensors", part.state_dict(), description)
     return tmp_path
 
 
@@ -62,7 +65,10 @@ def test_residual_branches_start_at_one():
     assert models.build_encoder("resnet18", "imagenet").layer4[1].bn2.weight.min() == 1
 
 
-@pytest.mark.parametrize("name, hint", [("resnet19", "did you mean resnet"), ("vit_tiny_patch16_224", "not a ResNet")])
+@pytest.mark.parametrize(
+    "name, hint",
+    [("resnet19", "did you mean resnet18"), ("vit_tiny_patch16_224", "not a ResNet"), ("resnet18.x", "cannot make")],
+)
 def test_other_names_are_refused(name, hint):
     with pytest.raises(models.ModelError, match=hint):
         models.build_encoder(name, "imagenet")
@@ -124,6 +130,8 @@ def test_embed_is_in_evaluation_mode_and_puts_the_mode_back():
     features = models.embed(net, [x[:2], x[2:]])
     torch.testing.assert_close(features, x.flatten(1) / (1 + 1e-5) ** 0.5)
     assert net.training and not features.requires_grad
+    with pytest.raises(models.ModelError, match="not finite"):
+        models.embed(nn.Flatten(), [x / 0])
 
 
 def test_the_pair_comes_back_bit_for_bit(byol, pair):
@@ -134,11 +142,14 @@ def test_the_pair_comes_back_bit_for_bit(byol, pair):
         encoder, _ = models.load_encoder(pair / f"{name}.safetensors")
         assert not encoder.training
         assert all(torch.equal(x, byol.encoder.state_dict()[key]) for key, x in encoder.state_dict().items())
-    assert not [p for p in pair.iterdir() if p.name.startswith(".")]
+    assert sorted(p.name for p in pair.iterdir()) == ["ckpt.safetensors", "encoder.safetensors"]
+    (pair / "plain").touch()
+    assert (pair / "ckpt.safetensors").stat().st_mode == (pair / "plain").stat().st_mode  # as readable as any file
 
 
 def test_equal_content_makes_equal_files(byol, pair, tmp_path):
-    models.save(tmp_path / "again.safetensors", byol.state_dict(), {"holds": "checkpoint", "settings": SETTINGS})
+    description = {"holds": "checkpoint", "view": VIEW, "settings": SETTINGS}
+    models.save(tmp_path / "again.safetensors", byol.state_dict(), description)
     assert (tmp_path / "again.safetensors").read_bytes() == (pair / "ckpt.safetensors").read_bytes()
 
 
@@ -200,6 +211,8 @@ def rewrite(path, tensors=None, **changes):
         (lambda p: rewrite(p, settings=SETTINGS | {"out_dim": 9}), r"projector.out.weight is \(8, 16\)"),
         (lambda p: rewrite(p, settings=SETTINGS | {"model": "resnet17"}), "resnet17"),
         (lambda p: rewrite(p, settings={}), "not one that pretrain.py writes"),
+        (lambda p: rewrite(p, view={}), "not one that pretrain.py writes"),
+        (lambda p: (p.unlink(), p.mkdir()), "no such file"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused_by_name(pair, damage, message):

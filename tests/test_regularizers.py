@@ -186,7 +186,9 @@ def test_alignment_is_byols_loss():
     assert alignment(x, 5 * x).item() == pytest.approx(0, abs=1e-10)
 
 
-@pytest.mark.parametrize("f", [uniformity, lambda x: alignment(x, x.detach().roll(1, 0)), lambda x: alignment(x, x, 1)])
+@pytest.mark.parametrize(
+    "f", [uniformity, lambda x: alignment(x, x.detach().roll(1, 0)), lambda x: alignment(x, x, 0.5)]
+)
 def test_zero_and_coincident_rows_of_features(f):
     x = random(5, 4)
     x[0], x[2] = 0, x[1]

@@ -15,6 +15,7 @@ import models
 from knn_eval import knn_eval, vote
 from linear_eval import linear_eval
 from pretrain import lr_at, parameter_groups, pretrain, tau_at
+from regularizers import energy_by_definition, mhe
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 16 --epochs 2 --eval_every 1 --lr 8".split()
@@ -89,10 +90,51 @@ def test_what_a_run_leaves(folder, trained):
     assert description["epoch"] == 2 and description["settings"]["dataset"] == str(folder)
     assert description["settings"]["warmup"] == pytest.approx(10 * 2 / 300)
     assert description["view"]["size"] == 32 and len(description["view"]["mean"]) == 3
-    torch.manual_seed(0)
-    untrained = models.BYOL("resnet18", "imagenet", 32, 16).state_dict()
-    assert not torch.equal(tensors["encoder.conv1.weight"], untrained["encoder.conv1.weight"])
-    assert not torch.equal(tensors["target.encoder.conv1.weight"], tensors["encoder.conv1.weight"])
+
+
+def test_one_step_is_the_one_written_by_hand(command, folder, tmp_path):
+    """Seed, order, views, Eq. 3 in both directions, Eq. 7, LARS and the target, from one batch of all images."""
+    flags = "--stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 48 --epochs 1 --lr 8 --weight_decay 0.1".split()
+    flags += "--reg mhe --weight 3 --tau 0.7 --seed 5 --out run".split()
+    code, rows, _ = command(pretrain, "--dataset", folder, *flags)
+    assert code == 0 and rows[1]["lr"] == 8 * 48 / 256 and rows[1]["tau"] == pytest.approx(0.7)
+    tensors, _ = models.load(tmp_path / "run" / "ckpt.safetensors")
+
+    torch.manual_seed(5)
+    network = models.BYOL("resnet18", "imagenet", 32, 16).to(memory_format=torch.channels_last)
+    before = {name: x.clone() for name, x in network.state_dict().items()}
+    pictures = data.load(str(folder))
+    ((x, _, u),) = data.batches(pictures.train, 48, 5, 1)
+    views = data.two_views(x, u, 32, pictures.mean, pictures.std)
+    z1, z2 = (network.projector(network.encoder(v)) for v in views)
+    p1, p2 = network.predictor(z1), network.predictor(z2)
+    with torch.no_grad():
+        t1, t2 = (network.target.projector(network.target.encoder(v)) for v in views)
+
+    def distance(a, b):
+        return (2 - 2 * torch.nn.functional.cosine_similarity(a, b)).mean()
+
+    byol = distance(p1, t2) + distance(p2, t1)
+    heads = [network.projector.hidden, network.projector.out, network.predictor.hidden, network.predictor.out]
+    energy = sum(energy_by_definition(head.weight, 2, angular=False) for head in heads)
+    loss = byol + 3 * energy
+    loss.backward()
+    expected = {"byol": byol, "energy": energy, "loss": loss, "alignment": distance(z1, z2)}
+    assert {name: rows[1][name] for name in expected} == {n: pytest.approx(e.item(), 1e-4) for n, e in expected.items()}
+    for name, w in network.named_parameters():
+        if w.requires_grad:
+            after = before[name] - 1.5 * lars_direction(before[name], w.grad, 0.1)
+            torch.testing.assert_close(tensors[name], after, rtol=1e-3, atol=1e-5)
+            if not name.startswith("predictor."):
+                target = 0.7 * before[f"target.{name}"] + 0.3 * after
+                torch.testing.assert_close(tensors[f"target.{name}"], target, rtol=1e-3, atol=1e-5)
+
+
+def lars_direction(w, grad, weight_decay):
+    """You et al. (2017): the decayed gradient at 1e-3 of the weight's norm; biases and norms take the bare gradient."""
+    if w.ndim == 1:
+        return grad
+    return (grad + weight_decay * w) * 1e-3 * w.norm() / (grad.norm() + weight_decay * w.norm())
 
 
 @pytest.mark.parametrize("file", ["ckpt.safetensors", "encoder.safetensors"])
@@ -108,7 +150,7 @@ def test_both_files_are_judged_alike(command, trained, file):
 
 def test_a_checkpoint_judges_another_set(command, trained):
     code, rows, _ = command(knn_eval, trained / "ckpt.safetensors", "--dataset", "photos", "--k", 20, "--nofloors")
-    assert code == 0 and rows[0]["bank"] == 2000 and 30 < rows[0]["top1"] < 90
+    assert code == 0 and (rows[0]["dataset"], rows[0]["bank"], rows[0]["queries"]) == ("photos", 2000, 500)
 
 
 def test_a_checkpoint_elsewhere_is_judged_without_a_log(command, trained, tmp_path):
@@ -145,8 +187,6 @@ def test_energy_falls_when_it_is_all_that_counts(command, folder, tmp_path):
     for reg, flags in (("none", []), ("mhe", ["--weight", "1000"])):
         command(pretrain, "--dataset", folder, "--reg", reg, *flags, *SMALL, "--out", reg)
     plain, regularized = (models.load(tmp_path / reg / "ckpt.safetensors")[0] for reg in ("none", "mhe"))
-    from regularizers import mhe
-
     for layer in ("projector.out", "predictor.hidden"):
         assert mhe(regularized[f"{layer}.weight"]) < mhe(plain[f"{layer}.weight"])
 
@@ -164,6 +204,9 @@ def test_energy_falls_when_it_is_all_that_counts(command, folder, tmp_path):
         ("--epochs 3 --warmup 3", "--warmup 3.0: has to be shorter than the training, 3 epochs"),
         ("--weight 1", "--weight 1.0: has no effect with --reg none"),
         ("--reg uniform --s 1", "--s 1.0: has no effect with --reg uniform"),
+        ("--model resnet18.no_tag", "model resnet18.no_tag: timm cannot make it"),
+        ("--hidden_dim 100000000000", "--hidden_dim 100000000000: expected a whole number >= 1 and <= 65536"),
+        (f"--out {'x' * 300}", "cannot be written (File name too long)"),
         ("--out occupied", "--out occupied: cannot be written (File exists)"),
         ("--out occupied/run", "--out occupied/run: cannot be written (Not a directory)"),
     ],
@@ -197,7 +240,7 @@ def test_processes_that_do_not_see_each_other_are_refused(command, folder, monke
         ("text", "text: not a whole safetensors file"),
         ("cut.safetensors", "cut.safetensors: not a whole safetensors file"),
         ("good.safetensors --dataset nowhere", "dataset nowhere: neither"),
-        ("good.safetensors --epoch 3 --temprature 1", "no such flag; did you mean"),
+        ("good.safetensors --data_dirr x", "--data_dirr: no such flag; did you mean --data_dir?"),
     ],
 )
 def test_wrong_input_to_the_evaluations(command, trained, tmp_path, stage, flags, line):
@@ -218,8 +261,26 @@ def test_a_batch_larger_than_the_set(command, trained):
 def test_a_loss_that_is_no_number_stops_the_run(command, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("pretrain.alignment", lambda x, y: (x - y).sum() * math.nan)
     code, _, err = command(pretrain, "--dataset", folder, *SMALL, "--out", "run")
-    assert code == 2 and "epoch 1: the loss is not finite" in err.splitlines()[-1]
+    assert code == 2 and err.splitlines()[-1].startswith("pretrain.py: epoch 1: the loss is not finite")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_weights_that_are_no_numbers_are_not_saved(command, folder, tmp_path, monkeypatch):
+    """A last step makes them, after the last loss that is seen."""
+
+    def spoil(optimizer, closure=None):
+        optimizer.param_groups[0]["params"][0].data.fill_(math.nan)
+
+    monkeypatch.setattr("pretrain.Lars.step", spoil)
+    flags = "--stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 48 --epochs 1 --out run".split()
+    code, _, err = command(pretrain, "--dataset", folder, *flags)
+    assert code == 2 and "not finite" in err and [p.name for p in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_linear_probe_that_diverges_says_so(command, trained, monkeypatch):
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", lambda scores, labels: scores.sum() * math.nan)
+    code, rows, err = command(linear_eval, trained / "encoder.safetensors", "--batch_size", 24)
+    assert code == 2 and rows == [] and "--lr 0.2: the loss is not finite after epoch 1" in err.splitlines()[-1]
 
 
 def test_schedules_are_those_of_appendix_b2():
@@ -244,7 +305,7 @@ def test_vote_is_the_one_written_by_hand():
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(300, 8, generator=generator), torch.randn(40, 8, generator=generator)
     bank_labels, labels = (torch.randint(7, (n,), generator=generator) for n in (300, 40))
-    for temperature in (0.07, 1.0, 1e-4):
+    for temperature in (0.07, 1.0, 1e-4, 1e-50):
         scores = vote(bank, bank_labels, queries, labels, (1, 20, 500), temperature)
         assert list(scores) == [1, 20, 300]
         for k, score in scores.items():
@@ -255,7 +316,7 @@ def test_vote_is_the_one_written_by_hand():
                 votes = dict.fromkeys(bank_labels[nearest].tolist(), 0.0)
                 for i in nearest:
                     votes[bank_labels[i].item()] += math.exp((similarity[i] - similarity[nearest[0]]) / temperature)
-                order = sorted((c for c in votes if votes[c] > 1e-300), key=lambda c: (-votes[c], c))
+                order = sorted((c for c in votes if votes[c] > 0), key=lambda c: (-votes[c], c))
                 for n in right:
                     right[n] += label in order[:n]
             assert score == {f"top{n}": pytest.approx(100 * right[n] / 40, abs=1e-3) for n in right}, (k, temperature)
@@ -284,7 +345,3 @@ def test_nothing_optional_is_imported_for_a_folder(folder, tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.stdout == "3\n" and done.stderr.endswith("pip install scikit-image\n")
-
-
-def test_data_error_is_what_data_raises():
-    assert issubclass(data.DataError, ValueError) and issubclass(models.ModelError, ValueError)
