@@ -51,7 +51,7 @@ def build_encoder(name: str, stem: str) -> ResNet:
         encoder.conv1 = nn.Conv2d(3, encoder.bn1.num_features, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's own
         encoder.maxpool = nn.Identity()
-    return encoder
+    return encoder.to(memory_format=torch.channels_last)  # the layout that convolutions are fast in
 
 
 def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
