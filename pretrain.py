@@ -2,7 +2,7 @@
 
     accelerate launch pretrain.py --reg amhe --s 2
 
-trains ResNet-18 on the embedded photographs (under three minutes on two CPU cores) and leaves a run folder with
+trains ResNet-18 on the embedded photographs (about three minutes on two CPU cores) and leaves a run folder with
 ckpt.safetensors (online network and target), encoder.safetensors (the encoder alone, under timm's names) and
 metrics.jsonl (the rows that were printed).
 """
