@@ -168,11 +168,8 @@ def test_a_checkpoint_elsewhere_is_judged_without_a_log(command, trained, tmp_pa
         ("--reg mhe --s 1.5 --reg_on predictor,encoder,projector --weight 1", "|w_i - w_j|^-1.5"),
     ],
 )
-def test_every_regularizer_trains(command, folder, tmp_path, flags, term):
-    code, rows, prose = command(pretrain, "--dataset", folder, *flags.split(), *SMALL, "--epochs=1", "--out", "run")
-    assert code == 2  # --epochs is there twice
-    short = [x if x != "2" else "1" for x in SMALL]
-    code, rows, prose = command(pretrain, "--dataset", folder, *flags.split(), *short, "--out", "run")
+def test_every_regularizer_trains(command, folder, flags, term):
+    code, rows, prose = command(pretrain, "--dataset", folder, *flags.split(), *SMALL, "--out", "run")
     assert code == 0 and term in prose
     settings, row = rows[0]["settings"], rows[1]
     weighed = {"none": 0, "uniform": row["uniformity"]}.get(settings["reg"], row["energy"])
