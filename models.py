@@ -15,6 +15,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -51,7 +52,22 @@ def build_encoder(name: str, stem: str) -> ResNet:
         encoder.conv1 = nn.Conv2d(3, encoder.bn1.num_features, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's own
         encoder.maxpool = nn.Identity()
+    for layer, module in list(encoder.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            encoder.set_submodule(layer, ViewNorm(module.num_features))
     return encoder.to(memory_format=torch.channels_last)  # the layout that convolutions are fast in
+
+
+class ViewNorm(nn.SyncBatchNorm):
+    """BatchNorm of two views in one batch, one behind the other: in training each has statistics of its own.
+
+    These are of all processes on CUDA, as BYOL's, and of its own process on the CPU, where torch cannot share them.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(2b, c, ...) to the same shape; in evaluation mode a batch of any size."""
+        norm = super().forward if x.is_cuda else partial(nn.modules.batchnorm._BatchNorm.forward, self)
+        return torch.cat([norm(view) for view in x.chunk(2)]) if self.training else norm(x)
 
 
 def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
@@ -59,7 +75,7 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(
         OrderedDict(
             hidden=nn.Linear(in_dim, hidden_dim),
-            norm=nn.BatchNorm1d(hidden_dim),
+            norm=ViewNorm(hidden_dim),
             relu=nn.ReLU(inplace=True),
             out=nn.Linear(hidden_dim, out_dim, bias=False),
         )
@@ -79,16 +95,17 @@ class BYOL(nn.Module):
         )
         self.target.requires_grad_(False)
 
-    def forward(self, *views: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def forward(self, v1: Tensor, v2: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
         """Views (b, 3, h, w) to predictions p, online projections z, target projections t, (b, out_dim) a view each.
 
-        Views pass one after the other, so that each has BatchNorm statistics of its own. The target keeps its own, too.
+        Both views pass in one batch, each with BatchNorm statistics of its own: see ViewNorm. The target keeps its own.
         """
-        z = [self.projector(self.encoder(v)) for v in views]
-        p = [self.predictor(x) for x in z]
+        views = torch.cat([v1, v2])
+        z = self.projector(self.encoder(views))
+        p = self.predictor(z)
         with torch.no_grad():
-            t = [self.target(v) for v in views]
-        return p, z, t
+            t = self.target(views)
+        return p.chunk(2), z.chunk(2), t.chunk(2)
 
     @torch.no_grad()
     def update_target(self, tau: float) -> None:

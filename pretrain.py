@@ -230,8 +230,6 @@ def use_cores(accelerator: Accelerator) -> None:
 def build(settings: dict, accelerator: Accelerator) -> tuple[models.BYOL, torch.nn.Module, Lars]:
     """The network on its device, the same as it runs on all processes, and LARS, Appendix B.2."""
     network = models.BYOL(settings["model"], settings["stem"], settings["hidden_dim"], settings["out_dim"])
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     optimizer = Lars(parameter_groups(network, settings["weight_decay"]), momentum=0.9, trust_coeff=1e-3)
     parallel, optimizer = accelerator.prepare(network, optimizer)
     return accelerator.unwrap_model(parallel, keep_torch_compile=False), parallel, optimizer

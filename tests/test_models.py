@@ -1,7 +1,9 @@
 """Networks, what of them is a neuron, and files that come back bit for bit or not at all."""
 
+import copy
 import json
 import os
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -51,8 +53,8 @@ def test_parameters_are_those_counted_by_hand():
 
 def test_maps_of_the_two_stems():
     x = torch.zeros(2, 3, 32, 32)
-    assert models.build_encoder("resnet18", "cifar").forward_features(x).shape == (2, 512, 4, 4)
-    assert models.build_encoder("resnet18", "imagenet").forward_features(x).shape == (2, 512, 1, 1)
+    assert models.build_encoder("resnet18", "cifar").eval().forward_features(x).shape == (2, 512, 4, 4)
+    assert models.build_encoder("resnet18", "imagenet").eval().forward_features(x).shape == (2, 512, 1, 1)
 
 
 def test_cifar_stem_starts_as_timms_convolutions_do():
@@ -85,11 +87,26 @@ def test_forward_and_where_gradients_go(byol):
     byol.zero_grad()
 
 
-def test_views_have_batch_statistics_of_their_own():
-    byol = models.BYOL("resnet18", "imagenet", 16, 8)
-    v1, v2 = torch.randn(2, 4, 3, 32, 32)
-    together, alone = byol(v1, 5 + v2)[1][0], byol(v1)[1][0]
-    torch.testing.assert_close(together, alone)
+def test_views_in_one_batch_are_views_one_after_the_other(byol):
+    """Against timm's and torch's own BatchNorm: outputs, running statistics and gradients."""
+    head = OrderedDict(
+        hidden=nn.Linear(512, 16), norm=nn.BatchNorm1d(16), relu=nn.ReLU(), out=nn.Linear(16, 8, bias=False)
+    )
+    plain = nn.Sequential(timm.create_model("resnet18", num_classes=0), nn.Sequential(head)).double()
+    ours = copy.deepcopy(byol).double()
+    plain[0].load_state_dict(ours.encoder.state_dict())
+    plain[1].load_state_dict(ours.projector.state_dict())
+    v1, v2 = torch.randn(2, 4, 3, 64, 64, dtype=torch.float64)
+    views = v1, 2 * v2 + 1
+    z, each = ours(*views)[1], [plain(v) for v in views]
+    torch.testing.assert_close(list(z), each)
+    buffers = [*ours.encoder.buffers(), *ours.projector.buffers()]
+    torch.testing.assert_close(buffers, list(plain.buffers()))
+    for x, y in (z, each):
+        alignment(x, y).backward()
+    online = (*ours.encoder.parameters(), *ours.projector.parameters())
+    for x, y in zip(plain.parameters(), online):
+        torch.testing.assert_close(x.grad, y.grad)
 
 
 def test_target_is_a_moving_average(byol):
