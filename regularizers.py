@@ -2,6 +2,7 @@
 
     alignment(x, y)     Eq. A.1; with alpha = 2 it is BYOL's loss, Eq. 3
     uniformity(x)       Eq. 2
+    info_nce(x, y)      Eq. 1
     mhe(weight)         Eq. 5, over the N (N - 1) ordered pairs of Eq. 7
     amhe(weight)        Eq. A.3, likewise
 
@@ -47,6 +48,22 @@ def uniformity(x: Tensor, t: float = 2) -> Tensor:
         exponent = 2 * t * (x @ x.T - 1)  # = -t ||x_i - x_j||^2
         others = exponent.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), -math.inf)
         return others.flatten().logsumexp(0) - math.log(len(x) * (len(x) - 1))
+
+
+def info_nce(x: Tensor, y: Tensor, temperature: float = 0.5) -> Tensor:
+    """SimCLR's loss, Eq. 1: mean over the 2n rows of both tensors of -log softmax(cosines / temperature) at its pair.
+
+    x, y: (n, d), row i of both from the same image. The other 2n - 2 rows are negatives; the paper's M = 2B - 1 counts
+    the positive. ValueError unless the shapes agree and temperature > 0.
+    """
+    if x.shape != y.shape or x.ndim != 2 or temperature <= 0:
+        shapes = f"{tuple(x.shape)}, {tuple(y.shape)}"
+        raise ValueError(f"info_nce takes two (n, d) tensors and temperature > 0, not {shapes}, {temperature}")
+    with torch.autocast(x.device.type, enabled=False):
+        z = unit(torch.cat([x, y]))
+        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        similarity = (z @ z.T / temperature).masked_fill(itself, -math.inf)
+        return torch.nn.functional.cross_entropy(similarity, torch.arange(len(z), device=z.device).roll(len(x)))
 
 
 def mhe(weight: Tensor, s: float = 2) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from regularizers import alignment, amhe, energy_by_definition, mhe, uniformity
+from regularizers import alignment, amhe, energy_by_definition, info_nce, mhe, uniformity
 
 ENERGIES = [(mhe, False), (amhe, True)]
 
@@ -152,8 +152,8 @@ def test_random_rows_have_the_energy_of_a_uniform_sphere():
 def test_autocast_changes_nothing():
     weight, x = random(300, 64), random(64, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = [mhe(weight), amhe(weight), uniformity(x), alignment(x, x.flip(0))]
-    outside = [mhe(weight), amhe(weight), uniformity(x), alignment(x, x.flip(0))]
+        inside = [mhe(weight), amhe(weight), uniformity(x), alignment(x, x.flip(0)), info_nce(x, x.flip(0))]
+    outside = [mhe(weight), amhe(weight), uniformity(x), alignment(x, x.flip(0)), info_nce(x, x.flip(0))]
     assert inside == outside and all(x.dtype == torch.float32 for x in inside)
     low = weight.bfloat16()
     assert amhe(low).item() == pytest.approx(amhe(low.double()).item(), rel=1e-5)
@@ -186,8 +186,33 @@ def test_alignment_is_byols_loss():
     assert alignment(x, 5 * x).item() == pytest.approx(0, abs=1e-10)
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 2])
+def test_info_nce_is_simclrs_loss(temperature):
+    """Chen et al. (2020): each of the 2n views against its pair and the 2n - 2 views of other images, one by one."""
+    x, y = random(7, 5, dtype=torch.float64), random(7, 5, dtype=torch.float64, seed=1)
+    both = torch.nn.functional.normalize(torch.cat([x, y])).tolist()
+    losses = []
+    for i, a in enumerate(both):
+        cosines = [sum(p * q for p, q in zip(a, b)) for b in both]
+        others = [math.exp(c / temperature) for j, c in enumerate(cosines) if j != i]
+        losses.append(-math.log(math.exp(cosines[(i + 7) % 14] / temperature) / sum(others)))
+    assert info_nce(x, y, temperature).item() == pytest.approx(sum(losses) / 14, rel=1e-12)
+    assert info_nce(3 * x.float(), y.float(), temperature).item() == pytest.approx(sum(losses) / 14, rel=1e-5)
+    assert torch.autograd.gradcheck(info_nce, (x.requires_grad_(), y.requires_grad_(), temperature))
+
+
+def test_info_nce_of_known_configurations():
+    assert info_nce(torch.ones(4, 3), torch.ones(4, 3)).item() == pytest.approx(math.log(7), rel=1e-6)
+    pairs = math.log(1 + 6 * math.exp(-1 / 0.5))  # pairs that coincide, orthogonal to all others
+    assert info_nce(torch.eye(4), torch.eye(4)).item() == pytest.approx(pairs, rel=1e-6)
+
+
 @pytest.mark.parametrize(
-    "f", [uniformity, lambda x: alignment(x, x.detach().roll(1, 0)), lambda x: alignment(x, x, 0.5)]
+    "f",
+    [
+        *[uniformity, lambda x: info_nce(x, x.roll(1, 0))],
+        *[lambda x: alignment(x, x.detach().roll(1, 0)), lambda x: alignment(x, x, 0.5)],
+    ],
 )
 def test_zero_and_coincident_rows_of_features(f):
     x = random(5, 4)
@@ -206,6 +231,8 @@ def test_zero_and_coincident_rows_of_features(f):
         lambda: uniformity(torch.ones(3, 2), 0),
         lambda: alignment(torch.ones(3, 2), torch.ones(2, 2)),
         lambda: alignment(torch.ones(3, 2), torch.ones(3, 2), 0),
+        lambda: info_nce(torch.ones(3, 2), torch.ones(2, 2)),
+        lambda: info_nce(torch.ones(3, 2), torch.ones(3, 2), 0),
     ],
 )
 def test_wrong_arguments(call):
