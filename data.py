@@ -1,41 +1,62 @@
-"""From a data set's name to tensors: images in memory as uint8, the two views of BYOL, the view of the evaluations.
+"""From a data set's name to tensors: its images as uint8, random crops of them in batches, the evaluations' view.
 
-    dataset = load("photos")                                  # or "cifar10", or a folder of pictures
-    for images, labels, u in batches(dataset.train, 64, seed=0, epoch=0):
-        v1, v2 = two_views(images, u, dataset.size, dataset.mean, dataset.std)
+    dataset = load("photos")                                  # or "cifar10", "imagenet", ..., or a folder of pictures
+    for crops, labels, u in batches(dataset.train, 64, dataset.size, seed=0, epoch=0):
+        v1, v2 = views.two_views(crops, u, dataset.mean, dataset.std)
 
-Images stay uint8 until a batch is on its device. Views are made there, a batch at a time, each image with draws of its
-own.
+Sets of small images lie in memory, on the device, as uint8, and are cropped there. Pictures of a large set stay in
+files; worker processes decode and crop them.
 """
 
 import contextlib
 import difflib
-import math
 import os
 import random
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
+
+from views import DRAWS, crop_boxes, crop_flip, normalise
 
 
 class DataError(ValueError):
     """A data set that is not there, or is not what a data set has to be."""
 
 
-class Split(NamedTuple):
-    """Images, uint8 (n, 3, h, w), and their classes, int64 (n,)."""
+class Files:
+    """Pictures of any size that stay in files; `files[rows]` are some of them, as rows of a tensor are."""
 
-    images: Tensor
+    def __init__(self, paths: Sequence[str]):
+        self.paths = np.array(paths)
+
+    def __getitem__(self, rows: Tensor) -> "Files":
+        return Files(self.paths[rows.numpy()])
+
+    def to(self, device) -> "Files":
+        """Themselves: they are not on a device before they are read."""
+        return self
+
+
+class Split(NamedTuple):
+    """Images, uint8 (n, 3, h, w) or Files, and their classes, int64 (n,); -1 is an image without one."""
+
+    images: Tensor | Files
     labels: Tensor
+
+    def rows(self, rows: Tensor) -> "Split":
+        """Some of them."""
+        return Split(self.images[rows], self.labels[rows])
 
     def to(self, device) -> "Split":
         """The same on another device."""
@@ -44,60 +65,94 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is known of a data set; `size` is the side of a view in pixels, mean and std are of its pixels in [0, 1]."""
+    """What is known of a data set; the fields below `test` are those of FACTS."""
 
     classes: tuple[str, ...]
-    train: Split
-    test: Split
+    pretraining: Split  # what an encoder is trained on; its labels are not looked at
+    train: Split  # what a judge learns from
+    test: Split  # what it judges by
     size: int
     stem: str
-    eval_crop: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    holdout: int | None
+    blur: tuple[float, float] = (0.0, 0.0)
+    solarise: tuple[float, float] = (0.0, 0.0)
 
 
-# size: side of the views, Appendix B.5.2. stem: Appendix B.1. eval_crop: the part of the side that the evaluation view
-# keeps, 28 of 32 pixels in Appendix B.5.2. mean, std: of the training pixels; None = computed when the set is read.
+# size: side of the views in pixels, Appendix B.5. stem: Appendix B.1. mean, std: of the training pixels in [0, 1]; None
+# = computed when the set is read. holdout: images a class that `hold_out` takes from the training set, Appendix B.4;
+# None = IMAGENET_HOLDOUT of all. blur, solarise: probabilities in the first and the second view; Appendix B.5.2 has
+# neither, those of ImageNet are BYOL's, Appendix B.3.
 FACTS = {
-    "photos": dict(size=32, stem="imagenet", eval_crop=28 / 32, mean=None, std=None),
-    "cifar10": dict(
-        size=32, stem="cifar", eval_crop=28 / 32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
+    "photos": dict(size=32, stem="imagenet", mean=None, std=None, holdout=20),  # ours: a tenth of each class
+    "cifar10": dict(size=32, stem="cifar", mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), holdout=500),
+    "cifar100": dict(size=32, stem="cifar", mean=None, std=None, holdout=50),
+    # mean and std are those in the code of Wang and Isola (2020), ssnl/align_uniform
+    "stl10": dict(size=64, stem="imagenet", mean=(0.4409, 0.4279, 0.3868), std=(0.2683, 0.2610, 0.2687), holdout=50),
+    "imagenet": dict(
+        **dict(size=224, stem="imagenet", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), holdout=None),
+        **dict(blur=(1.0, 0.1), solarise=(0.0, 0.2)),
     ),
 }
-
-
+IMAGENET_HOLDOUT = 10_009
+EVAL_CROP = 0.875  # of the shorter side: 28 of 32 pixels, 56 of 64 (84 of STL-10's 96), 224 of 256, Appendix B.5
 PHOTOGRAPHS = (
     *("astronaut", "brick", "chelsea", "coffee", "coins"),
     *("grass", "gravel", "hubble_deep_field", "immunohistochemistry", "retina"),
 )
 
 
-def load(name: str, data_dir: str = "data") -> Dataset:
+def load(name: str, data_dir: str = "data", pretraining: bool = False) -> Dataset:
     """The data set called `name`, or the folder of pictures at that path.
 
-    photos: 2,000 + 500 patches of ten photographs that ship inside scikit-image. cifar10: torchvision's, found in or
-    downloaded to `data_dir`. A folder: train/ and test/ (or val/) with one sub-folder a class, pictures of one size.
-    Raises DataError.
+    photos: 2,000 + 500 patches of ten photographs that ship inside scikit-image. cifar10, cifar100, stl10:
+    torchvision's, found in or downloaded to `data_dir`. imagenet: `data_dir` holds train/ and val/ with one sub-folder
+    a class. A folder: the same, or test/, with pictures of one size. With `pretraining`, images that serve nothing else
+    are read, too: STL-10's 100,000 without a label. Raises DataError.
     """
+    facts = FACTS.get(name)
     if name == "photos":
-        read, facts = _photos(), FACTS[name]
-    elif name == "cifar10":
-        read, facts = _cifar10(data_dir), FACTS[name]
+        classes, train, test = _photos()
+    elif name == "imagenet":
+        classes, train, test = _folder("dataset imagenet: --data_dir", Path(data_dir), in_memory=False)
+    elif name in FACTS:
+        classes, (train, test, *unlabeled) = _torchvision(name, data_dir, pretraining)
     elif os.path.isdir(name):
-        read = _folder(Path(name))
-        side = min(read[1].images.shape[2:])
-        facts = dict(
-            size=min(side, 224), stem="cifar" if side <= 32 else "imagenet", eval_crop=28 / 32, mean=None, std=None
-        )
+        classes, train, test = _folder("dataset", Path(name), in_memory=True)
+        side, tenth = min(train.images.shape[2:]), round(len(train.labels) / len(classes) / 10)
+        stem = "cifar" if side <= 32 else "imagenet"
+        facts = dict(size=min(side, 224), stem=stem, mean=None, std=None, holdout=max(1, tenth))
     else:
         near = difflib.get_close_matches(name, FACTS, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise DataError(f"dataset {name}: neither {', '.join(FACTS)} nor a folder{hint}")
-    classes, train, test = read
     if facts["mean"] is None:
         mean, std = pixel_statistics(train.images)
         facts = facts | dict(mean=mean, std=std)
-    return Dataset(classes, train, test, **facts)
+    own = unlabeled[0] if name == "stl10" and pretraining else train
+    return Dataset(classes, own, train, test, **facts)
+
+
+def hold_out(dataset: Dataset) -> Dataset:
+    """The same with images of the training set, always the same ones, in place of the test set, Appendix B.4.
+
+    DataError if a class has no image left to learn from.
+    """
+    train, labels = dataset.train, dataset.train.labels
+    order = torch.randperm(len(labels), generator=_generator("holdout"))
+    if dataset.holdout is None:
+        held = order[-IMAGENET_HOLDOUT:]
+    else:
+        held = torch.cat([order[labels[order] == c][: dataset.holdout] for c in range(len(dataset.classes))])
+    kept = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, held, False).nonzero()[:, 0]
+    left = labels[kept].bincount(minlength=len(dataset.classes))
+    if not left.all():
+        n = int((labels == left.argmin()).sum())
+        raise DataError(f"holdout: class {dataset.classes[left.argmin()]} would keep none of its {n} training images")
+    rest = train.rows(kept)
+    own = rest if dataset.pretraining is train else dataset.pretraining
+    return replace(dataset, pretraining=own, train=rest, test=train.rows(held))
 
 
 def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -135,42 +190,58 @@ def _photos() -> tuple[tuple[str, ...], Split, Split]:
     return PHOTOGRAPHS, *(Split(torch.cat(parts), label) for parts, label in zip((train, test), labels))
 
 
-def _cifar10(data_dir: str) -> tuple[tuple[str, ...], Split, Split]:
+def _torchvision(name: str, data_dir: str, pretraining: bool) -> tuple[tuple[str, ...], list[Split]]:
+    """Classes and splits of CIFAR-10, CIFAR-100 or STL-10, downloaded if need be: train, test, STL-10's unlabeled."""
+    maker = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}[name]
+    parts = [{"train": True}, {"train": False}]
+    if name == "stl10":
+        parts = [{"split": part} for part in ("train", "test", *["unlabeled"] * pretraining)]
     root = Path(data_dir)
     new = [folder for folder in (root, *root.parents) if not os.path.exists(folder)]
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for rows
-            sets = [datasets.CIFAR10(root, train=train, download=True) for train in (True, False)]
+            sets = [maker(root, download=True, **part) for part in parts]
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             for folder in new:
                 folder.rmdir()
         raise DataError(
-            f"dataset cifar10: cannot be read from or downloaded to {root} ({e}); put its python version at "
-            f"{root / datasets.CIFAR10.base_folder}, or take the embedded set, --dataset photos"
+            f"dataset {name}: cannot be read from or downloaded to {root} ({e}); put its {FORMS[name]} version at "
+            f"{root / maker.base_folder}, or take the embedded set, --dataset photos"
         ) from e
-    splits = [Split(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in sets]
-    return tuple(sets[0].classes), *splits
+    if name == "stl10":
+        splits = [Split(torch.from_numpy(s.data), torch.from_numpy(s.labels).long()) for s in sets]
+    else:
+        splits = [
+            Split(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in sets
+        ]
+    return tuple(sets[0].classes), splits
 
 
-def _folder(root: Path) -> tuple[tuple[str, ...], Split, Split]:
+FORMS = {"cifar10": "python", "cifar100": "python", "stl10": "binary"}  # of several that their authors offer
+
+
+def _folder(what: str, root: Path, in_memory: bool) -> tuple[tuple[str, ...], Split, Split]:
     held_out = next((root / s for s in ("test", "val") if (root / s).is_dir()), root / "test")
     for part in (root / "train", held_out):
         if not part.is_dir():
             raise DataError(
-                f"dataset {root}: no folder {part}; train/ and test/ (or val/) hold one sub-folder of pictures a class"
+                f"{what} {root}: no folder {part}; train/ and test/ (or val/) hold one sub-folder of pictures a class"
             )
     try:
         train, test = datasets.ImageFolder(root / "train"), datasets.ImageFolder(held_out)
     except FileNotFoundError as e:  # torchvision's first sentence names the folder or the classes that are empty
-        raise DataError(f"dataset {root}: {str(e).splitlines()[0].split(' Supported')[0]}") from e
+        raise DataError(f"{what} {root}: {str(e).splitlines()[0].split(' Supported')[0]}") from e
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
-        raise DataError(f"dataset {root}: train and {held_out.name} do not hold the same classes: {', '.join(odd[:5])}")
+        raise DataError(f"{what} {root}: train and {held_out.name} do not hold the same classes: {', '.join(odd[:5])}")
     if len(train.classes) < 2:
-        raise DataError(f"dataset {root}: one class, {train.classes[0]}; judging an encoder takes two or more")
-    shape = _read(train.samples[0][0]).shape
-    return tuple(train.classes), _read_all(train, shape), _read_all(test, shape)
+        raise DataError(f"{what} {root}: one class, {train.classes[0]}; judging an encoder takes two or more")
+    if in_memory:
+        shape = _read(train.samples[0][0]).shape
+        return tuple(train.classes), _read_all(train, shape), _read_all(test, shape)
+    files = (Split(Files([path for path, _ in s.samples]), torch.tensor(s.targets)) for s in (train, test))
+    return tuple(train.classes), *files
 
 
 def _read_all(folder: datasets.ImageFolder, shape: torch.Size) -> Split:
@@ -194,139 +265,104 @@ def _read(path: str) -> Tensor:
 
 
 def batches(
-    split: Split, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1, drop_last: bool = True
+    split: Split,
+    batch_size: int,
+    size: int,
+    seed: int,
+    epoch: int,
+    views: int = 2,
+    parts: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    drop_last: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield images (b, 3, h, w), labels (b,) and the draws of their views u (2, b, sum(DRAWS)) of one shuffled epoch.
+    """Yield crops (views, b, 3, size, size) in [0, 1], labels (b,) and draws u (views, b, sum(DRAWS)) of an epoch.
 
-    `batch_size` is global: process `rank` of `world` gets its share of each batch. Order and draws are functions of
-    (seed, epoch) alone, whatever the device and the number of processes; u is on the CPU.
+    Each batch comes in `parts` micro-batches, of which process `rank` of `world` gets its share. The order of the
+    images and the draws of a step are functions of (seed, epoch, step) alone, whatever the device and the
+    number of parts and processes. u is on the CPU. DataError for a file that cannot be read.
     """
-    generator = torch.Generator().manual_seed(random.Random(f"{seed} {epoch}").getrandbits(32))  # torch keeps 32 bits
-    for rows in torch.randperm(len(split.labels), generator=generator).split(batch_size):
-        if drop_last and len(rows) < batch_size:
-            return
-        u = torch.rand(2, len(rows), sum(DRAWS), generator=generator)
-        mine = slice(len(rows) * rank // world, len(rows) * (rank + 1) // world)
-        rows = rows[mine].to(split.images.device)
-        yield split.images[rows], split.labels[rows], u[:, mine]
 
+    def plan() -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(split.labels), generator=_generator(seed, epoch))
+        for step, rows in enumerate(order.split(batch_size)):
+            if drop_last and len(rows) < batch_size:
+                return
+            u = torch.rand(views, len(rows), sum(DRAWS), generator=_generator(seed, epoch, step))
+            for part, draws in zip(rows.tensor_split(parts), u.tensor_split(parts, 1)):
+                yield part.tensor_split(world)[rank], draws.tensor_split(world, 1)[rank]
 
-# How many of an image's uniform draws each of its choices takes; a crop is tried ten times, as torchvision does.
-DRAWS = (10, 10, 2, 1, 1, 4, 4, 1)  # area, aspect, corner, flip, jitter, its factors, its order, grey
-
-
-def two_views(images: Tensor, u: Tensor, size: int, mean: tuple, std: tuple) -> tuple[Tensor, Tensor]:
-    """Two random views (b, 3, size, size) of uint8 images (b, 3, h, w), Appendix B.5; no blur, no solarisation (B.5.2).
-
-    u: (2, b, sum(DRAWS)), uniform on [0, 1). Crop, flip, colour jitter, grey, then normalisation by mean and std.
-    """
-    return tuple(normalise(recolour(crop_flip(images, v, size), v), mean, std) for v in u)
+    device = split.labels.device
+    if isinstance(split.images, Tensor):
+        for rows, u in plan():
+            rows = rows.to(device)
+            yield torch.stack([crop_flip(split.images[rows], v, size) for v in u]), split.labels[rows], u
+    else:
+        keys = ([*zip(rows.tolist(), u.unbind(1))] for rows, u in plan())
+        for crops, rows, u in _loader(_Crops(split.images.paths, size), keys, device):
+            crops = crops.to(device, non_blocking=True).transpose(0, 1) / 255
+            yield crops, split.labels[rows.to(device)], u.transpose(0, 1)
 
 
 def evaluation_views(
-    images: Tensor, size: int, crop: float, mean: tuple, std: tuple, batch_size: int = 500
+    split: Split, size: int, crop: float, mean: tuple, std: tuple, batch_size: int = 500
 ) -> Iterator[Tensor]:
-    """Yield batches (b, 3, size, size) of the evaluation view of uint8 images (n, 3, h, w), Appendix B.5.2.
+    """Yield batches (b, 3, size, size) of the evaluation view of a split's images, on the device of its labels.
 
-    It is the central square of `crop` times the shorter side, resized (bicubic) and normalised.
+    Of images in memory, it is the central square of `crop` times the shorter side, resized (bicubic) and normalised,
+    Appendix B.5.2; files are resized first, to size / crop pixels, Appendix B.5.1.
     """
-    side = round(crop * min(images.shape[2:]))
-    for batch in images.split(batch_size):
-        x = F.center_crop(batch.float() / 255, [side, side])
-        yield normalise(F.resize(x, [size, size], InterpolationMode.BICUBIC, antialias=True).clamp_(0, 1), mean, std)
+    if isinstance(split.images, Tensor):
+        side = round(crop * min(split.images.shape[2:]))
+        for batch in split.images.split(batch_size):
+            x = F.center_crop(batch.float() / 255, [side, side])
+            x = F.resize(x, [size, size], InterpolationMode.BICUBIC, antialias=True).clamp_(0, 1)
+            yield normalise(x, mean, std)
+    else:
+        rows = range(len(split.labels))
+        keys = (rows[i : i + batch_size] for i in rows[::batch_size])
+        for x in _loader(_Centres(split.images.paths, size, crop), keys, split.labels.device):
+            yield normalise(x.to(split.labels.device, non_blocking=True) / 255, mean, std)
 
 
-def normalise(x: Tensor, mean: tuple, std: tuple) -> Tensor:
-    """x (b, 3, h, w) in [0, 1], less the mean and over the std of each channel."""
-    return F.normalize(x, list(mean), list(std))
+def _generator(*key) -> torch.Generator:
+    """Random numbers that are a function of `key` alone."""
+    return torch.Generator().manual_seed(random.Random(" ".join(map(str, key))).getrandbits(32))  # torch keeps 32 bits
 
 
-def crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
-    """Random resized crop (8-100 % of the area, aspect 3/4-4/3, bicubic) and flip, Appendix B.5.
-
-    uint8 (b, 3, h, w) to (b, 3, size, size) in [0, 1]. Crop, antialiased resize and flip of an image are together
-    W_y @ image @ W_x^T, with one row of weights per output pixel.
-    """
-    height, width = images.shape[2:]
-    area, aspect, corner, flip = u.split(DRAWS, 1)[:4]
-    top, left, h, w = (x.to(images.device) for x in crop_boxes(area, aspect, corner, height, width))
-    w_y = _resampling(top, h, size, height)[:, None]
-    w_x = _resampling(left, w, size, width)
-    w_x = torch.where((flip < 0.5)[:, :, None].to(images.device), w_x.flip(1), w_x)[:, None]
-    return (w_y @ (images.float() / 255) @ w_x.mT).clamp_(0, 1)  # bicubic weights overshoot
+def _loader(pictures, keys: Iterator, device: torch.device) -> Iterator:
+    """Batches of `pictures`, read ahead by processes of their own."""
+    workers = min(16, os.cpu_count() or 1)
+    try:
+        yield from DataLoader(pictures, batch_sampler=keys, num_workers=workers, pin_memory=device.type == "cuda")
+    except DataError as e:  # its text is the traceback in the worker
+        raise DataError(str(e).strip().splitlines()[-1].partition("DataError: ")[2]) from None
 
 
-def crop_boxes(
-    area: Tensor, aspect: Tensor, corner: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Top, left, height and width (b,) of crops: the first of an image's ten tries that fits, else its centre."""
-    area = (0.08 + 0.92 * area) * height * width
-    ratio = torch.exp((2 * aspect - 1) * math.log(4 / 3))
-    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-    fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)
-    first = fits.int().argmax(1, keepdim=True)
-    some = fits.any(1)
-    h = torch.where(some, h.gather(1, first)[:, 0], min(height, round(width * 4 / 3)))
-    w = torch.where(some, w.gather(1, first)[:, 0], min(width, round(height * 4 / 3)))
-    top = torch.where(some, corner[:, 0] * (height - h + 1), (height - h) / 2).floor()
-    left = torch.where(some, corner[:, 1] * (width - w + 1), (width - w) / 2).floor()
-    return top, left, h, w
+class _Crops(NamedTuple):
+    """Random resized crops and flips, uint8 (views, 3, size, size), of pictures in files, by (row, u)."""
+
+    paths: np.ndarray
+    size: int
+
+    def __getitem__(self, key: tuple[int, Tensor]) -> tuple[Tensor, int, Tensor]:
+        row, u = key
+        image = _read(self.paths[row])
+        area, aspect, corner, flip = u.split(DRAWS, 1)[:4]
+        boxes = torch.stack(crop_boxes(area, aspect, corner, *image.shape[1:]), 1).int().tolist()
+        shape = [self.size, self.size]
+        crops = [F.resized_crop(image, *box, shape, InterpolationMode.BICUBIC, antialias=True) for box in boxes]
+        return torch.stack([x.flip(2) if f < 0.5 else x for x, f in zip(crops, flip)]), row, u
 
 
-def _resampling(start: Tensor, length: Tensor, size: int, full: int) -> Tensor:
-    """Weights (b, size, full) that resize `length` of `full` pixels from `start` on to `size`: Pillow's bicubic."""
-    start, length = start[:, None, None], length[:, None, None]
-    pixel = torch.arange(full, device=start.device) - start
-    scale = length / size
-    target = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
-    x = ((pixel + 0.5 - target) / scale.clamp_min(1)).abs()
-    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)  # a = -1/2
-    weight = weight.masked_fill((x >= 2) | (pixel < 0) | (pixel >= length), 0)
-    return weight / weight.sum(2, keepdim=True)
+class _Centres(NamedTuple):
+    """Central squares, uint8 (3, size, size), of pictures in files, shrunk to size / crop pixels before, by row."""
 
+    paths: np.ndarray
+    size: int
+    crop: float
 
-def recolour(x: Tensor, u: Tensor) -> Tensor:
-    """Colour jitter with probability 0.8, greyscale with 0.2, of images x (b, 3, h, w) in [0, 1]; changes x in place.
-
-    Strengths are BYOL's: brightness and contrast 0.4, saturation 0.2, hue 0.1. Each image has an order of its own.
-    """
-    jitter, factors, order, grey = u.split(DRAWS, 1)[4:]
-    factors = (2 * factors - 1) * torch.tensor([0.4, 0.4, 0.2, 0.1]) + torch.tensor([1, 1, 1, 0])
-    order = order.argsort(1).masked_fill(jitter >= 0.8, -1)
-    for turn in order.unbind(1):
-        for i, adjust in enumerate((brightness, contrast, saturation, hue)):
-            if len(rows := (turn == i).nonzero()[:, 0]):
-                rows, factor = rows.to(x.device), factors[rows, i].to(x.device)
-                x[rows] = adjust(x[rows], factor[:, None, None, None])
-    return torch.where((grey < 0.2)[:, :, None, None].to(x.device), luma(x), x)
-
-
-def luma(x: Tensor) -> Tensor:
-    """0.2989 r + 0.5870 g + 0.1140 b of images (b, 3, h, w): (b, 1, h, w), Appendix B.5."""
-    r, g, b = x.unbind(1)
-    return (0.2989 * r + 0.587 * g + 0.114 * b)[:, None]
-
-
-def brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """Images x (b, 3, h, w) in [0, 1], drawn to or from black. `factor` is (b, 1, 1, 1), here and below."""
-    return (factor * x).clamp_(0, 1)
-
-
-def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Images x (b, 3, h, w) in [0, 1], drawn to or from the mean of their luma."""
-    return (factor * x + (1 - factor) * luma(x).mean((2, 3), keepdim=True)).clamp_(0, 1)
-
-
-def saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Images x (b, 3, h, w) in [0, 1], drawn to or from their luma."""
-    return (factor * x + (1 - factor) * luma(x)).clamp_(0, 1)
-
-
-def hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Images x (b, 3, h, w) in [0, 1], with the hue of each pixel turned by `shift` of a full turn."""
-    high, low = x.amax(1), x.amin(1)
-    chroma = high - low
-    r, g, b = (x / chroma.clamp_min(1e-12)[:, None]).unbind(1)  # a grey pixel has no chroma to turn
-    sextant = torch.where(high == x[:, 0], g - b, torch.where(high == x[:, 1], 2 + b - r, 4 + r - g))
-    k = (sextant[:, None] + 6 * shift + torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]).remainder(6)
-    return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+    def __getitem__(self, row: int) -> Tensor:
+        image = _read(self.paths[row])
+        image = F.resize(image, [round(self.size / self.crop)], InterpolationMode.BICUBIC, antialias=True)
+        return F.center_crop(image, [self.size, self.size])

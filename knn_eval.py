@@ -10,7 +10,7 @@ the k nearest votes for its class with weight exp(cosine / temperature), as in W
 The same vote on an untrained network (the run's own initial weights) and on raw pixels: floors that a score stands on.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +30,8 @@ def knn_eval(
     temperature: Annotated[float, "> 0"] = 0.07,
     dataset: str | None = None,
     data_dir: str | None = None,
+    net: Literal["online", "target"] = "online",
+    eval_crop: Annotated[float, "> 0", "<= 1"] | None = None,
     floors: bool | None = None,
 ):
     """Print the top-1 and top-5 accuracy (%) of a weighted k-NN vote on the features of a checkpoint.
@@ -38,16 +40,18 @@ def knn_eval(
         ckpt: ckpt.safetensors or encoder.safetensors of a run
         k: numbers of neighbours, each at most the size of the bank
         temperature: of the votes' weights exp(cosine / temperature); DINO's 0.07
-        dataset: photos, cifar10 or a folder; None = the one the checkpoint was trained on
-        data_dir: where cifar10 lies; None = as in training
+        dataset: as in pretrain.py; None = the one the checkpoint was trained on
+        data_dir: as in pretrain.py; None = as in training
+        net: the network that is judged, online or target
+        eval_crop: part of the side that the evaluation view keeps; None = as in training
         floors: judge the untrained network and raw pixels, too; None = if the bank has at most 10,000 images
     """
     accelerator = Accelerator()
     if not accelerator.is_main_process:
         return  # one process judges
     device = accelerator.device
-    encoder, description = models.load_encoder(ckpt)
-    settings = description["settings"]
+    encoder, description = models.load_encoder(ckpt, net)
+    settings, view = description["settings"], description["view"] | ({"crop": eval_crop} if eval_crop else {})
     name = dataset or settings["dataset"]
     judged = data.load(name, data_dir or settings["data_dir"])
     train, test = judged.train.to(device), judged.test.to(device)
@@ -56,11 +60,13 @@ def knn_eval(
     judges = {"trained": encoder}
     if floors or (floors is None and len(train.labels) <= SMALL):
         torch.manual_seed(settings["seed"])
-        judges |= {"untrained": models.build_encoder(settings["model"], settings["stem"]), "pixels": nn.Flatten()}
+        untrained = models.build_encoder(settings["model"], settings["stem"], settings["norm"])
+        judges |= {"untrained": untrained, "pixels": nn.Flatten()}
+    how = {"temperature": temperature, "net": net, "eval_crop": view["crop"]}
+    where = {"dataset": name, "split": "test", "bank": len(train.labels), "queries": len(test.labels)}
     for of, judge in judges.items():
-        for n, scores in nearest_neighbours(judge.to(device), train, test, description["view"], k, temperature).items():
-            row = {"stage": "knn_eval", "of": of, "k": n, **scores, "temperature": temperature}
-            cli.emit(row | {"dataset": name, "bank": len(train.labels), "queries": len(test.labels)}, log)
+        for n, scores in nearest_neighbours(judge.to(device), train, test, view, k, temperature).items():
+            cli.emit({"stage": "knn_eval", "of": of, "k": n, **scores, **how, **where}, log)
 
 
 def nearest_neighbours(
@@ -72,7 +78,7 @@ def nearest_neighbours(
     temperature: float = 0.07,
 ) -> dict[int, dict[str, float]]:
     """The `vote` on an encoder's features of the evaluation views of two splits; k and temperature are DINO's."""
-    features = (models.embed(encoder, data.evaluation_views(split.images, **view)) for split in (bank, queries))
+    features = (models.embed(encoder, data.evaluation_views(split, **view)) for split in (bank, queries))
     return vote(next(features), bank.labels, next(features), queries.labels, k, temperature)
 
 

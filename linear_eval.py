@@ -10,7 +10,9 @@ step, crops and flips as the only augmentation. One row an epoch; the last row h
 --cached computes the features of the evaluation view once: minutes become seconds, but the protocol is another.
 """
 
-from typing import Annotated
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +22,9 @@ from tqdm import tqdm
 import cli
 import data
 import models
+from views import normalise
+
+RATES = (0.4, 0.3, 0.2, 0.1, 0.05)  # BYOL's list, per 256 images
 
 
 def linear_eval(
@@ -27,12 +32,15 @@ def linear_eval(
     *,
     epochs: Annotated[int, ">= 1"] = 80,
     batch_size: Annotated[int, ">= 1"] = 100,
-    lr: Annotated[float, "> 0", "< 1e6"] = 0.2,
+    lr: Annotated[float, "> 0", "< 1e6"] | None = None,
+    sweep: bool = False,
     weight_decay: Annotated[float, ">= 0"] = 0.0,
     seed: Annotated[int, ">= 0", "< 1e9"] = 0,
     cached: bool = False,
     dataset: str | None = None,
     data_dir: str | None = None,
+    net: Literal["online", "target"] = "online",
+    eval_crop: Annotated[float, "> 0", "<= 1"] | None = None,
 ):
     """Print the top-1 and top-5 accuracy (%) of a linear classifier trained on the frozen features of a checkpoint.
 
@@ -40,45 +48,79 @@ def linear_eval(
         ckpt: ckpt.safetensors or encoder.safetensors of a run
         epochs: length of the training
         batch_size: images in one step
-        lr: learning rate per 256 images at the start; it falls to 0 by a cosine
+        lr: learning rate per 256 images at the start; it falls to 0 by a cosine; None = 0.2
+        sweep: take the best of 0.4, 0.3, 0.2, 0.1, 0.05 for lr, judged on images held out of the training set
         weight_decay: of the classifier
         seed: of the classifier's weights, the order and the crops
         cached: train on features of the evaluation view, computed once, in place of crops and flips
-        dataset: photos, cifar10 or a folder; None = the one the checkpoint was trained on
-        data_dir: where cifar10 lies; None = as in training
+        dataset: as in pretrain.py; None = the one the checkpoint was trained on
+        data_dir: as in pretrain.py; None = as in training
+        net: the network that is judged, online or target
+        eval_crop: part of the side that the evaluation view keeps; None = as in training
     """
+    if sweep and lr:
+        raise cli.UsageError(f"--lr {lr}: has no effect with --sweep")
     accelerator = Accelerator()
     if not accelerator.is_main_process:
         return  # one process judges
-    device = accelerator.device
-    encoder, description = models.load_encoder(ckpt)
-    encoder.to(device).requires_grad_(False)
-    settings, view = description["settings"], description["view"]
+    encoder, description = models.load_encoder(ckpt, net)
+    encoder.to(accelerator.device).requires_grad_(False)
+    settings, view = description["settings"], description["view"] | ({"crop": eval_crop} if eval_crop else {})
     name = dataset or settings["dataset"]
     judged = data.load(name, data_dir or settings["data_dir"])
-    train, test = judged.train.to(device), judged.test.to(device)
-    if batch_size > len(train.labels):
-        raise cli.UsageError(
-            f"--batch_size {batch_size}: {name} has {len(train.labels)} images to train on; take fewer"
-        )
+    halves = data.hold_out(judged) if sweep else judged
+    if batch_size > (n := len(halves.train.labels)):
+        raise cli.UsageError(f"--batch_size {batch_size}: {name} has {n} images to train on; take fewer")
     frozen = {key: x.clone() for key, x in encoder.state_dict().items()}
     log = cli.log_of(ckpt)
 
-    torch.manual_seed(seed)
-    classifier = nn.Linear(encoder.num_features, len(judged.classes)).to(device)
-    optimizer = torch.optim.SGD(
-        classifier.parameters(), lr * batch_size / 256, momentum=0.9, nesterov=True, weight_decay=weight_decay
-    )
-    steps = -(-len(train.labels) // batch_size) * epochs
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    if cached:
-        train = data.Split(models.embed(encoder, data.evaluation_views(train.images, **view)), train.labels)
+    how = {"epochs": epochs, "batch_size": batch_size, "weight_decay": weight_decay, "seed": seed}
     row = {"stage": "linear_eval", "features": "cached" if cached else "augmented"}
+
+    def ready(split: data.Split, cached: bool) -> data.Split:
+        """On the device; where features are cached, these in place of the images."""
+        split = split.to(accelerator.device)
+        if not cached:
+            return split
+        return data.Split(models.embed(encoder, data.evaluation_views(split, **view)), split.labels)
+
+    if sweep:
+        train, held, tops = ready(halves.train, cached), ready(halves.test, True), {}
+        for rate in RATES:
+            classifier = fit(
+                encoder, train, len(judged.classes), view, {**how, "lr": rate}, {**row, "sweep": rate}, log
+            )
+            tops[rate] = accuracy(classifier(held.images), held.labels)
+            cli.emit({**row, "sweep": rate, "epoch": epochs, **tops[rate], "split": "holdout"}, log)
+        lr = max(tops, key=lambda rate: tops[rate]["top1"])
+    how["lr"] = lr or 0.2
+    classifier = fit(encoder, ready(judged.train, cached), len(judged.classes), view, how, row, log)
+    test = ready(judged.test, True)
+    if any(not torch.equal(x, frozen[key]) for key, x in encoder.state_dict().items()):
+        raise RuntimeError("the frozen encoder has changed")
+    how |= {"net": net, "eval_crop": view["crop"], "swept": sweep}
+    where = {"dataset": name, "split": "test", "train": len(judged.train.labels), "test": len(test.labels)}
+    cli.emit({**row, "epoch": epochs, **accuracy(classifier(test.images), test.labels), **how, **where}, log)
+
+
+def fit(
+    encoder: nn.Module, train: data.Split, classes: int, view: dict, how: dict, row: dict, log: Path | None
+) -> nn.Linear:
+    """A linear classifier of a split of images, or of features, trained as `how` says; a row and its loss an epoch."""
+    torch.manual_seed(how["seed"])
+    batch_size, epochs, n = how["batch_size"], how["epochs"], len(train.labels)
+    classifier = nn.Linear(encoder.num_features, classes).to(train.labels.device)
+    peak = how["lr"] * batch_size / 256
+    optimizer = torch.optim.SGD(
+        classifier.parameters(), peak, momentum=0.9, nesterov=True, weight_decay=how["weight_decay"]
+    )
+    steps = -(-n // batch_size) * epochs
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with tqdm(total=steps, unit="step") as bar:
         for epoch in range(1, epochs + 1):
             loss, right, rate = 0.0, 0.0, schedule.get_last_lr()[0]
-            for x, labels, u in data.batches(train, batch_size, seed, epoch, drop_last=False):
-                scores = classifier(x if cached else models.embed(encoder, [random_crop(x, u[0], view)]))
+            for features, labels in inputs(encoder, train, batch_size, how["seed"], epoch, view):
+                scores = classifier(features)
                 step_loss = nn.functional.cross_entropy(scores, labels)
                 optimizer.zero_grad()
                 step_loss.backward()
@@ -88,25 +130,27 @@ def linear_eval(
                 right += (scores.argmax(1) == labels).sum()
                 bar.update()
             if not torch.isfinite(loss):
-                raise cli.UsageError(f"--lr {lr}: the loss is not finite after epoch {epoch}; take a smaller one")
-            n = len(train.labels)
+                raise cli.UsageError(
+                    f"--lr {how['lr']}: the loss is not finite after epoch {epoch}; take a smaller one"
+                )
             means = {"loss": float(loss / n), "train_top1": round(float(100 * right / n), 4)}
             cli.emit({**row, "epoch": epoch, **means, "lr": rate}, log)
-
-    with torch.no_grad():
-        scores = classifier(models.embed(encoder, data.evaluation_views(test.images, **view)))
-    if any(not torch.equal(x, frozen[key]) for key, x in encoder.state_dict().items()):
-        raise RuntimeError("the frozen encoder has changed")
-    how = {"batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "seed": seed}
-    where = {"dataset": name, "train": len(train.labels), "test": len(test.labels)}
-    cli.emit({**row, "epoch": epochs, **accuracy(scores, test.labels), **how, **where}, log)
+    return classifier
 
 
-def random_crop(images: Tensor, u: Tensor, view: dict) -> Tensor:
-    """Crop and flip at the size, mean and std of the encoder's own training."""
-    return data.normalise(data.crop_flip(images, u, view["size"]), view["mean"], view["std"])
+def inputs(
+    encoder: nn.Module, train: data.Split, batch_size: int, seed: int, epoch: int, view: dict
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features (b, d) and labels (b,) of one epoch: of random crops and flips of images, or of features as they are."""
+    if isinstance(train.images, Tensor) and train.images.ndim == 2:
+        for rows in torch.randperm(len(train.labels)).to(train.labels.device).split(batch_size):
+            yield train.images[rows], train.labels[rows]
+    else:
+        for crops, labels, _ in data.batches(train, batch_size, view["size"], seed, epoch, views=1, drop_last=False):
+            yield models.embed(encoder, [normalise(crops[0], view["mean"], view["std"])]), labels
 
 
+@torch.no_grad()
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent of scores (n, classes)."""
     best = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]

@@ -1,11 +1,11 @@
 """Everything that has parameters, and how it is stored.
 
-    model = BYOL("resnet18", "cifar", hidden_dim=4096, out_dim=256)
-    p, z, t = model(v1, v2)
-    save("ckpt.safetensors", model.state_dict(), description)
+    network = BYOL("resnet18", "cifar", norm="bn", hidden_dim=4096, out_dim=256)
+    z, p, t = network(v1, v2)
+    save("ckpt.safetensors", network.state_dict(), description)
     encoder, description = load_encoder("ckpt.safetensors")
 
-p, z and t are predictions, projections and the target's projections of both views. A file comes back bit for bit.
+z, p and t are projections, predictions and the target's projections of both views. A file comes back bit for bit.
 """
 
 import copy
@@ -16,6 +16,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import timm
@@ -24,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 VIEW = ("size", "crop", "mean", "std")  # what a description tells of the images that its network was trained on
 
@@ -32,30 +34,57 @@ class ModelError(ValueError):
     """A network, or the file of one, that is not what was asked for."""
 
 
-def build_encoder(name: str, stem: str) -> ResNet:
-    """timm's ResNet `name` without its classifier: (b, 3, h, w) to (b, d), d = `.num_features`.
+def build_encoder(name: str, stem: str, norm: str = "bn") -> nn.Module:
+    """timm's ResNet `name`, or AlexNet, without classifier: (b, 3, h, w) to (b, d), d = `.num_features`.
 
-    stem "imagenet" is the network as it is; "cifar" has a 3x3 convolution of stride 1 and padding 1 and no max-pooling,
-    Appendix B.1. The last BatchNorm of a block starts at one, as BYOL's does; timm's default is zero. ModelError for a
-    name that is not a ResNet of timm.
+    stem "imagenet" is the ResNet as it is; "cifar" has a 3x3 convolution of stride 1 and padding 1 and no max-pooling,
+    Appendix B.1. The last BatchNorm of a block starts at one, as BYOL's does; timm's default is zero. With norm "none"
+    there is no BatchNorm, Table 4. ModelError for a name that is neither a ResNet of timm nor alexnet.
     """
+    if name == "alexnet":
+        encoder = AlexNet()
+    else:
+        encoder = _resnet(name)
+        if stem == "cifar":
+            encoder.conv1 = nn.Conv2d(3, encoder.bn1.num_features, 3, stride=1, padding=1, bias=False)
+            nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's own
+            encoder.maxpool = nn.Identity()
+    return _with_norm(encoder, norm).to(memory_format=torch.channels_last)  # the layout that convolutions are fast in
+
+
+def _resnet(name: str) -> ResNet:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models("*res*"), 1)
         raise ModelError(f"model {name}: not a name timm knows{f' (did you mean {near[0]}?)' if near else ''}")
     if timm.model_entrypoint(name).__module__ != ResNet.__module__:
         raise ModelError(f"model {name}: not a ResNet of timm.models.resnet; resnet18 and resnet50 are the paper's")
     try:
-        encoder = timm.create_model(name, num_classes=0, zero_init_last=False)
+        return timm.create_model(name, num_classes=0, zero_init_last=False)
     except RuntimeError as e:  # an unknown tag behind the name
         raise ModelError(f"model {name}: timm cannot make it ({e})") from e
-    if stem == "cifar":
-        encoder.conv1 = nn.Conv2d(3, encoder.bn1.num_features, 3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's own
-        encoder.maxpool = nn.Identity()
-    for layer, module in list(encoder.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            encoder.set_submodule(layer, ViewNorm(module.num_features))
-    return encoder.to(memory_format=torch.channels_last)  # the layout that convolutions are fast in
+
+
+class AlexNet(nn.Sequential):
+    """A small AlexNet for images of any size, our reading of the encoder of Figures 3 and 7: (b, 3, h, w) to (b, 4096).
+
+    Five convolutions, all 3x3 for small images, and two linear layers, as AlexNet has; BatchNorm behind each.
+    """
+
+    num_features = 4096
+
+    def __init__(self):
+        widths = (3, 96, 192, 384, 384, 192)
+        layers = OrderedDict()
+        for i, (before, width) in enumerate(pairwise(widths), 1):
+            layers[f"conv{i}"] = nn.Conv2d(before, width, 3, padding=1, bias=False)
+            layers |= {f"norm{i}": nn.BatchNorm2d(width), f"relu{i}": nn.ReLU(inplace=True)}
+            if i in (1, 2):
+                layers[f"pool{i}"] = nn.MaxPool2d(3, 2)
+        layers |= {"pool5": nn.AdaptiveMaxPool2d(3), "flatten": nn.Flatten()}
+        for i, before in ((6, 9 * widths[-1]), (7, 4096)):
+            layers[f"linear{i}"] = nn.Linear(before, 4096, bias=False)
+            layers |= {f"norm{i}": nn.BatchNorm1d(4096), f"relu{i}": nn.ReLU(inplace=True)}
+        super().__init__(layers)
 
 
 class ViewNorm(nn.SyncBatchNorm):
@@ -66,37 +95,60 @@ class ViewNorm(nn.SyncBatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(2b, c, ...) to the same shape; in evaluation mode a batch of any size."""
-        norm = super().forward if x.is_cuda else partial(nn.modules.batchnorm._BatchNorm.forward, self)
+        norm = super().forward if x.is_cuda else partial(_BatchNorm.forward, self)
         return torch.cat([norm(view) for view in x.chunk(2)]) if self.training else norm(x)
 
 
-def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+def _with_norm(network: nn.Module, norm: str) -> nn.Module:
+    """The network with a ViewNorm, "bn", or nothing, "none", in place of each BatchNorm."""
+    for layer, module in list(network.named_modules()):
+        if isinstance(module, _BatchNorm):
+            network.set_submodule(layer, ViewNorm(module.num_features) if norm == "bn" else nn.Identity())
+    return network
+
+
+def mlp(in_dim: int, hidden_dim: int, out_dim: int, norm: str = "bn") -> nn.Sequential:
     """Projector or predictor, (b, in_dim) to (b, out_dim), Section 3.6. The last layer has no bias, as BYOL's."""
-    return nn.Sequential(
-        OrderedDict(
-            hidden=nn.Linear(in_dim, hidden_dim),
-            norm=ViewNorm(hidden_dim),
-            relu=nn.ReLU(inplace=True),
-            out=nn.Linear(hidden_dim, out_dim, bias=False),
-        )
+    layers = OrderedDict(
+        hidden=nn.Linear(in_dim, hidden_dim),
+        norm=nn.BatchNorm1d(hidden_dim),
+        relu=nn.ReLU(inplace=True),
+        out=nn.Linear(hidden_dim, out_dim, bias=False),
     )
+    return _with_norm(nn.Sequential(layers), norm)
+
+
+class SimCLR(nn.Module):
+    """Encoder f and projector g."""
+
+    def __init__(self, name: str, stem: str, norm: str, hidden_dim: int, out_dim: int):
+        super().__init__()
+        self.encoder = build_encoder(name, stem, norm)
+        self.projector = mlp(self.encoder.num_features, hidden_dim, out_dim, norm)
+
+    def forward(self, v1: Tensor, v2: Tensor) -> tuple[tuple[Tensor, Tensor]]:
+        """Views (b, 3, h, w) to their projections z, (b, out_dim) each, alone in a tuple.
+
+        Both views pass in one batch, each with BatchNorm statistics of its own: see ViewNorm.
+        """
+        return (self.projector(self.encoder(torch.cat([v1, v2]))).chunk(2),)
 
 
 class BYOL(nn.Module):
     """Online network (encoder f, projector g, predictor q) and target (f, g), which starts as a copy, Section 3.3."""
 
-    def __init__(self, name: str, stem: str, hidden_dim: int, out_dim: int):
+    def __init__(self, name: str, stem: str, norm: str, hidden_dim: int, out_dim: int):
         super().__init__()
-        self.encoder = build_encoder(name, stem)
-        self.projector = mlp(self.encoder.num_features, hidden_dim, out_dim)
-        self.predictor = mlp(out_dim, hidden_dim, out_dim)
+        self.encoder = build_encoder(name, stem, norm)
+        self.projector = mlp(self.encoder.num_features, hidden_dim, out_dim, norm)
+        self.predictor = mlp(out_dim, hidden_dim, out_dim, norm)
         self.target = nn.Sequential(
             OrderedDict(encoder=copy.deepcopy(self.encoder), projector=copy.deepcopy(self.projector))
         )
         self.target.requires_grad_(False)
 
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Views (b, 3, h, w) to predictions p, online projections z, target projections t, (b, out_dim) a view each.
+        """Views (b, 3, h, w) to projections z, their predictions p, and the target's projections t, (b, out_dim) each.
 
         Both views pass in one batch, each with BatchNorm statistics of its own: see ViewNorm. The target keeps its own.
         """
@@ -105,7 +157,7 @@ class BYOL(nn.Module):
         p = self.predictor(z)
         with torch.no_grad():
             t = self.target(views)
-        return p.chunk(2), z.chunk(2), t.chunk(2)
+        return z.chunk(2), p.chunk(2), t.chunk(2)
 
     @torch.no_grad()
     def update_target(self, tau: float) -> None:
@@ -114,7 +166,15 @@ class BYOL(nn.Module):
         torch._foreach_lerp_(list(self.target.parameters()), online, 1 - tau)
 
 
-def neurons(model: BYOL, parts: Iterable[str]) -> dict[str, Tensor]:
+METHODS = {"byol": BYOL, "simclr": SimCLR}
+
+
+def build(method: str, model: str, stem: str, norm: str, hidden_dim: int, out_dim: int, **_) -> BYOL | SimCLR:
+    """The network of a run, from its settings."""
+    return METHODS[method](model, stem, norm, hidden_dim, out_dim)
+
+
+def neurons(network: BYOL | SimCLR, parts: Iterable[str]) -> dict[str, Tensor]:
     """The weights whose rows are neurons, by layer: all of 2 dimensions or more in `parts` of the online network.
 
     parts: any of encoder, projector, predictor. Biases and norms are no neurons. ModelError for a grouped convolution:
@@ -122,7 +182,7 @@ def neurons(model: BYOL, parts: Iterable[str]) -> dict[str, Tensor]:
     """
     found = {}
     for part in parts:
-        for layer, module in getattr(model, part).named_modules(prefix=part):
+        for layer, module in getattr(network, part).named_modules(prefix=part):
             if getattr(module, "groups", 1) > 1:
                 raise ModelError(
                     f"{layer} is a grouped convolution; the energy of {part} is defined for networks without"
@@ -202,31 +262,35 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def load_encoder(path: str | Path) -> tuple[ResNet, dict]:
-    """The online encoder, in evaluation mode, and the description of a ckpt.safetensors or encoder.safetensors.
+def load_encoder(path: str | Path, net: str = "online") -> tuple[nn.Module, dict]:
+    """The online or the target encoder, in evaluation mode, and the description of a ckpt or encoder.safetensors.
 
-    Raises ModelError as `load` does, and if a tensor is missing, superfluous or of another shape than described.
+    Raises ModelError as `load` does, if a tensor is missing, superfluous or of another shape than described, and if the
+    file holds no target.
     """
     tensors, description = load(path)
     try:
         settings = description["settings"]
         _ = [settings[key] for key in ("dataset", "data_dir", "seed")], [description["view"][key] for key in VIEW]
-        name, stem = settings["model"], settings["stem"]
         if description["holds"] == "encoder":
-            network = encoder = build_encoder(name, stem)
+            network = encoder = build_encoder(settings["model"], settings["stem"], settings["norm"])
         else:
-            network = BYOL(name, stem, settings["hidden_dim"], settings["out_dim"])
+            network = build(**settings)
             encoder = network.encoder
     except (KeyError, TypeError) as e:
         raise ModelError(f"{path}: its description is not one that pretrain.py writes ({e!r})") from e
+    if net == "target":
+        if not hasattr(network, "target"):
+            raise ModelError(f"{path}: holds no target network; a ckpt.safetensors of --method byol does")
+        encoder = network.target.encoder
     expected = network.state_dict()
     for kind, names in (("missing", expected.keys() - tensors), ("superfluous", tensors.keys() - expected)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ModelError(f"{path}: {kind}, for a {name} as described: {', '.join(sorted(names)[:3])}{more}")
+            raise ModelError(f"{path}: {kind}, for what is described: {', '.join(sorted(names)[:3])}{more}")
     for key, x in expected.items():
         if x.shape != tensors[key].shape:
-            shapes = f"{tuple(tensors[key].shape)}, where a {name} as described has {tuple(x.shape)}"
+            shapes = f"{tuple(tensors[key].shape)}, where what is described has {tuple(x.shape)}"
             raise ModelError(f"{path}: {key} is {shapes}")
     network.load_state_dict(tensors)
     return encoder.eval(), description

@@ -1,4 +1,4 @@
-"""Pre-train an image encoder by BYOL, with or without the paper's regularizers.
+"""Pre-train an image encoder by BYOL or SimCLR, with or without the paper's regularizers.
 
     accelerate launch pretrain.py --reg amhe --s 2
 
@@ -32,7 +32,10 @@ import cli
 import data
 import models
 from knn_eval import nearest_neighbours
-from regularizers import alignment, amhe, mhe, uniformity, unit
+from regularizers import alignment, amhe, info_nce, mhe, uniformity, unit
+from views import two_views
+
+Pair = tuple[Tensor, Tensor]  # of both views
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,26 @@ class Recipe:
     tau: float  # of the target's moving average at the start; it ends at 1
     hidden_dim: int
     out_dim: int
+    energy_weight: float  # lambda of mhe and amhe
+    temperature: float  # of simclr
     eval_every: int  # epochs
 
 
+# Rates, batches, epochs, warm-up, tau, weight decay: Appendix B.2; the decay that it leaves out for CIFAR and STL-10 is
+# ImageNet's. Heads: Section 3.6. lambda: Appendix C.1, for ImageNet Section 4. Temperatures, which the paper does not
+# give: SimCLR's. photos is ours: three minutes on two cores; so few steps want a large rate and a slow target.
 RECIPES = {
-    # ours: tuned on the photographs for three minutes on two cores; so few steps want a large rate and a slow target
-    "photos": Recipe(8, 64, 6, 1e-6, 0, 0.996, 512, 256, 1),
-    # Appendix B.2, CIFAR for 300 epochs; heads of Section 3.6; the weight decay, missing there, is that of ImageNet
-    "cifar10": Recipe(300, 1024, 1.5, 1e-6, 10, 0.99, 4096, 256, 10),
-}
-WEIGHTS = {"none": 0.0, "mhe": 10.0, "amhe": 10.0, "uniform": 0.125}  # lambda: Appendix C.1, Section 4
+    #                     epochs batch    lr   decay warm-up  tau  hidden  out lambda temp. eval
+    "photos":        Recipe(   8,   64,    6,   1e-6,  0, 0.996,   512, 256,  10,   0.5,    1),
+    "cifar10-300":   Recipe( 300, 1024,  1.5,   1e-6, 10,  0.99,  4096, 256,  10,   0.5,   10),
+    "cifar10-1000":  Recipe(1000, 1024,  1.0,   1e-6, 10, 0.996,  4096, 256,  10,   0.5,   10),
+    "cifar100-300":  Recipe( 300, 1024,  1.5,   1e-6, 10,  0.99,  4096, 256,  10,   0.5,   10),
+    "cifar100-1000": Recipe(1000, 1024,  1.0,   1e-6, 10, 0.996,  4096, 256,  10,   0.5,   10),
+    "stl10-1000":    Recipe(1000, 1024, 0.45,   1e-6, 10, 0.996,  4096, 256,  10,   0.5,   10),
+    "imagenet-300":  Recipe( 300,  512,  0.3,   1e-6, 10,  0.99,  4096, 256,   1,   0.1,   10),
+    "imagenet-1000": Recipe(1000, 4096,  0.2, 1.5e-6, 10, 0.996,  4096, 256,   1,   0.1,   10),
+}  # fmt: skip
+UNIFORMITY_WEIGHT = 0.125  # lambda of uniform, Section 4
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what lambda weighs
 
 
@@ -64,55 +77,72 @@ def pretrain(
     *,
     dataset: str = "photos",
     data_dir: str = "data",
+    recipe: Literal[*RECIPES] | None = None,
+    method: Literal["byol", "simclr"] = "byol",
     model: str = "resnet18",
     stem: Literal["cifar", "imagenet"] | None = None,
+    norm: Literal["bn", "none"] = "bn",
     reg: Literal["none", "mhe", "amhe", "uniform"] = "none",
     s: Annotated[float, ">= 0"] = 2.0,
     weight: Annotated[float, ">= 0"] | None = None,
-    reg_on: tuple[Literal["encoder", "projector", "predictor"], ...] = ("projector", "predictor"),
+    reg_on: tuple[Literal["encoder", "projector", "predictor"], ...] | None = None,
+    temperature: Annotated[float, "> 0"] | None = None,
     epochs: Annotated[int, ">= 1"] | None = None,
     batch_size: Annotated[int, ">= 2"] | None = None,
+    accumulate: Annotated[int, ">= 1"] = 1,
     lr: Annotated[float, "> 0", "< 1e6"] | None = None,
     weight_decay: Annotated[float, ">= 0"] | None = None,
     warmup: Annotated[float, ">= 0"] | None = None,
     tau: Annotated[float, ">= 0", "<= 1"] | None = None,
     hidden_dim: Annotated[int, ">= 1", "<= 65536"] | None = None,
     out_dim: Annotated[int, ">= 1", "<= 65536"] | None = None,
+    blur_p: Annotated[float, ">= 0", "<= 1"] | None = None,
+    eval_crop: Annotated[float, "> 0", "<= 1"] = data.EVAL_CROP,
+    holdout: bool = False,
     seed: Annotated[int, ">= 0", "< 1e9"] = 0,
     out: str | None = None,
     eval_every: Annotated[int, ">= 0"] | None = None,
 ):
-    """Pre-train a ResNet by BYOL. None = the value of the data set's recipe, which is printed before the first step.
+    """Pre-train an encoder by BYOL or SimCLR. None = the value of the recipe, which is printed before the first step.
 
     Args:
-        dataset: photos (embedded), cifar10, or a folder with train/ and test/ of one sub-folder of pictures a class
-        data_dir: where cifar10 lies or is downloaded to
-        model: any ResNet of timm
+        dataset: photos (embedded), cifar10, cifar100, stl10, imagenet, or a folder with train/ and test/ (or val/)
+        data_dir: where cifar10, cifar100 and stl10 lie or are downloaded to; the folder of imagenet
+        recipe: a row of the table of recipes; None = the data set's shorter one, for a folder cifar10-300
+        method: byol or simclr
+        model: any ResNet of timm, or alexnet
         stem: cifar (3x3, no pooling) or imagenet; None = the data set's
-        reg: none (BYOL), mhe or amhe (energy of the weights by chord or angle), uniform (uniformity of projections)
+        norm: bn, or none for networks without BatchNorm
+        reg: none, mhe or amhe (energy of the weights by chord or angle), uniform (uniformity of projections)
         s: power of the energy; 0 is logarithmic
-        weight: lambda of the regularizer; None = 10 for mhe and amhe, 0.125 for uniform
-        reg_on: the networks whose weights mhe and amhe regularize: any of encoder, projector, predictor
+        weight: lambda of the regularizer; None = the recipe's for mhe and amhe, 0.125 for uniform
+        reg_on: networks that mhe and amhe regularize, of encoder, projector, predictor; None = all but the encoder
+        temperature: of simclr
         epochs: length of the training
         batch_size: images in one step, over all processes
+        accumulate: micro-batches that a batch is cut into; their gradients are averaged before the step
         lr: learning rate per 256 images, after the warm-up
         weight_decay: of all weights but biases and norms
         warmup: epochs of linear warm-up; None = the recipe's, in proportion to epochs
         tau: of the target's moving average at the start; it rises to 1
         hidden_dim: width of the hidden layer of projector and predictor
         out_dim: width of the projections
+        blur_p: probability of blur in both views; None = the data set's
+        eval_crop: part of the side that the evaluation view keeps
+        holdout: judge on images held out of the training set, not on the test set
         seed: of weights, order and views
         out: run folder; None = runs/ and a name made of the flags
         eval_every: epochs between k-NN rows, 0 = never
     """
     flags = dict(locals())
-    accelerator = Accelerator()
+    accelerator = Accelerator(gradient_accumulation_steps=accumulate)
     folder = Path(out or Path("runs", run_name(flags)))
     refuse(flags, folder, accelerator.num_processes)
-    images = data.load(dataset, data_dir)
+    images = data.load(dataset, data_dir, pretraining=True)
+    images = data.hold_out(images) if holdout else images
     settings = in_force(flags, images, accelerator.num_processes)
-    view = {"size": images.size, "crop": images.eval_crop, "mean": images.mean, "std": images.std}
-    steps_per_epoch = len(images.train.labels) // settings["batch_size"]
+    view = {"size": images.size, "crop": eval_crop, "mean": images.mean, "std": images.std}
+    steps_per_epoch = len(images.pretraining.labels) // settings["batch_size"]
     steps, warmup_steps = steps_per_epoch * settings["epochs"], round(steps_per_epoch * settings["warmup"])
     peak = settings["lr"] * settings["batch_size"] / 256
 
@@ -120,29 +150,32 @@ def pretrain(
     set_seed(seed)
     network, parallel, optimizer = build(settings, accelerator)
     layers = models.neurons(network, settings["reg_on"])
-    train, test = images.train.to(accelerator.device), images.test.to(accelerator.device)
+    pretraining, train, test = (x.to(accelerator.device) for x in (images.pretraining, images.train, images.test))
     log = start_log(folder) if accelerator.is_main_process else None
     description = {"settings": settings, "view": view, **provenance()}
     if log:
         cli.emit({"stage": "pretrain", **description, **hardware(accelerator)}, log)
-        print(formula(settings, layers), file=sys.stderr)
+        print(formula(settings, layers), *in_use(flags, settings), sep="\n  ", file=sys.stderr)
     step = 0
+    share = {"parts": accumulate, "rank": accelerator.process_index, "world": accelerator.num_processes}
     with tqdm(total=steps, unit="step", disable=not log) as bar:
         for epoch in range(1, settings["epochs"] + 1):
             start, totals = time.perf_counter(), {}
-            share = accelerator.process_index, accelerator.num_processes
-            for x, _, u in data.batches(train, settings["batch_size"], seed, epoch, *share):
+            for crops, _, u in data.batches(pretraining, settings["batch_size"], images.size, seed, epoch, **share):
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(step, steps, warmup_steps, peak)
-                views = data.two_views(x, u, images.size, images.mean, images.std)
-                terms = objective(*parallel(*views), layers, settings)
-                optimizer.zero_grad()
-                accelerator.backward(terms["loss"])
-                optimizer.step()
-                network.update_target(tau_now := tau_at(step, steps, settings["tau"]))
-                totals = {name: totals.get(name, 0) + term.detach() for name, term in terms.items()}
-                step += 1
-                bar.update()
+                v1, v2 = two_views(crops, u, images.mean, images.std, settings["blur_p"], images.solarise)
+                with accelerator.accumulate(parallel):
+                    terms = objective(settings, layers, *parallel(v1, v2))
+                    accelerator.backward(terms["loss"])
+                    optimizer.step()
+                    optimizer.zero_grad()
+                totals = {name: totals.get(name, 0) + term.detach() / accumulate for name, term in terms.items()}
+                if accelerator.sync_gradients:
+                    if method == "byol":
+                        network.update_target(tau_at(step, steps, settings["tau"]))
+                    step += 1
+                    bar.update()
             row = {name: accelerator.reduce(x, "mean").item() / steps_per_epoch for name, x in totals.items()}
             images_per_s = steps_per_epoch * settings["batch_size"] / (time.perf_counter() - start)
             if not (math.isfinite(row["loss"]) and all(p.isfinite().all() for p in network.parameters())):
@@ -151,12 +184,14 @@ def pretrain(
                 continue
             if "energy" not in row:  # the objective has none: what the weights have come to
                 row |= {name: x.item() for name, x in layer_energies(layers, settings).items()}
-            row |= {"lr": group["lr"], "tau": tau_now, "images_per_s": round(images_per_s, 1)}
+            if method == "byol":
+                row["tau"] = tau_at(step - 1, steps, settings["tau"])
             where = {"stage": "pretrain", "epoch": epoch, "step": step}
-            cli.emit({**where, **row}, log)
+            cli.emit({**where, **row, "lr": group["lr"], "images_per_s": round(images_per_s, 1)}, log)
             if settings["eval_every"] and epoch % settings["eval_every"] == 0:
+                judged = {"of": "online", "split": "holdout" if holdout else "test"}
                 for k, scores in nearest_neighbours(network.encoder, train, test, view).items():
-                    cli.emit({**where, "of": "online", "k": k, **scores}, log)
+                    cli.emit({**where, **judged, "k": k, **scores}, log)
             save_pair(folder, network, {**description, "epoch": epoch})
     accelerator.end_training()
     if log:
@@ -166,20 +201,31 @@ def pretrain(
 
 
 def run_name(flags: dict) -> str:
-    """Data set, method, and every other flag that is not a default: photos-amhe-s1-seed2."""
+    """Data set, method, regularizer, and every other flag that is not a default: photos-amhe-s1-seed2."""
+    named = ("dataset", "method", "reg")
     defaults = {name: flag.default for name, flag in inspect.signature(pretrain).parameters.items()}
-    given = {name: x for name, x in flags.items() if x != defaults[name] and name not in ("dataset", "reg")}
+    given = {name: x for name, x in flags.items() if x != defaults[name] and name not in named}
     others = [name + ("+".join(x) if isinstance(x, tuple) else str(x)) for name, x in given.items()]
-    method = "byol" if flags["reg"] == "none" else flags["reg"]
-    return re.sub(r"[^\w.+-]+", "_", "-".join([Path(flags["dataset"]).resolve().name, method, *others]))[:200]
+    what = [Path(flags["dataset"]).resolve().name, flags["method"], flags["reg"]]
+    if what[2] == "none":
+        what.pop(2)
+    elif what[1] == "byol":
+        what.pop(1)
+    return re.sub(r"[^\w.+-]+", "_", "-".join([*what, *others]))[:200]
 
 
 def refuse(flags: dict, folder: Path, processes: int) -> None:
-    """UsageError for what can be seen to be wrong before anything is read."""
-    for name, reason in (("s", "energy"), ("reg_on", "energy"), ("weight", TERMS[flags["reg"]])):
-        given = flags[name] != inspect.signature(pretrain).parameters[name].default
-        if given and (reason is None or TERMS[flags["reg"]] != reason):
-            raise cli.UsageError(f"--{name} {flags[name]}: has no effect with --reg {flags['reg']}")
+    """UsageError or ModelError for what can be seen to be wrong before anything is read."""
+    term, method, model = TERMS[flags["reg"]], flags["method"], flags["model"]
+    idle = {} if term == "energy" else {"s": "reg", "reg_on": "reg"}
+    idle |= {} if term else {"weight": "reg"}
+    idle |= {"temperature": "method"} if method == "byol" else {"tau": "method"}
+    idle |= {"stem": "model"} if model == "alexnet" else {}
+    for name, other in idle.items():
+        if flags[name] != inspect.signature(pretrain).parameters[name].default:
+            raise cli.UsageError(f"--{name} {flags[name]}: has no effect with --{other} {flags[other]}")
+    if method == "simclr" and "predictor" in (flags["reg_on"] or ()):
+        raise cli.UsageError("--reg_on predictor: simclr has none; take encoder, projector or both")
     if any(os.path.exists(folder / name) for name in ("metrics.jsonl", "ckpt.safetensors", "encoder.safetensors")):
         raise cli.UsageError(f"--out {folder}: already holds a run; name another folder, or remove this one")
     if int(os.environ.get("WORLD_SIZE", 1)) != processes:
@@ -187,25 +233,42 @@ def refuse(flags: dict, folder: Path, processes: int) -> None:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but Accelerate sees {processes} process; on a machine without "
             "a GPU, set ACCELERATE_USE_CPU=true"
         )
+    recipe_of(flags)
+    with torch.device("meta"):
+        models.build_encoder(model, "imagenet")
+
+
+def recipe_of(flags: dict) -> str:
+    """The name of the recipe in force. UsageError for one that is another data set's."""
+    dataset, name = flags["dataset"], flags["recipe"]
+    own = [recipe for recipe in RECIPES if recipe.partition("-")[0] == dataset]
+    if name and own and name not in own:
+        raise cli.UsageError(f"--recipe {name}: is not for {dataset}, which has {', '.join(own)}")
+    return name or (own or ["cifar10-300"])[0]
 
 
 def in_force(flags: dict, images: data.Dataset, processes: int) -> dict:
     """Every setting with its value in force. Raises UsageError where they do not go together."""
-    recipe = RECIPES.get(flags["dataset"], RECIPES["cifar10"])
-    epochs, n = flags["epochs"] or recipe.epochs, len(images.train.labels)
-    derived = {"stem": images.stem, "weight": WEIGHTS[flags["reg"]], "warmup": recipe.warmup * epochs / recipe.epochs}
+    name = recipe_of(flags)
+    recipe, n = RECIPES[name], len(images.pretraining.labels)
+    epochs, term = flags["epochs"] or recipe.epochs, TERMS[flags["reg"]]
+    weights = {None: 0.0, "energy": float(recipe.energy_weight), "uniformity": UNIFORMITY_WEIGHT}
+    derived = {"recipe": name, "stem": images.stem, "weight": weights[term], "blur_p": images.blur}
+    derived |= {"warmup": recipe.warmup * epochs / recipe.epochs, "reg_on": ("projector", "predictor")}
     defaults = asdict(recipe) | derived
-    settings = {name: defaults.get(name) if x is None else x for name, x in flags.items() if name != "out"}
-    settings["reg_on"] = [part for part in ("encoder", "projector", "predictor") if part in flags["reg_on"]]
-    batch_size, warmup = settings["batch_size"], settings["warmup"]
+    settings = {flag: defaults.get(flag) if x is None else x for flag, x in flags.items() if flag != "out"}
+    parts = ("encoder", "projector", *["predictor"] * (flags["method"] == "byol"))
+    settings["reg_on"] = [part for part in parts if part in settings["reg_on"]]
+    if flags["blur_p"] is not None:
+        settings["blur_p"] = (flags["blur_p"],) * 2
+    batch_size, warmup, share = settings["batch_size"], settings["warmup"], processes * settings["accumulate"]
     if warmup >= epochs:
         raise cli.UsageError(f"--warmup {warmup}: has to be shorter than the training, {epochs} epochs")
     if batch_size > n:
         raise cli.UsageError(f"--batch_size {batch_size}: {flags['dataset']} has {n} images to train on; take fewer")
-    if batch_size % processes or batch_size < 2 * processes:
-        raise cli.UsageError(
-            f"--batch_size {batch_size}: has to be a multiple of the {processes} processes, twice or more"
-        )
+    if batch_size % share or batch_size < 2 * share:
+        among = f"{settings['accumulate']} micro-batches of {processes} process{'es' * (processes > 1)}"
+        raise cli.UsageError(f"--batch_size {batch_size}: has to be a multiple of {share}, twice or more, for {among}")
     return settings
 
 
@@ -229,7 +292,7 @@ def use_cores(accelerator: Accelerator) -> None:
 
 def build(settings: dict, accelerator: Accelerator) -> tuple[models.BYOL, torch.nn.Module, Lars]:
     """The network on its device, the same as it runs on all processes, and LARS, Appendix B.2."""
-    network = models.BYOL(settings["model"], settings["stem"], settings["hidden_dim"], settings["out_dim"])
+    network = models.build(**settings)
     optimizer = Lars(parameter_groups(network, settings["weight_decay"]), momentum=0.9, trust_coeff=1e-3)
     parallel, optimizer = accelerator.prepare(network, optimizer)
     return accelerator.unwrap_model(parallel, keep_torch_compile=False), parallel, optimizer
@@ -279,14 +342,17 @@ def tau_at(step: int, steps: int, tau: float) -> float:
     return 1 - (1 - tau) * (math.cos(math.pi * step / steps) + 1) / 2
 
 
-def objective(p: list[Tensor], z: list[Tensor], t: list[Tensor], layers: dict[str, Tensor], settings: dict) -> dict:
-    """The loss and its terms, unweighted: predictions p, projections z and the target's t are (b, out_dim) a view.
+def objective(settings: dict, layers: dict[str, Tensor], z: Pair, p: Pair | None = None, t: Pair | None = None) -> dict:
+    """The loss and its terms, unweighted, of projections z, predictions p, target projections t, (b, out_dim) a view.
 
-    byol is Eq. 3 in both directions, 0 ... 8; the loss is Eq. 7 with an energy, Eq. 4 with uniformity. alignment and
-    std of the normalised projections are for the log; std is 1 / sqrt(out_dim) where they fill the sphere, 0 where
-    they collapse.
+    byol is Eq. 3 in both directions, 0 ... 8; simclr, which has no p and t, is Eq. 1. The loss is Eq. 7 with an energy,
+    Eq. 4 with uniformity. alignment and std of the normalised projections are for the log; std is 1 / sqrt(out_dim)
+    where they fill the sphere, 0 where they collapse.
     """
-    terms = {"loss": None, "byol": alignment(p[0], t[1]) + alignment(p[1], t[0])}
+    if settings["method"] == "byol":
+        terms = {"loss": None, "byol": alignment(p[0], t[1]) + alignment(p[1], t[0])}
+    else:
+        terms = {"loss": None, "simclr": info_nce(gather(z[0]), gather(z[1]), settings["temperature"])}
     with torch.set_grad_enabled(settings["reg"] == "uniform"):
         terms["uniformity"] = sum(uniformity(gather(x)) for x in z) / 2
     with torch.no_grad():
@@ -294,7 +360,7 @@ def objective(p: list[Tensor], z: list[Tensor], t: list[Tensor], layers: dict[st
     if settings["reg"] in ("mhe", "amhe"):
         terms |= layer_energies(layers, settings)
     term = TERMS[settings["reg"]]
-    terms["loss"] = terms["byol"] + (settings["weight"] * terms[term] if term else 0)
+    terms["loss"] = terms[settings["method"]] + (settings["weight"] * terms[term] if term else 0)
     return terms
 
 
@@ -328,9 +394,12 @@ class Gather(torch.autograd.Function):
 
 def formula(settings: dict, layers: dict[str, Tensor]) -> str:
     """The objective with every number in force."""
-    reg, s, term = settings["reg"], settings["s"], TERMS[settings["reg"]]
-    lines = [f"loss = byol + {settings['weight']:g} {term}" if term else "loss = byol"]
-    lines += ["byol = E |p1 - t2|^2 + E |p2 - t1|^2 of unit rows, 0 ... 8 (Eq. 3 in both directions)"]
+    method, reg, s, term = settings["method"], settings["reg"], settings["s"], TERMS[settings["reg"]]
+    lines = [f"loss = {method}" + (f" + {settings['weight']:g} {term}" if term else "")]
+    if method == "byol":
+        lines += ["byol = E |p1 - t2|^2 + E |p2 - t1|^2 of unit rows, 0 ... 8 (Eq. 3 in both directions)"]
+    else:
+        lines += [f"simclr = E -log softmax(z_i . z_j / {settings['temperature']:g}) of unit rows (Eq. 1)"]
     if term == "uniformity":
         lines += ["uniformity = log E exp(-2 |z_i - z_j|^2) of unit rows, averaged over both views (Eq. 2)"]
     if term == "energy":
@@ -339,6 +408,18 @@ def formula(settings: dict, layers: dict[str, Tensor]) -> str:
         lines += [f"energy = sum over layers of the mean over i != j of {potential} of unit rows ({equation}, Eq. 7)"]
         lines += [f"layers: {', '.join(f'{name} ({len(w)} x {w[0].numel()})' for name, w in layers.items())}"]
     return "\n  ".join(lines)
+
+
+def in_use(flags: dict, settings: dict) -> list[str]:
+    """The numbers of the recipe that are in force, and those that a flag has put in their place."""
+    names = ["epochs", "batch_size", "lr", "weight_decay", "warmup", "hidden_dim", "out_dim"]
+    names += ["tau"] if settings["method"] == "byol" else ["temperature"]
+    names += ["weight"] if TERMS[settings["reg"]] else []
+    sources = {f"recipe {settings['recipe']}": None, "flag": None}
+    for source in sources:
+        of = [name for name in names if (flags[name] is None) != (source == "flag")]
+        sources[source] = ", ".join(f"{name} {settings[name]:g}" for name in of) or "nothing"
+    return [f"{source}: {numbers}" for source, numbers in sources.items()]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Data sets, their batches, and the views against torchvision's operations image by image."""
+"""Data sets, their splits, their batches and the evaluation view."""
 
+import dataclasses
 import math
 import pickle
 import shutil
 import struct
 
+import PIL.Image
 import pytest
 import skimage.data
 import torch
@@ -12,13 +14,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 import data
+import views
 
 BICUBIC = InterpolationMode.BICUBIC
 BOMB = b"BM" + struct.pack("<IIIIiiHHIIiiII", 99, 0, 54, 40, 99999, 99999, 1, 24, 0, 0, 0, 0, 0, 0)  # a huge picture
-
-
-def draws(n, seed=0):
-    return torch.rand(n, sum(data.DRAWS), generator=torch.Generator().manual_seed(seed))
 
 
 def test_photos(photos):
@@ -91,9 +90,9 @@ def test_a_broken_folder_is_refused(folder, tmp_path, break_it, culprit):
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(data.DataError, match="did you mean photos"):
         data.load("photo")
-    with pytest.raises(data.DataError, match="neither photos, cifar10 nor a folder"):
+    with pytest.raises(data.DataError, match="neither photos, cifar10, cifar100, stl10, imagenet nor a folder"):
         data.load(str(tmp_path / "nowhere"))
-    with pytest.raises(data.DataError, match="neither photos, cifar10 nor a folder"):
+    with pytest.raises(data.DataError, match="neither photos, cifar10, cifar100, stl10, imagenet nor a folder"):
         data.load("x" * 5000)
 
 
@@ -107,117 +106,177 @@ def test_cifar10_without_network(monkeypatch, tmp_path):
     assert not (tmp_path / "some").exists()
 
 
-def test_cifar10_in_its_format_on_disk(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_in_its_format_on_disk(name, monkeypatch, tmp_path):
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # md5 of the true files
     rows = torch.randint(256, (6, 4, 3 * 32 * 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    files = {name: {"data": x.numpy(), "labels": [0, 3, 9, i]} for i, (name, x) in enumerate(zip(names, rows))}
-    for name, content in {**files, "batches.meta": {"label_names": list("abcdefghij")}}.items():
-        (tmp_path / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(content))
-    read = data.load("cifar10", str(tmp_path))
+    if name == "cifar10":
+        folder, key, meta = "cifar-10-batches-py", "labels", ("batches.meta", {"label_names": list("abcdefghij")})
+        names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+        files = {file: {"data": x.numpy(), key: [0, 3, 9, i]} for i, (file, x) in enumerate(zip(names, rows))}
+    else:
+        folder, key, meta = "cifar-100-python", "fine_labels", ("meta", {"fine_label_names": list("abcdefghij")})
+        train = {"data": rows[:5].flatten(0, 1).numpy(), key: [0, 3, 9, 0, 0, 3, 9, 1] + [2] * 12}
+        files = {"train": train, "test": {"data": rows[5].numpy(), key: [0, 3, 9, 5]}}
+    (tmp_path / folder).mkdir()
+    for file, content in {**files, meta[0]: meta[1]}.items():
+        (tmp_path / folder / file).write_bytes(pickle.dumps(content))
+    read = data.load(name, str(tmp_path), pretraining=True)
     assert torch.equal(read.train.images, rows[:5].reshape(20, 3, 32, 32)) and read.train.images.is_contiguous()
     assert read.train.labels.tolist()[:8] == [0, 3, 9, 0, 0, 3, 9, 1] and read.test.labels.tolist() == [0, 3, 9, 5]
-    assert (read.stem, read.size, read.mean) == ("cifar", 32, (0.4914, 0.4822, 0.4465))
+    assert (read.stem, read.size, len(read.classes)) == ("cifar", 32, 10) and read.pretraining is read.train
+    pixels = (
+        (0.4914, 0.4822, 0.4465) if name == "cifar10" else (rows[:5].reshape(20, 3, -1) / 255).mean((0, 2)).tolist()
+    )
+    assert read.mean == pytest.approx(pixels, abs=1e-4) and read.blur == read.solarise == (0, 0)
+
+
+def test_a_cifar_file_with_a_wrong_checksum_is_refused(monkeypatch, tmp_path):
+    """By torchvision's own check: it then tries to download, and is without a network."""
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
+    (tmp_path / "cifar-100-python").mkdir()
+    for name in ("train", "test", "meta"):
+        (tmp_path / "cifar-100-python" / name).write_bytes(pickle.dumps({"data": []}))
+    with pytest.raises(data.DataError, match=r"dataset cifar100: cannot be read.*python version.*cifar-100-python"):
+        data.load("cifar100", str(tmp_path))
+
+
+def test_stl10_in_its_format_on_disk(monkeypatch, tmp_path):
+    """Pixels lie column by column; labels count from 1."""
+    monkeypatch.setattr("torchvision.datasets.stl10.check_integrity", lambda *_: True)
+    images = torch.randint(256, (9, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    (tmp_path / "stl10_binary").mkdir()
+    (tmp_path / "stl10_binary" / "class_names.txt").write_text("\n".join("abcdefghij"))
+    parts = {"train": (images[:4], [1, 10, 2, 3]), "test": (images[4:6], [5, 1]), "unlabeled": (images[6:], [])}
+    for part, (x, labels) in parts.items():
+        (tmp_path / "stl10_binary" / f"{part}_X.bin").write_bytes(x.mT.contiguous().numpy().tobytes())
+        if labels:
+            (tmp_path / "stl10_binary" / f"{part}_y.bin").write_bytes(bytes(labels))
+    read = data.load("stl10", str(tmp_path), pretraining=True)
+    for split, x, labels in ((read.train, images[:4], [0, 9, 1, 2]), (read.test, images[4:6], [4, 0])):
+        assert torch.equal(split.images, x) and split.labels.tolist() == labels
+    assert torch.equal(read.pretraining.images, images[6:]) and read.pretraining.labels.tolist() == [-1] * 3
+    assert (read.stem, read.size, len(read.classes)) == ("imagenet", 64, 10)
+    judged = data.load("stl10", str(tmp_path))
+    assert judged.pretraining is judged.train
+    ((crops, _, _),) = data.batches(read.pretraining, 3, 64, 0, 1)
+    assert crops.shape == (2, 3, 3, 64, 64)
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """Two classes of pictures of many sizes, in ImageNet's layout."""
+    root = tmp_path_factory.mktemp("imagenet")
+    photo = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1)
+    for part, n in (("train", 4), ("val", 2)):
+        for c, name in enumerate(("n01440764", "n01443537")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                picture = photo[:, 20 * i : 300 + 40 * i, 100 * c : 400 + 30 * i]
+                F.to_pil_image(picture).save(root / part / name / f"{i}.png")
+    return root
+
+
+def test_imagenet_is_cropped_from_its_files(imagenet):
+    """Against torchvision's resized_crop of the picture, up to the rounding of uint8 in between."""
+    read = data.load("imagenet", str(imagenet), pretraining=True)
+    assert (read.size, read.stem, read.blur, read.solarise) == (224, "imagenet", (1, 0.1), (0, 0.2))
+    assert read.train.labels.tolist() == [0] * 4 + [1] * 4 and read.pretraining is read.train
+    order = torch.cat([labels for _, labels, _ in data.batches(read.train, 4, 224, 0, 1)])
+    assert order.bincount().tolist() == [4, 4]
+    one = read.train.rows(torch.tensor([2]))
+    ((crops, _, u),) = data.batches(one, 1, 224, 0, 1)
+    image = F.pil_to_tensor(PIL.Image.open(one.images.paths[0]))
+    for mine, v in zip(crops[:, 0], u):
+        area, aspect, corner, flip = v.split(views.DRAWS, 1)[:4]
+        box = [int(x) for x in views.crop_boxes(area, aspect, corner, *image.shape[1:])]
+        theirs = F.resized_crop(image / 255, *box, [224, 224], BICUBIC, antialias=True).clamp(0, 1)
+        torch.testing.assert_close(mine, theirs.flip(2) if flip < 0.5 else theirs, rtol=0, atol=4 / 255)
+
+
+def test_evaluation_view_of_imagenet(imagenet):
+    """Resized to 256 pixels along the shorter side, then the central 224, Appendix B.5.1."""
+    read = data.load("imagenet", str(imagenet))
+    (ours,) = data.evaluation_views(read.test, 224, data.EVAL_CROP, read.mean, read.std)
+    for path, mine in zip(read.test.images.paths, ours):
+        image = F.pil_to_tensor(PIL.Image.open(path)) / 255
+        x = F.center_crop(F.resize(image, [256], BICUBIC, antialias=True).clamp(0, 1), [224, 224])
+        torch.testing.assert_close(mine, F.normalize(x, read.mean, read.std), rtol=0, atol=4 / 255 / 0.224)
+
+
+def test_a_file_that_a_worker_cannot_read_is_named(imagenet, tmp_path):
+    shutil.copytree(imagenet, tmp_path / "broken")
+    (tmp_path / "broken" / "train" / "n01440764" / "1.png").write_bytes(b"no picture")
+    read = data.load("imagenet", str(tmp_path / "broken"))
+    with pytest.raises(data.DataError, match=r"^[^\n]*n01440764/1.png: not a picture that can be read[^\n]*$"):
+        list(data.batches(read.train, 8, 224, 0, 1))
+
+
+def test_imagenet_without_its_folders(tmp_path):
+    with pytest.raises(data.DataError, match=r"dataset imagenet: --data_dir .*: no folder .*train"):
+        data.load("imagenet", str(tmp_path))
+
+
+def test_hold_out_is_of_the_training_set(photos):
+    held = data.hold_out(photos)
+    assert held.test.labels.bincount().tolist() == [20] * 10 and held.train.labels.bincount().tolist() == [180] * 10
+    assert held.pretraining is held.train
+    everything = torch.cat([held.train.images, held.test.images]).flatten(1).unique(dim=0)
+    assert torch.equal(everything, photos.train.images.flatten(1).unique(dim=0))
+    assert torch.equal(data.hold_out(photos).test.images, held.test.images)
+    apart = dataclasses.replace(photos, pretraining=photos.test)
+    assert data.hold_out(apart).pretraining is photos.test
+    with pytest.raises(data.DataError, match="class astronaut would keep none of its 200 training images"):
+        data.hold_out(dataclasses.replace(photos, holdout=200))
+    last = dataclasses.replace(photos, holdout=None)
+    with pytest.raises(data.DataError, match="holdout"):
+        data.hold_out(last)  # 10,009 images are more than all
 
 
 def test_batches_are_functions_of_seed_and_epoch():
-    split = data.Split(torch.arange(103, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2), torch.arange(103))
+    colours = torch.arange(103, dtype=torch.uint8)
+    split = data.Split(colours[:, None, None, None].expand(-1, 3, 2, 2), torch.arange(103))
 
     def epoch(*args, **kwargs):
-        return list(data.batches(split, 10, *args, **kwargs))
+        return list(data.batches(split, 10, 4, *args, **kwargs))
 
     labels = torch.cat([b[1] for b in epoch(0, 1)])
     assert len(epoch(0, 1)) == 10 and labels.unique().numel() == 100
-    assert all(torch.equal(images[:, 0, 0, 0].long(), labels) for images, labels, _ in epoch(0, 1))
+    for crops, labels_, u in epoch(0, 1):
+        assert crops.shape == (2, 10, 3, 4, 4) and u.shape == (2, 10, sum(views.DRAWS))
+        torch.testing.assert_close(crops, (labels_ / 255)[:, None, None, None].expand(2, -1, 3, 4, 4))
     assert sum(len(b[1]) for b in epoch(0, 1, drop_last=False)) == 103
+    assert epoch(0, 1, views=1)[0][0].shape == (1, 10, 3, 4, 4)
     assert all(torch.equal(x, y) for a, b in zip(epoch(0, 1), epoch(0, 1)) for x, y in zip(a, b))
     for other in (epoch(0, 2), epoch(1, 1)):
         assert not torch.equal(torch.cat([b[1] for b in other]), labels)
         assert not torch.equal(other[0][2], epoch(0, 1)[0][2])
-    for whole, left, right in zip(epoch(0, 1), epoch(0, 1, 0, 2), epoch(0, 1, 1, 2)):
-        assert torch.equal(torch.cat([left[0], right[0]]), whole[0])
-        assert torch.equal(torch.cat([left[2], right[2]], 1), whole[2])
 
 
-@pytest.mark.parametrize("height, width, size", [(32, 32, 32), (48, 40, 32), (24, 64, 32), (20, 20, 32)])
-def test_crop_flip_is_torchvisions_resized_crop(photos, height, width, size):
-    images = F.resize(photos.train.images[::40], [height, width], antialias=True)
-    u = draws(len(images))
-    area, aspect, corner, flip = u.split(data.DRAWS, 1)[:4]
-    boxes = torch.stack(data.crop_boxes(area, aspect, corner, height, width), 1).int().tolist()
-    ours = data.crop_flip(images, u, size)
-    for image, box, turned, mine in zip(images, boxes, flip < 0.5, ours):
-        theirs = F.resized_crop(image / 255, *box, [size, size], BICUBIC, antialias=True).clamp(0, 1)
-        torch.testing.assert_close(mine, F.horizontal_flip(theirs) if turned else theirs, rtol=0, atol=2e-6)
-
-
-def test_crop_boxes_have_the_papers_distribution():
-    u = draws(20_000)
-    top, left, h, w = data.crop_boxes(*u.split(data.DRAWS, 1)[:3], 224, 224)
-    area, ratio = h * w / 224**2, w / h
-    assert area.min() > 0.078 and area.max() <= 1 and ratio.min() > 0.74 and ratio.max() < 1.35
-    assert ratio.log().mean().abs() < 0.01  # logarithmic, so symmetric
-    assert (top >= 0).all() and (left >= 0).all() and (top + h <= 224).all() and (left + w <= 224).all()
-    small = area < 0.5  # there, nearly every try fits
-    assert area[small].mean().item() == pytest.approx((0.08 + 0.5) / 2, abs=0.01)
-
-
-def test_crop_of_a_picture_that_no_try_fits_is_its_centre():
-    u = draws(50)
-    area, aspect, corner = (x.clone() for x in u.split(data.DRAWS, 1)[:3])
-    area[:] = 0.99
-    top, left, h, w = data.crop_boxes(area, aspect, corner, 10, 100)
-    assert (top == 0).all() and (h == 10).all() and (w == 13).all() and (left == 43).all()
-
-
-@pytest.mark.parametrize(
-    "name, low, high", [("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2), ("hue", -0.1, 0.1)]
-)
-def test_colour_operations_are_torchvisions(photos, name, low, high):
-    x = photos.train.images[::40] / 255
-    x[0], x[1] = 0, x[1, :1]  # black, grey
-    factor = torch.linspace(low, high, len(x))
-    ours = getattr(data, name)(x, factor[:, None, None, None])
-    theirs = torch.stack([getattr(F, f"adjust_{name}")(image, f.item()) for image, f in zip(x, factor)])
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-6)
-
-
-def test_recolour_composes_them_in_each_images_order(photos):
-    x = photos.train.images[::20] / 255
-    u = draws(len(x))
-    ours = data.recolour(x.clone(), u)
-    jitter, factors, order, grey = u.split(data.DRAWS, 1)[4:]
-    assert 0.7 < (jitter < 0.8).float().mean() < 0.9 and 0.05 < (grey < 0.2).float().mean() < 0.35
-    for image, f, turn, jittered, greyed, mine in zip(x, factors, order.argsort(1), jitter < 0.8, grey < 0.2, ours):
-        values = (0.6 + 0.8 * f[0], 0.6 + 0.8 * f[1], 0.8 + 0.4 * f[2], -0.1 + 0.2 * f[3])
-        for i in turn.tolist() if jittered else []:
-            name = ("brightness", "contrast", "saturation", "hue")[i]
-            image = getattr(F, f"adjust_{name}")(image, values[i].item())
-        theirs = F.rgb_to_grayscale(image, 3) if greyed else image
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
-
-
-def test_two_views(photos):
-    images = photos.train.images[:64]
-    u = torch.stack([draws(64), draws(64, seed=1)])
-    v1, v2 = data.two_views(images, u, 32, photos.mean, photos.std)
-    again, _ = data.two_views(images, u, 32, photos.mean, photos.std)
-    assert v1.shape == v2.shape == (64, 3, 32, 32) and torch.equal(v1, again) and not torch.equal(v1, v2)
-    alone, _ = data.two_views(images[5:6], u[:, 5:6], 32, photos.mean, photos.std)
-    torch.testing.assert_close(alone[0], v1[5], rtol=0, atol=1e-5)  # a view depends on its own image and draws alone
-    lowest, highest = ((x - torch.tensor(photos.mean)) / torch.tensor(photos.std) for x in (0, 1))
-    assert (v1.amin((0, 2, 3)) >= lowest - 1e-5).all() and (v1.amax((0, 2, 3)) <= highest + 1e-5).all()
+def test_parts_and_shares_make_up_the_batch():
+    split = data.Split(torch.zeros(24, 3, 2, 2, dtype=torch.uint8), torch.arange(24))
+    whole = list(data.batches(split, 12, 4, 0, 1))
+    shares = [list(data.batches(split, 12, 4, 0, 1, parts=3, rank=rank, world=2)) for rank in range(2)]
+    for step, (_, labels, u) in enumerate(whole):
+        micro = [share[3 * step + part] for part in range(3) for share in shares]
+        assert [len(x[1]) for x in micro] == [2] * 6
+        assert torch.equal(torch.cat([x[1] for x in micro]), labels) and torch.equal(
+            torch.cat([x[2] for x in micro], 1), u
+        )
 
 
 def test_evaluation_view_is_that_of_the_appendix(photos):
     """28x28 from the centre, resized to 32x32, normalised; images of other shapes in proportion."""
-    (ours,) = data.evaluation_views(photos.test.images[:7], 32, 28 / 32, photos.mean, photos.std)
+    (ours,) = data.evaluation_views(photos.test.rows(torch.arange(7)), 32, 28 / 32, photos.mean, photos.std)
     for image, mine in zip(photos.test.images, ours):
         x = F.resize(image[:, 2:30, 2:30] / 255, [32, 32], BICUBIC, antialias=True).clamp(0, 1)
         x = (x - torch.tensor(photos.mean)[:, None, None]) / torch.tensor(photos.std)[:, None, None]
         torch.testing.assert_close(mine, x, rtol=0, atol=1e-5)
-    wide = torch.zeros(3, 3, 64, 96, dtype=torch.uint8)
+    wide = data.Split(torch.zeros(3, 3, 64, 96, dtype=torch.uint8), torch.zeros(3))
     chunks = list(data.evaluation_views(wide, 32, 28 / 32, photos.mean, photos.std, batch_size=2))
     assert [c.shape for c in chunks] == [(2, 3, 32, 32), (1, 3, 32, 32)]
 

@@ -14,7 +14,7 @@ from torch import nn
 import models
 from regularizers import alignment
 
-SETTINGS = {"model": "resnet18", "stem": "imagenet", "hidden_dim": 16, "out_dim": 8}
+SETTINGS = {"method": "byol", "model": "resnet18", "stem": "imagenet", "norm": "bn", "hidden_dim": 16, "out_dim": 8}
 SETTINGS |= {"dataset": "photos", "data_dir": "data", "seed": 0}
 VIEW = {"size": 32, "crop": 0.875, "mean": [0.5] * 3, "std": [0.2] * 3}
 
@@ -22,7 +22,7 @@ VIEW = {"size": 32, "crop": 0.875, "mean": [0.5] * 3, "std": [0.2] * 3}
 @pytest.fixture(scope="module")
 def byol():
     torch.manual_seed(0)
-    return models.BYOL("resnet18", "imagenet", 16, 8)
+    return models.BYOL("resnet18", "imagenet", "bn", 16, 8)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_other_names_are_refused(name, hint):
 
 def test_forward_and_where_gradients_go(byol):
     v1, v2 = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    p, z, t = byol(v1, v2)
+    z, p, t = byol(v1, v2)
     assert [x.shape for x in (*p, *z, *t)] == [(4, 8)] * 6
     (alignment(p[0], t[1]) + alignment(p[1], t[0])).backward()
     assert all(x.grad is None for x in byol.target.parameters())
@@ -98,7 +98,7 @@ def test_views_in_one_batch_are_views_one_after_the_other(byol):
     plain[1].load_state_dict(ours.projector.state_dict())
     v1, v2 = torch.randn(2, 4, 3, 64, 64, dtype=torch.float64)
     views = v1, 2 * v2 + 1
-    z, each = ours(*views)[1], [plain(v) for v in views]
+    z, each = ours(*views)[0], [plain(v) for v in views]
     torch.testing.assert_close(list(z), each)
     buffers = [*ours.encoder.buffers(), *ours.projector.buffers()]
     torch.testing.assert_close(buffers, list(plain.buffers()))
@@ -110,7 +110,7 @@ def test_views_in_one_batch_are_views_one_after_the_other(byol):
 
 
 def test_target_is_a_moving_average(byol):
-    byol = models.BYOL("resnet18", "imagenet", 16, 8)
+    byol = models.BYOL("resnet18", "imagenet", "bn", 16, 8)
     assert all(torch.equal(x, y) for x, y in zip(byol.target.encoder.parameters(), byol.encoder.parameters()))
     with torch.no_grad():
         for x in byol.parameters():
@@ -135,7 +135,7 @@ def test_neurons(byol):
     }
     encoder = models.neurons(byol, ["encoder"])
     assert len(encoder) == 20 and encoder["encoder.conv1"] is byol.encoder.conv1.weight
-    grouped = models.BYOL("resnext50_32x4d", "imagenet", 16, 8)
+    grouped = models.BYOL("resnext50_32x4d", "imagenet", "bn", 16, 8)
     assert models.neurons(grouped, ["projector"])
     with pytest.raises(models.ModelError, match="grouped"):
         models.neurons(grouped, ["encoder"])
@@ -224,7 +224,7 @@ def rewrite(path, tensors=None, **changes):
         ),
         (lambda p: rewrite(p, lambda t: {**t, "encoder.extra": torch.ones(2)}), "superfluous.*encoder.extra"),
         (lambda p: rewrite(p, lambda t: {**t, "encoder.bn1.bias": torch.ones(2)}), r"encoder.bn1.bias is \(2,\)"),
-        (lambda p: rewrite(p, settings=SETTINGS | {"model": "resnet34"}), "missing, for a resnet34"),
+        (lambda p: rewrite(p, settings=SETTINGS | {"model": "resnet34"}), "missing, for what is described"),
         (lambda p: rewrite(p, settings=SETTINGS | {"out_dim": 9}), r"projector.out.weight is \(8, 16\)"),
         (lambda p: rewrite(p, settings=SETTINGS | {"model": "resnet17"}), "resnet17"),
         (lambda p: rewrite(p, settings={}), "not one that pretrain.py writes"),

@@ -16,6 +16,7 @@ from knn_eval import knn_eval, vote
 from linear_eval import linear_eval
 from pretrain import lr_at, parameter_groups, pretrain, tau_at
 from regularizers import energy_by_definition, mhe
+from views import two_views
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 16 --epochs 2 --eval_every 1 --lr 8".split()
@@ -101,15 +102,15 @@ def test_one_step_is_the_one_written_by_hand(command, folder, tmp_path):
     tensors, _ = models.load(tmp_path / "run" / "ckpt.safetensors")
 
     torch.manual_seed(5)
-    network = models.BYOL("resnet18", "imagenet", 32, 16)
+    network = models.BYOL("resnet18", "imagenet", "bn", 32, 16)
     before = {name: x.clone() for name, x in network.state_dict().items()}
     pictures = data.load(str(folder))
-    ((x, _, u),) = data.batches(pictures.train, 48, 5, 1)
-    views = data.two_views(x, u, 32, pictures.mean, pictures.std)
-    z1, z2 = (network.projector(network.encoder(v)) for v in views)
-    p1, p2 = network.predictor(z1), network.predictor(z2)
+    ((crops, _, u),) = data.batches(pictures.train, 48, 32, 5, 1)
+    both = torch.cat(two_views(crops, u, pictures.mean, pictures.std))
+    z1, z2 = (z := network.projector(network.encoder(both))).chunk(2)
+    p1, p2 = network.predictor(z).chunk(2)
     with torch.no_grad():
-        t1, t2 = (network.target.projector(network.target.encoder(v)) for v in views)
+        t1, t2 = network.target.projector(network.target.encoder(both)).chunk(2)
 
     def distance(a, b):
         return (2 - 2 * torch.nn.functional.cosine_similarity(a, b)).mean()
@@ -192,7 +193,10 @@ def test_energy_falls_when_it_is_all_that_counts(command, folder, tmp_path):
     "flags, line",
     [
         ("--regg amhe", "--regg: no such flag; did you mean --reg?"),
-        ("--dataset photo", "dataset photo: neither photos, cifar10 nor a folder (did you mean photos?)"),
+        (
+            "--dataset photo",
+            "dataset photo: neither photos, cifar10, cifar100, stl10, imagenet nor a folder (did you mean photos?)",
+        ),
         ("--dataset .", "no folder train; train/ and test/ (or val/) hold one sub-folder of pictures a class"),
         ("--model resnet19", "model resnet19: not a name timm knows (did you mean resnet18?)"),
         ("--model vit_tiny_patch16_224", "model vit_tiny_patch16_224: not a ResNet"),
@@ -290,7 +294,7 @@ def test_schedules_are_those_of_appendix_b2():
 
 
 def test_lars_leaves_biases_and_norms_alone():
-    network = models.BYOL("resnet18", "imagenet", 32, 16)
+    network = models.BYOL("resnet18", "imagenet", "bn", 32, 16)
     adapted, plain = parameter_groups(network, 1e-6)
     assert all(p.ndim > 1 for p in adapted["params"]) and all(p.ndim == 1 for p in plain["params"])
     assert adapted["weight_decay"] == 1e-6 and adapted["always_adapt"] and plain["weight_decay"] == 0

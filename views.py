@@ -1,0 +1,155 @@
+"""The two views of BYOL, Appendix B.5: crop and flip, colour jitter, grey, blur, solarisation, normalisation.
+
+    crops = torch.stack([crop_flip(images, v, size) for v in u])    # u: draws (2, b, sum(DRAWS)), uniform on [0, 1)
+    v1, v2 = two_views(crops, u, mean, std)
+
+All on batches of images, on their device, each image with draws of its own; torchvision's transforms draw once a batch.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+from torchvision.transforms.v2 import functional as F
+
+# How many of an image's uniform draws each choice of a view takes: area, aspect (a crop is tried ten times, as
+# torchvision does), corner, flip, jitter, its factors, its order, grey, blur, its width, solarisation.
+DRAWS = (10, 10, 2, 1, 1, 4, 4, 1, 1, 1, 1)
+
+
+def two_views(
+    crops: Tensor,
+    u: Tensor,
+    mean: tuple,
+    std: tuple,
+    blur: tuple[float, float] = (0.0, 0.0),
+    solarise: tuple[float, float] = (0.0, 0.0),
+) -> tuple[Tensor, Tensor]:
+    """The two views (b, 3, size, size) of crops (2, b, 3, size, size) in [0, 1], Appendix B.5; changes crops in place.
+
+    u: draws (2, b, sum(DRAWS)), uniform on [0, 1). After crop and flip come colour jitter, grey, blur and solarisation,
+    the last two with a probability for each view, then normalisation by mean and std.
+    """
+    views = []
+    for x, v, blurred, solarised in zip(crops, u, blur, solarise):
+        x = recolour(x, v)
+        *_, p, width, q = v.split(DRAWS, 1)
+        if len(rows := (p[:, 0] < blurred).nonzero()[:, 0].to(x.device)):
+            x[rows] = gaussian_blur(x[rows], (0.1 + 1.9 * width)[p < blurred].to(x.device))
+        if len(rows := (q[:, 0] < solarised).nonzero()[:, 0].to(x.device)):
+            x[rows] = torch.where(x[rows] >= 0.5, 1 - x[rows], x[rows])
+        views.append(normalise(x, mean, std))
+    return tuple(views)
+
+
+def normalise(x: Tensor, mean: tuple, std: tuple) -> Tensor:
+    """x (b, 3, h, w) in [0, 1], less the mean and over the std of each channel."""
+    return F.normalize(x, list(mean), list(std))
+
+
+def crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
+    """Random resized crop (8-100 % of the area, aspect 3/4-4/3, bicubic) and flip, Appendix B.5.
+
+    uint8 (b, 3, h, w) to (b, 3, size, size) in [0, 1]. Crop, antialiased resize and flip of an image are together
+    W_y @ image @ W_x^T, with one row of weights per output pixel.
+    """
+    height, width = images.shape[2:]
+    area, aspect, corner, flip = u.split(DRAWS, 1)[:4]
+    top, left, h, w = (x.to(images.device) for x in crop_boxes(area, aspect, corner, height, width))
+    w_y = _resampling(top, h, size, height)[:, None]
+    w_x = _resampling(left, w, size, width)
+    w_x = torch.where((flip < 0.5)[:, :, None].to(images.device), w_x.flip(1), w_x)[:, None]
+    return (w_y @ (images.float() / 255) @ w_x.mT).clamp_(0, 1)  # bicubic weights overshoot
+
+
+def crop_boxes(
+    area: Tensor, aspect: Tensor, corner: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Top, left, height and width (b,) of crops: the first of an image's ten tries that fits, else its centre."""
+    area = (0.08 + 0.92 * area) * height * width
+    ratio = torch.exp((2 * aspect - 1) * math.log(4 / 3))
+    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)
+    first = fits.int().argmax(1, keepdim=True)
+    some = fits.any(1)
+    h = torch.where(some, h.gather(1, first)[:, 0], min(height, round(width * 4 / 3)))
+    w = torch.where(some, w.gather(1, first)[:, 0], min(width, round(height * 4 / 3)))
+    top = torch.where(some, corner[:, 0] * (height - h + 1), (height - h) / 2).floor()
+    left = torch.where(some, corner[:, 1] * (width - w + 1), (width - w) / 2).floor()
+    return top, left, h, w
+
+
+def _resampling(start: Tensor, length: Tensor, size: int, full: int) -> Tensor:
+    """Weights (b, size, full) that resize `length` of `full` pixels from `start` on to `size`: Pillow's bicubic."""
+    start, length = start[:, None, None], length[:, None, None]
+    pixel = torch.arange(full, device=start.device) - start
+    scale = length / size
+    target = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
+    x = ((pixel + 0.5 - target) / scale.clamp_min(1)).abs()
+    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)  # a = -1/2
+    weight = weight.masked_fill((x >= 2) | (pixel < 0) | (pixel >= length), 0)
+    return weight / weight.sum(2, keepdim=True)
+
+
+def recolour(x: Tensor, u: Tensor) -> Tensor:
+    """Colour jitter with probability 0.8, greyscale with 0.2, of images x (b, 3, h, w) in [0, 1]; changes x in place.
+
+    Strengths are BYOL's: brightness and contrast 0.4, saturation 0.2, hue 0.1. Each image has an order of its own.
+    """
+    jitter, factors, order, grey = u.split(DRAWS, 1)[4:8]
+    factors = (2 * factors - 1) * torch.tensor([0.4, 0.4, 0.2, 0.1]) + torch.tensor([1, 1, 1, 0])
+    order = order.argsort(1).masked_fill(jitter >= 0.8, -1)
+    for turn in order.unbind(1):
+        for i, adjust in enumerate((brightness, contrast, saturation, hue)):
+            if len(rows := (turn == i).nonzero()[:, 0]):
+                rows, factor = rows.to(x.device), factors[rows, i].to(x.device)
+                x[rows] = adjust(x[rows], factor[:, None, None, None])
+    return torch.where((grey < 0.2)[:, :, None, None].to(x.device), luma(x), x)
+
+
+def luma(x: Tensor) -> Tensor:
+    """0.2989 r + 0.5870 g + 0.1140 b of images (b, 3, h, w): (b, 1, h, w), Appendix B.5."""
+    r, g, b = x.unbind(1)
+    return (0.2989 * r + 0.587 * g + 0.114 * b)[:, None]
+
+
+def brightness(x: Tensor, factor: Tensor) -> Tensor:
+    """Images x (b, 3, h, w) in [0, 1], drawn to or from black. `factor` is (b, 1, 1, 1), here and below."""
+    return (factor * x).clamp_(0, 1)
+
+
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Images x (b, 3, h, w) in [0, 1], drawn to or from the mean of their luma."""
+    return (factor * x + (1 - factor) * luma(x).mean((2, 3), keepdim=True)).clamp_(0, 1)
+
+
+def saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Images x (b, 3, h, w) in [0, 1], drawn to or from their luma."""
+    return (factor * x + (1 - factor) * luma(x)).clamp_(0, 1)
+
+
+def hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Images x (b, 3, h, w) in [0, 1], with the hue of each pixel turned by `shift` of a full turn."""
+    high, low = x.amax(1), x.amin(1)
+    chroma = high - low
+    r, g, b = (x / chroma.clamp_min(1e-12)[:, None]).unbind(1)  # a grey pixel has no chroma to turn
+    sextant = torch.where(high == x[:, 0], g - b, torch.where(high == x[:, 1], 2 + b - r, 4 + r - g))
+    k = (sextant[:, None] + 6 * shift + torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]).remainder(6)
+    return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Images x (b, 3, n, n), each blurred with its sigma (b,), in pixels; 23x23 at 224 pixels, Appendix B.5.
+
+    The kernel has an odd side of about n / 10 and sees the image reflected at its edges. Both directions are one matrix
+    each, as in `crop_flip`.
+    """
+    n, r = x.shape[-1], x.shape[-1] // 20
+    offset = torch.arange(-r, r + 1, device=x.device)
+    source = torch.arange(n, device=x.device)[:, None] + offset  # of pixel i at each offset; -1 is 1, n is n - 2
+    source = (n - 1) - ((n - 1) - source.abs()).abs()
+    kernel = torch.exp(-0.5 * (offset / sigma[:, None]).square())
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    w = torch.einsum("bk,ikj->bij", kernel, one_hot(source, n).to(x.dtype))[:, None]
+    return w @ x @ w.mT
