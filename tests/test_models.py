@@ -48,6 +48,21 @@ def test_parameters_are_those_counted_by_hand():
     body = 2 * 64 + stage(64, 64) + stage(64, 128) + stage(128, 256) + stage(256, 512)
     assert count(models.build_encoder("resnet18", "imagenet")) == 7 * 7 * 3 * 64 + body
     assert count(models.build_encoder("resnet18", "cifar")) == 3 * 3 * 3 * 64 + body
+
+    def bottlenecks(i, width, n):
+        first = i * width + 9 * width**2 + 4 * width**2 + 2 * (2 * width + 4 * width)
+        others = 4 * width**2 + 9 * width**2 + 4 * width**2 + 2 * (2 * width + 4 * width)
+        return first + (n - 1) * others + 4 * width * i + 2 * 4 * width
+
+    body = (
+        2 * 64
+        + bottlenecks(64, 64, 3)
+        + bottlenecks(256, 128, 4)
+        + bottlenecks(512, 256, 6)
+        + bottlenecks(1024, 512, 3)
+    )
+    assert count(models.build_encoder("resnet50", "imagenet")) == 7 * 7 * 3 * 64 + body
+    assert count(models.build_encoder("resnet50", "cifar")) == 3 * 3 * 3 * 64 + body
     assert count(models.mlp(512, 4096, 256)) == 512 * 4096 + 4096 + 2 * 4096 + 4096 * 256
 
 
@@ -65,6 +80,29 @@ def test_cifar_stem_starts_as_timms_convolutions_do():
 
 def test_residual_branches_start_at_one():
     assert models.build_encoder("resnet18", "imagenet").layer4[1].bn2.weight.min() == 1
+
+
+def test_alexnet_takes_images_of_any_size():
+    alexnet = models.build_encoder("alexnet", "cifar").eval()
+    for size in (28, 32, 64):
+        assert alexnet(torch.zeros(2, 3, size, size)).shape == (2, alexnet.num_features)
+    assert sum(isinstance(x, (nn.Conv2d, nn.Linear)) for x in alexnet.modules()) == 7
+    assert len(models.neurons(models.BYOL("alexnet", "cifar", "bn", 16, 2), ["encoder", "projector"])) == 9
+
+
+@pytest.mark.parametrize("name", ["resnet18", "alexnet"])
+def test_without_norm_there_is_none(name):
+    """Every BatchNorm of f, g and q is gone, Table 4, and nothing else."""
+    whole, bare = (models.BYOL(name, "imagenet", norm, 16, 8).state_dict() for norm in ("bn", "none"))
+    norms = {key.rpartition(".")[0] for key in whole if key.endswith("running_mean")}
+    assert norms and bare.keys() == {key for key in whole if key.rpartition(".")[0] not in norms}
+
+
+def test_simclr_is_byols_encoder_and_projector(byol):
+    simclr = models.SimCLR("resnet18", "imagenet", "bn", 16, 8)
+    simclr.load_state_dict({k: x for k, x in byol.state_dict().items() if k.startswith(("encoder.", "projector."))})
+    views = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(simclr(*views)[0], byol(*views)[0])
 
 
 @pytest.mark.parametrize(

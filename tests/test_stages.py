@@ -15,7 +15,7 @@ import models
 from knn_eval import knn_eval, vote
 from linear_eval import linear_eval
 from pretrain import lr_at, parameter_groups, pretrain, tau_at
-from regularizers import energy_by_definition, mhe
+from regularizers import alignment, energy_by_definition, mhe, uniformity
 from views import two_views
 
 ROOT = Path(__file__).parent.parent
@@ -131,6 +131,40 @@ def test_one_step_is_the_one_written_by_hand(command, folder, tmp_path):
                 torch.testing.assert_close(tensors[f"target.{name}"], target, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("reg", ["mhe", "uniform"])
+def test_accumulation_averages_gradients_over_micro_batches(command, folder, tmp_path, reg):
+    """One step on 48 images in 8 parts: the large batch's for BYOL and energies, an average of parts for uniformity."""
+    flags = "--stem imagenet --norm none --hidden_dim 32 --out_dim 16 --batch_size 48 --epochs 1 --lr 8".split()
+    flags += ["--reg", reg, "--weight", 3]
+    one = command(pretrain, "--dataset", folder, *flags, "--out", "one")[1][1]
+    eight = command(pretrain, "--dataset", folder, *flags, "--accumulate", 8, "--out", "eight")[1][1]
+    assert eight["step"] == one["step"] == 1 and eight["byol"] == pytest.approx(one["byol"], rel=1e-5)
+    assert eight["lr"] == one["lr"] == 8 * 48 / 256
+
+    torch.manual_seed(0)
+    network = models.BYOL("resnet18", "imagenet", "none", 32, 16)
+    before = {name: x.clone() for name, x in network.named_parameters()}
+    pictures, loss = data.load(str(folder)), 0
+    for crops, _, u in data.batches(pictures.train, 48, 32, 0, 1, parts=8):
+        z, p, t = network(*two_views(crops, u, pictures.mean, pictures.std))
+        loss += (alignment(p[0], t[1]) + alignment(p[1], t[0])) / 8
+        loss += 3 * (uniformity(z[0]) + uniformity(z[1])) / 2 / 8 if reg == "uniform" else 0
+    loss += 3 * sum(mhe(w) for w in models.neurons(network, ("projector", "predictor")).values()) if reg == "mhe" else 0
+    loss.backward()
+    assert eight["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for run, same in (("eight", True), ("one", reg == "mhe")):
+        tensors = models.load(tmp_path / run / "ckpt.safetensors")[0]
+        steps = {name: tensors[name] - x for name, x in before.items() if x.requires_grad}
+        expected = {
+            name: -1.5 * lars_direction(before[name], dict(network.named_parameters())[name].grad, 1e-6)
+            for name in steps
+        }
+        off = sum((steps[n] - x).norm() ** 2 for n, x in expected.items()) / sum(
+            x.norm() ** 2 for x in expected.values()
+        )
+        assert (off < 1e-6) == same, (run, off)
+
+
 def lars_direction(w, grad, weight_decay):
     """You et al. (2017): the decayed gradient at 1e-3 of the weight's norm; biases and norms take the bare gradient."""
     if w.ndim == 1:
@@ -147,6 +181,38 @@ def test_both_files_are_judged_alike(command, trained, file):
     assert code == 0 and [row["epoch"] for row in probe] == [1, 2, 3, 4, 4] and probe[-1]["features"] == "augmented"
     assert probe[-1]["top1"] > 40 and probe[-1]["top5"] == 100
     assert rows_of(trained)[-14:] == rows + probe
+
+
+def test_the_target_and_another_crop_are_judged(command, trained):
+    of = ["--k", 5, "--nofloors"]
+    _, (online,), _ = command(knn_eval, trained / "ckpt.safetensors", *of)
+    _, (target,), _ = command(knn_eval, trained / "ckpt.safetensors", *of, "--net", "target", "--eval_crop", "1")
+    assert (online["net"], online["eval_crop"]) == ("online", 0.875) and (target["net"], target["eval_crop"]) == (
+        "target",
+        1,
+    )
+    online, _ = models.load_encoder(trained / "ckpt.safetensors")
+    target, _ = models.load_encoder(trained / "ckpt.safetensors", "target")
+    tensors, _ = models.load(trained / "ckpt.safetensors")
+    assert torch.equal(target.conv1.weight, tensors["target.encoder.conv1.weight"])
+    assert not torch.equal(target.conv1.weight, online.conv1.weight)
+    code, _, err = command(linear_eval, trained / "encoder.safetensors", "--net", "target")
+    assert code == 2 and "encoder.safetensors: holds no target network" in err
+
+
+@pytest.mark.parametrize("cached", [[], ["--cached"]])
+def test_a_sweep_takes_the_best_rate_on_the_hold_out(command, trained, cached):
+    """Of each class, the folder's 16 training images give 2; the test set is judged once, at the end."""
+    flags = ["--sweep", "--epochs", 2, "--batch_size", 20, *cached]
+    code, rows, _ = command(linear_eval, trained / "encoder.safetensors", *flags)
+    assert code == 0
+    tops = {row["sweep"]: row["top1"] for row in rows if row.get("split") == "holdout"}
+    assert list(tops) == [0.4, 0.3, 0.2, 0.1, 0.05]
+    last = rows[-1]
+    assert last["swept"] and tops[last["lr"]] == max(tops.values()) and (last["split"], last["train"]) == ("test", 48)
+    assert [row.get("split") for row in rows].count("test") == 1
+    code, _, err = command(linear_eval, trained / "encoder.safetensors", "--sweep", "--lr", "0.1")
+    assert code == 2 and "--lr 0.1: has no effect with --sweep" in err
 
 
 def test_a_checkpoint_judges_another_set(command, trained):
@@ -167,17 +233,35 @@ def test_a_checkpoint_elsewhere_is_judged_without_a_log(command, trained, tmp_pa
         ("--reg uniform --weight 0.5", "byol + 0.5 uniformity"),
         ("--reg amhe --s 0 --reg_on encoder", "log(1 / arccos(w_i . w_j))"),
         ("--reg mhe --s 1.5 --reg_on predictor,encoder,projector --weight 1", "|w_i - w_j|^-1.5"),
+        ("--method simclr", "E -log softmax(z_i . z_j / 0.5)"),
+        ("--method simclr --reg amhe --temperature 0.1", "loss = simclr + 10 energy"),
+        ("--method simclr --reg uniform", "loss = simclr + 0.125 uniformity"),
+        ("--norm none --reg amhe --reg_on projector", "projector.out (16 x 32)"),
+        ("--blur_p 0.5 --holdout --eval_crop 1.0", "flag: epochs 2, batch_size 16, lr 8, hidden_dim 32, out_dim 16"),
+        ("--model alexnet --out_dim 2 --reg mhe --accumulate 2", "projector.out (2 x 32)"),
     ],
 )
-def test_every_regularizer_trains(command, folder, flags, term):
-    code, rows, prose = command(pretrain, "--dataset", folder, *flags.split(), *SMALL, "--out", "run")
-    assert code == 0 and term in prose
-    settings, row = rows[0]["settings"], rows[1]
-    weighed = {"none": 0, "uniform": row["uniformity"]}.get(settings["reg"], row["energy"])
-    assert row["loss"] == pytest.approx(row["byol"] + settings["weight"] * weighed, rel=1e-5)
+def test_every_method_and_regularizer_trains(command, folder, tmp_path, flags, term):
+    small = [x for pair in zip(SMALL[::2], SMALL[1::2]) if pair[0] not in flags for x in pair]
+    small = small[2:] if "alexnet" in flags else small  # --stem
+    code, rows, prose = command(pretrain, "--dataset", folder, *flags.split(), *small, "--out", "run")
+    assert code == 0 and term in prose, prose
+    settings, row, online = rows[0]["settings"], rows[1], rows[2]
+    method, reg, weight = (settings[name] for name in ("method", "reg", "weight"))
+    weighed = {"none": 0, "uniform": row["uniformity"]}.get(reg, row["energy"])
+    assert row["loss"] == pytest.approx(row[method] + weight * weighed, rel=1e-5)
     layers = [name for name in row if name.startswith("energy/")]
     assert {name.split("/")[1].split(".")[0] for name in layers} == set(settings["reg_on"])
     assert row["energy"] == pytest.approx(sum(row[name] for name in layers), rel=1e-5)
+    assert ("tau" in row) == (method == "byol") and ("predictor" in settings["reg_on"]) <= (method == "byol")
+    assert online["split"] == ("holdout" if settings["holdout"] else "test")
+    tensors, description = models.load(tmp_path / "run" / "ckpt.safetensors")
+    parts = {"encoder", "projector"} | ({"predictor", "target"} if method == "byol" else set())
+    assert {name.split(".")[0] for name in tensors} == parts
+    assert any("running_mean" in name for name in tensors) == (settings["norm"] == "bn")
+    assert description["view"]["crop"] == settings["eval_crop"]
+    code, rows, _ = command(knn_eval, tmp_path / "run" / "encoder.safetensors", "--k", 5)
+    assert code == 0 and {row["of"] for row in rows} == {"trained", "untrained", "pixels"}
 
 
 def test_energy_falls_when_it_is_all_that_counts(command, folder, tmp_path):
@@ -193,6 +277,22 @@ def test_energy_falls_when_it_is_all_that_counts(command, folder, tmp_path):
     "flags, line",
     [
         ("--regg amhe", "--regg: no such flag; did you mean --reg?"),
+        ("--recipe cifar10-300", "--recipe cifar10-300: is not for photos, which has photos"),
+        ("--dataset cifar10 --recipe imagenet-300", "is not for cifar10, which has cifar10-300, cifar10-1000"),
+        ("--dataset stl10 --recipe stl10-300", "--recipe stl10-300: expected photos, cifar10-300, cifar10-1000"),
+        ("--method simclr --reg_on predictor --reg mhe", "--reg_on predictor: simclr has none"),
+        ("--method simclr --tau 0.9", "--tau 0.9: has no effect with --method simclr"),
+        ("--temperature 0.1", "--temperature 0.1: has no effect with --method byol"),
+        ("--method simclr --temperature 0", "--temperature 0: expected a number > 0"),
+        ("--model alexnet --stem cifar", "--stem cifar: has no effect with --model alexnet"),
+        (
+            "--accumulate 5",
+            "--batch_size 64: has to be a multiple of 5, twice or more, for 5 micro-batches of 1 process",
+        ),
+        ("--accumulate 64", "--batch_size 64: has to be a multiple of 64, twice or more"),
+        ("--hidden_dim 0", "--hidden_dim 0: expected a whole number >= 1"),
+        ("--epochs 0", "--epochs 0: expected a whole number >= 1"),
+        ("--dataset imagenet --data_dir nowhere", "dataset imagenet: --data_dir nowhere: no folder nowhere/train"),
         (
             "--dataset photo",
             "dataset photo: neither photos, cifar10, cifar100, stl10, imagenet nor a folder (did you mean photos?)",
