@@ -41,7 +41,7 @@ class Files:
         self.paths = np.array(paths)
 
     def __getitem__(self, rows: Tensor) -> "Files":
-        return Files(self.paths[rows.numpy()])
+        return Files(self.paths[rows.cpu().numpy()])
 
     def to(self, device) -> "Files":
         """Themselves: they are not on a device before they are read."""

@@ -23,7 +23,7 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from timm.models.resnet import ResNet
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -205,6 +205,23 @@ def embed(encoder: nn.Module, views: Iterable[Tensor]) -> Tensor:
     if not features.isfinite().all():
         raise ModelError("the encoder's features are not finite: its weights have diverged")
     return features
+
+
+def embed_blocks(encoder: nn.Module, views: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Outputs of the encoder's residual blocks, averaged over their maps: (n, c) by the name of the block."""
+    found = {}
+
+    def keep(name: str, output: Tensor) -> None:
+        found.setdefault(name, []).append(output.mean((2, 3)).float())
+
+    blocks = {name: block for name, block in encoder.named_modules() if isinstance(block, (BasicBlock, Bottleneck))}
+    hooks = [b.register_forward_hook(lambda _, __, out, name=name: keep(name, out)) for name, b in blocks.items()]
+    try:
+        embed(encoder, views)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(outputs) for name, outputs in found.items()}
 
 
 def save(path: str | Path, tensors: dict[str, Tensor], description: dict) -> None:

@@ -60,7 +60,7 @@ class Recipe:
 # give: SimCLR's. photos is ours: three minutes on two cores; so few steps want a large rate and a slow target.
 RECIPES = {
     #                     epochs batch    lr   decay warm-up  tau  hidden  out lambda temp. eval
-    "photos":        Recipe(   8,   64,    6,   1e-6,  0, 0.996,   512, 256,  10,   0.5,    1),
+    "photos":        Recipe(  11,   64,    6,   1e-6,  0, 0.996,   512, 256,  10,   0.5,    1),
     "cifar10-300":   Recipe( 300, 1024,  1.5,   1e-6, 10,  0.99,  4096, 256,  10,   0.5,   10),
     "cifar10-1000":  Recipe(1000, 1024,  1.0,   1e-6, 10, 0.996,  4096, 256,  10,   0.5,   10),
     "cifar100-300":  Recipe( 300, 1024,  1.5,   1e-6, 10,  0.99,  4096, 256,  10,   0.5,   10),
@@ -192,6 +192,7 @@ def pretrain(
                 judged = {"of": "online", "split": "holdout" if holdout else "test"}
                 for k, scores in nearest_neighbours(network.encoder, train, test, view).items():
                     cli.emit({**where, **judged, "k": k, **scores}, log)
+                cli.emit({**where, "of": "representations", **representations(network.encoder, test, view)}, log)
             save_pair(folder, network, {**description, "epoch": epoch})
     accelerator.end_training()
     if log:
@@ -369,6 +370,18 @@ def layer_energies(layers: dict[str, Tensor], settings: dict) -> dict[str, Tenso
     energy = mhe if settings["reg"] == "mhe" else amhe
     each = {f"energy/{name}": energy(weight, settings["s"]) for name, weight in layers.items()}
     return {"energy": sum(each.values()), **each}
+
+
+def representations(encoder: torch.nn.Module, test: data.Split, view: dict) -> dict[str, float]:
+    """What Figures 4 and 5 follow, on 256 images spread over a split: energies of the blocks' outputs, and G2.
+
+    The energy is `mhe` at s = 2 of the rows that a residual block's output is, averaged over its map; G2 is the mean of
+    exp(-2 |x - y|^2) over pairs of the encoder's normalised features, Appendix A.2: its logarithm is Eq. 2.
+    """
+    some = test.rows(torch.linspace(0, len(test.labels) - 1, min(256, len(test.labels))).long().to(test.labels.device))
+    blocks = models.embed_blocks(encoder, data.evaluation_views(some, **view))
+    features = models.embed(encoder, data.evaluation_views(some, **view))
+    return {"g2": uniformity(features).exp().item()} | {f"block/{name}": mhe(x).item() for name, x in blocks.items()}
 
 
 def gather(x: Tensor) -> Tensor:

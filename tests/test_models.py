@@ -189,6 +189,20 @@ def test_embed_is_in_evaluation_mode_and_puts_the_mode_back():
         models.embed(nn.Flatten(), [x / 0])
 
 
+def test_outputs_of_blocks_are_those_of_timms_stages(byol):
+    """The last block of a stage gives what timm says the stage gives; the last of all, pooled, is the embedding."""
+    views = torch.randn(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    blocks, x = models.embed_blocks(byol.encoder, views), views.flatten(0, 1)
+    assert list(blocks) == [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
+    with torch.no_grad():
+        stages = byol.encoder.eval().forward_intermediates(x, intermediates_only=True)[1:]
+    byol.encoder.train()
+    for stage, outputs in enumerate(stages, 1):
+        torch.testing.assert_close(blocks[f"layer{stage}.1"], outputs.mean((2, 3)))
+    torch.testing.assert_close(blocks["layer4.1"], models.embed(byol.encoder, views))
+    assert not any(module._forward_hooks for module in byol.encoder.modules())
+
+
 def test_the_pair_comes_back_bit_for_bit(byol, pair):
     tensors, description = models.load(pair / "ckpt.safetensors")
     assert description["settings"] == SETTINGS and tensors.keys() == byol.state_dict().keys()
