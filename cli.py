@@ -43,14 +43,17 @@ def run(stage: Callable, *errors: type[Exception]) -> None:
 
     @functools.wraps(stage)
     def command(*_, **__):
-        stage(**values)
+        by_place = [name for name, flag in signature.parameters.items() if flag.kind is not flag.KEYWORD_ONLY]
+        places = [values.pop(name) if is_many(signature.parameters[name]) else (values.pop(name),) for name in by_place]
+        stage(*sum(places, ()), **values)
 
     takes = {name: words(flag.annotation).partition(":")[0] for name, flag in signature.parameters.items()}
     flags = [flag.replace(annotation=type(takes[name], (), {})) for name, flag in signature.parameters.items()]
     command.__signature__ = signature.replace(parameters=flags)  # for --help, which prints the names of types
     try:
         values = {} if asks_help else read(sys.argv[1:], signature.parameters)
-        typed = ["--help"] if asks_help else [f"--{name}={value}" for name, value in values.items()]
+        one = {name: value for name, value in values.items() if not is_many(signature.parameters[name])}
+        typed = ["--help"] if asks_help else [f"--{name}={value}" for name, value in one.items()]
         fire.Fire(command, typed, name=Path(sys.argv[0]).name)
     except (UsageError, *errors) as e:
         fail(e, 2)
@@ -69,8 +72,9 @@ def fail(why: object, code: int) -> None:
 
 def read(argv: list[str], flags: dict[str, inspect.Parameter]) -> dict[str, Any]:
     """The values that a command line gives to flags, each known, given once and of its type. Raises UsageError."""
-    places = [name for name, flag in flags.items() if flag.kind is not flag.KEYWORD_ONLY]
-    rest, values = list(argv), {}
+    places = [name for name, flag in flags.items() if flag.kind is flag.POSITIONAL_OR_KEYWORD]
+    many = next((name for name, flag in flags.items() if is_many(flag)), None)
+    rest, values = list(argv), {many: ()} if many else {}
     while rest:
         word = rest.pop(0)
         if is_flag(word):
@@ -85,6 +89,9 @@ def read(argv: list[str], flags: dict[str, inspect.Parameter]) -> dict[str, Any]
                 text = str(not negated)
         elif places:
             name, typed, text = places[0], places[0].upper(), word
+        elif many:
+            values[many] += (word,)
+            continue
         else:
             raise UsageError(f"{word}: a stray word; flags are given as --name value, see --help")
         if name in values:
@@ -102,6 +109,11 @@ def read(argv: list[str], flags: dict[str, inspect.Parameter]) -> dict[str, Any]
 def is_flag(word: str) -> bool:
     """Whether a word of the command line begins with a hyphen and is no negative number."""
     return word.startswith("-") and not word[1:2].isdigit() and word[1:2] != "."
+
+
+def is_many(flag: inspect.Parameter) -> bool:
+    """Whether a flag is any number of texts, given by place."""
+    return flag.kind is flag.VAR_POSITIONAL
 
 
 def is_switch(flag: inspect.Parameter) -> bool:
