@@ -231,11 +231,8 @@ def circle(runs: list[Run]):
     """Figures 3 and 7: projections of the test set on the unit circle, the first run's untrained network in front."""
     columns = []
     for run in runs:
-        if run.settings["out_dim"] != 2:
-            n = run.settings["out_dim"]
-            raise cli.UsageError(
-                f"{run.folder}: has projections of {n} dimensions; a circle takes pretrain.py --out_dim 2"
-            )
+        if (n := run.settings["out_dim"]) != 2:
+            raise cli.UsageError(f"{run.folder}: projects to {n} dimensions; a circle takes pretrain.py --out_dim 2")
     s, view = runs[0].settings, runs[0].rows[0]["view"]
     images = data.load(s["dataset"], s["data_dir"])
     torch.manual_seed(s["seed"])
@@ -254,7 +251,7 @@ def circle(runs: list[Run]):
         column[0].set_title(title + (f"\n{score:.1f} %" if score is not None else "\n"), fontsize=8)
         on_plane(column[0], z)
         theta = torch.linspace(-math.pi, math.pi, 361)
-        column[1].fill_between(theta, von_mises_fisher_kde(z, theta), color="#0072B2", linewidth=0)
+        column[1].fill_between(theta.numpy(), von_mises_fisher_kde(z, theta).numpy(), color="#0072B2", linewidth=0)
         column[1].set_xticks([-math.pi, 0, math.pi], ["-π", "0", "π"])
         column[1].set_ylim(bottom=0)
         column[1].spines[["top", "right"]].set_visible(False)
@@ -270,7 +267,10 @@ def on_plane(axis, z: Tensor) -> None:
     side = torch.linspace(-1.4, 1.4, 113)
     grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)
     axis.imshow(
-        gaussian_kde(z, grid.reshape(-1, 2)).view(113, 113), origin="lower", extent=(-1.4, 1.4) * 2, cmap="cividis_r"
+        gaussian_kde(z, grid.reshape(-1, 2)).view(113, 113).numpy(),
+        origin="lower",
+        extent=(-1.4, 1.4) * 2,
+        cmap="cividis_r",
     )
     axis.set_xticks([])
     axis.set_yticks([])
@@ -304,7 +304,7 @@ def contact_sheet(images: data.Dataset, n: int = 8, pairs: int = 3):
     for column, pictures, title in zip(axes.T, columns, titles):
         column[0].set_title(title, fontsize=7)
         for axis, picture in zip(column, pictures):
-            axis.imshow(picture.clamp(0, 1).permute(1, 2, 0), interpolation="nearest")
+            axis.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set_axis_off()
     return figure
 
