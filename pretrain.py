@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -102,6 +103,7 @@ def pretrain(
     seed: Annotated[int, ">= 0", "< 1e9"] = 0,
     out: str | None = None,
     eval_every: Annotated[int, ">= 0"] | None = None,
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none",
 ):
     """Pre-train an encoder by BYOL or SimCLR. None = the value of the recipe, which is printed before the first step.
 
@@ -133,10 +135,12 @@ def pretrain(
         seed: of weights, order and views
         out: run folder; None = runs/ and a name made of the flags
         eval_every: epochs between k-NN rows, 0 = never
+        tracker: none, tensorboard, wandb or trackio, which gets the numbers of metrics.jsonl, too
     """
     flags = dict(locals())
-    accelerator = Accelerator(gradient_accumulation_steps=accumulate)
     folder = Path(out or Path("runs", run_name(flags)))
+    log_with = None if tracker == "none" else tracker
+    accelerator = Accelerator(gradient_accumulation_steps=accumulate, log_with=log_with, project_dir=folder)
     refuse(flags, folder, accelerator.num_processes)
     images = data.load(dataset, data_dir, pretraining=True)
     images = data.hold_out(images) if holdout else images
@@ -155,6 +159,7 @@ def pretrain(
     description = {"settings": settings, "view": view, **provenance()}
     if log:
         cli.emit({"stage": "pretrain", **description, **hardware(accelerator)}, log)
+        accelerator.init_trackers("pretrain", {name: str(x) for name, x in settings.items()})
         print(formula(settings, layers), *in_use(flags, settings), sep="\n  ", file=sys.stderr)
     step = 0
     share = {"parts": accumulate, "rank": accelerator.process_index, "world": accelerator.num_processes}
@@ -187,12 +192,13 @@ def pretrain(
             if method == "byol":
                 row["tau"] = tau_at(step - 1, steps, settings["tau"])
             where = {"stage": "pretrain", "epoch": epoch, "step": step}
-            cli.emit({**where, **row, "lr": group["lr"], "images_per_s": round(images_per_s, 1)}, log)
+            report({**where, **row, "lr": group["lr"], "images_per_s": round(images_per_s, 1)}, log, accelerator)
             if settings["eval_every"] and epoch % settings["eval_every"] == 0:
                 judged = {"of": "online", "split": "holdout" if holdout else "test"}
                 for k, scores in nearest_neighbours(network.encoder, train, test, view).items():
-                    cli.emit({**where, **judged, "k": k, **scores}, log)
-                cli.emit({**where, "of": "representations", **representations(network.encoder, test, view)}, log)
+                    report({**where, **judged, "k": k, **scores}, log, accelerator)
+                inner = representations(network.encoder, test, view)
+                report({**where, "of": "representations", **inner}, log, accelerator)
             save_pair(folder, network, {**description, "epoch": epoch})
     accelerator.end_training()
     if log:
@@ -203,7 +209,7 @@ def pretrain(
 
 def run_name(flags: dict) -> str:
     """Data set, method, regularizer, and every other flag that is not a default: photos-amhe-s1-seed2."""
-    named = ("dataset", "method", "reg")
+    named = ("dataset", "method", "reg", "tracker")
     defaults = {name: flag.default for name, flag in inspect.signature(pretrain).parameters.items()}
     given = {name: x for name, x in flags.items() if x != defaults[name] and name not in named}
     others = [name + ("+".join(x) if isinstance(x, tuple) else str(x)) for name, x in given.items()]
@@ -234,6 +240,8 @@ def refuse(flags: dict, folder: Path, processes: int) -> None:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but Accelerate sees {processes} process; on a machine without "
             "a GPU, set ACCELERATE_USE_CPU=true"
         )
+    if flags["tracker"] != "none" and find_spec(flags["tracker"]) is None:
+        raise cli.UsageError(f"--tracker {flags['tracker']}: is not installed; pip install {flags['tracker']}")
     recipe_of(flags)
     with torch.device("meta"):
         models.build_encoder(model, "imagenet")
@@ -257,7 +265,9 @@ def in_force(flags: dict, images: data.Dataset, processes: int) -> dict:
     derived = {"recipe": name, "stem": images.stem, "weight": weights[term], "blur_p": images.blur}
     derived |= {"warmup": recipe.warmup * epochs / recipe.epochs, "reg_on": ("projector", "predictor")}
     defaults = asdict(recipe) | derived
-    settings = {flag: defaults.get(flag) if x is None else x for flag, x in flags.items() if flag != "out"}
+    settings = {
+        flag: defaults.get(flag) if x is None else x for flag, x in flags.items() if flag not in ("out", "tracker")
+    }
     parts = ("encoder", "projector", *["predictor"] * (flags["method"] == "byol"))
     settings["reg_on"] = [part for part in parts if part in settings["reg_on"]]
     if flags["blur_p"] is not None:
@@ -320,6 +330,13 @@ def provenance() -> dict:
     except (OSError, subprocess.CalledProcessError):  # no git, or not a repository
         git = None
     return {"command": shlex.join(sys.argv), "versions": versions, "git": git}
+
+
+def report(row: dict, log: Path, accelerator: Accelerator) -> None:
+    """Print a row, add it to the log, and give its numbers to the tracker."""
+    cli.emit(row, log)
+    of = f"{row['of']}/" if "of" in row else ""
+    accelerator.log({of + name: x for name, x in row.items() if isinstance(x, float)}, step=row["step"])
 
 
 def parameter_groups(network: models.BYOL, weight_decay: float) -> list[dict]:

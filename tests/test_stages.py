@@ -266,6 +266,20 @@ def test_every_method_and_regularizer_trains(command, folder, tmp_path, flags, t
     assert code == 0 and {row["of"] for row in rows} == {"trained", "untrained", "pixels"}
 
 
+def test_a_tracker_gets_the_numbers_of_the_log(command, folder, tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr("accelerate.Accelerator.log", lambda _, values, step: sent.append((step, values)))
+    code, rows, _ = command(pretrain, "--dataset", folder, *SMALL, "--out", "run")
+    assert code == 0 and len(sent) == len(rows) - 1
+    for row, (step, values) in zip(rows[1:], sent):
+        of = f"{row['of']}/" if "of" in row else ""
+        assert step == row["step"] and values == {of + k: x for k, x in row.items() if isinstance(x, float)}
+    monkeypatch.setattr("pretrain.find_spec", lambda name: None)
+    code, rows, err = command(pretrain, "--dataset", folder, *SMALL, "--tracker", "trackio", "--out", "other")
+    assert code == 2 and "--tracker trackio: is not installed; pip install trackio" in err
+    assert not (tmp_path / "other").exists()
+
+
 def test_energy_falls_when_it_is_all_that_counts(command, folder, tmp_path):
     """A large lambda on one projector: its energy ends below that of the plain run, from the same start."""
     for reg, flags in (("none", []), ("mhe", ["--weight", "1000"])):
