@@ -108,18 +108,18 @@ def load(name: str, data_dir: str = "data", pretraining: bool = False) -> Datase
 
     photos: 2,000 + 500 patches of ten photographs that ship inside scikit-image. cifar10, cifar100, stl10:
     torchvision's, found in or downloaded to `data_dir`. imagenet: `data_dir` holds train/ and val/ with one sub-folder
-    a class. A folder: the same, or test/, with pictures of one size. With `pretraining`, images that serve nothing else
-    are read, too: STL-10's 100,000 without a label. Raises DataError.
+    a class. A folder: train/ and test/ or val/ likewise, with pictures of one size. With `pretraining`, images that
+    serve nothing else are read, too: STL-10's 100,000 without a label. Raises DataError.
     """
     facts = FACTS.get(name)
     if name == "photos":
         classes, train, test = _photos()
     elif name == "imagenet":
-        classes, train, test = _folder("dataset imagenet: --data_dir", Path(data_dir), in_memory=False)
+        classes, train, test = _folder("dataset imagenet: --data_dir", Path(data_dir), ("val",), in_memory=False)
     elif name in FACTS:
         classes, (train, test, *unlabeled) = _torchvision(name, data_dir, pretraining)
     elif os.path.isdir(name):
-        classes, train, test = _folder("dataset", Path(name), in_memory=True)
+        classes, train, test = _folder("dataset", Path(name), ("test", "val"), in_memory=True)
         side, tenth = min(train.images.shape[2:]), round(len(train.labels) / len(classes) / 10)
         stem = "cifar" if side <= 32 else "imagenet"
         facts = dict(size=min(side, 224), stem=stem, mean=None, std=None, holdout=max(1, tenth))
@@ -221,13 +221,12 @@ def _torchvision(name: str, data_dir: str, pretraining: bool) -> tuple[tuple[str
 FORMS = {"cifar10": "python", "cifar100": "python", "stl10": "binary"}  # of several that their authors offer
 
 
-def _folder(what: str, root: Path, in_memory: bool) -> tuple[tuple[str, ...], Split, Split]:
-    held_out = next((root / s for s in ("test", "val") if (root / s).is_dir()), root / "test")
+def _folder(what: str, root: Path, tests: tuple[str, ...], in_memory: bool) -> tuple[tuple[str, ...], Split, Split]:
+    held_out = next((root / s for s in tests if (root / s).is_dir()), root / tests[0])
     for part in (root / "train", held_out):
         if not part.is_dir():
-            raise DataError(
-                f"{what} {root}: no folder {part}; train/ and test/ (or val/) hold one sub-folder of pictures a class"
-            )
+            layout = f"train/ and {'/ or '.join(tests)}/ hold a sub-folder of pictures a class"
+            raise DataError(f"{what} {root}: no folder {part}; {layout}")
     try:
         train, test = datasets.ImageFolder(root / "train"), datasets.ImageFolder(held_out)
     except FileNotFoundError as e:  # torchvision's first sentence names the folder or the classes that are empty
@@ -313,8 +312,8 @@ def evaluation_views(
     Appendix B.5.2; files are resized first, to size / crop pixels, Appendix B.5.1.
     """
     if isinstance(split.images, Tensor):
-        side = round(crop * min(split.images.shape[2:]))
-        for batch in split.images.split(batch_size):
+        side = max(1, round(crop * min(split.images.shape[2:])))
+        for batch in split.images.split(min(batch_size, max(1, 2**26 // split.images[0].numel()))):  # of 256 MB at most
             x = F.center_crop(batch.float() / 255, [side, side])
             x = F.resize(x, [size, size], InterpolationMode.BICUBIC, antialias=True).clamp_(0, 1)
             yield normalise(x, mean, std)
@@ -339,7 +338,8 @@ def _loader(pictures, keys: Iterator, device: torch.device) -> Iterator:
         raise DataError(str(e).strip().splitlines()[-1].partition("DataError: ")[2]) from None
 
 
-class _Crops(NamedTuple):
+@dataclass
+class _Crops:
     """Random resized crops and flips, uint8 (views, 3, size, size), of pictures in files, by (row, u)."""
 
     paths: np.ndarray
@@ -355,7 +355,8 @@ class _Crops(NamedTuple):
         return torch.stack([x.flip(2) if f < 0.5 else x for x, f in zip(crops, flip)]), row, u
 
 
-class _Centres(NamedTuple):
+@dataclass
+class _Centres:
     """Central squares, uint8 (3, size, size), of pictures in files, shrunk to size / crop pixels before, by row."""
 
     paths: np.ndarray

@@ -11,13 +11,13 @@ make one line, with a band of one standard deviation. Each command prints the fi
 Markdown and CSV.
 """
 
-import contextlib
 import csv
+import io
 import json
 import math
-import os
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +28,7 @@ from torch import Tensor
 import cli
 import data
 import models
+from pretrain import RECIPES
 from views import two_views
 
 matplotlib.use("Agg")
@@ -56,9 +57,11 @@ class Run:
         return {r["step"]: r[key] for r in rows if math.isfinite(r[key])}
 
     def score(self, stage: str) -> float | None:
-        """The last top-1 accuracy (%) that a judge gave the trained network; of k-NN at k = 20."""
-        rows = [r for r in self.rows if r["stage"] == stage and r.get("split") == "test" and "top1" in r]
-        rows = [r for r in rows if stage == "linear_eval" or (r["of"], r["k"]) == ("trained", 20)]
+        """The last top-1 accuracy (%) by the protocol of knn_eval, at k = 20, or linear_eval; by no variant of it."""
+        final = {"stage": stage, "split": "test", "net": "online", "dataset": self.settings["dataset"]}
+        final |= {"eval_crop": self.settings["eval_crop"]}
+        final |= {"of": "trained", "k": 20, "temperature": 0.07} if stage == "knn_eval" else {"features": "augmented"}
+        rows = [r for r in self.rows if all(r.get(k) == x for k, x in final.items())]
         return rows[-1]["top1"] if rows else None
 
 
@@ -66,7 +69,7 @@ def figures(
     name: Literal["circle", "energy", "dynamics", "knn", "batch", "table", "views"],
     *runs: str,
     dataset: str | None = None,
-    data_dir: str = "data",
+    data_dir: str | None = None,
     out: str = "figures",
 ):
     """Draw a figure, or make a table, of run folders.
@@ -75,20 +78,30 @@ def figures(
         name: circle, energy, dynamics, knn, batch, table or views
         runs: folders that pretrain.py made
         dataset: of views, as in pretrain.py
-        data_dir: of views, as in pretrain.py
+        data_dir: of views and circle, as in pretrain.py; None = data, or as in training
         out: folder that the files are written to
     """
     if (name == "views") != bool(dataset) or (name == "views") == bool(runs):
         raise cli.UsageError(f"{name}: takes {'--dataset and no runs' if name == 'views' else 'run folders'}")
     if name == "views":
-        return write(contact_sheet(data.load(dataset, data_dir)), Path(out, f"views-{Path(dataset).name}"))
+        return write(
+            contact_sheet(data.load(dataset, data_dir or "data")), Path(out, f"views-{Path(dataset).resolve().name}")
+        )
+    if data_dir and name != "circle":
+        raise cli.UsageError(f"--data_dir {data_dir}: has no effect on {name}")
     read_runs = [read(Path(run)) for run in runs]
     if len(sets := {run.settings["dataset"] for run in read_runs}) > 1 and name != "table":
         raise cli.UsageError(f"{name}: runs of different data sets in one figure: {', '.join(sorted(sets))}")
     if name == "table":
         return write_table(read_runs, Path(out))
-    draw = {"circle": circle, "energy": energy, "dynamics": dynamics, "knn": knn, "batch": batch}[name]
-    return write(draw(read_runs), Path(out, name))
+    draw = {
+        "circle": partial(circle, data_dir=data_dir),
+        "energy": energy,
+        "dynamics": dynamics,
+        "knn": knn,
+        "batch": batch,
+    }
+    return write(draw[name](read_runs), Path(out, name))
 
 
 def read(folder: Path) -> Run:
@@ -109,19 +122,28 @@ def read(folder: Path) -> Run:
     return Run(folder, rows[0]["settings"], rows)
 
 
-def groups(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in their seed alone, by the method and whatever tells them from others of the same method."""
-    alike: dict[str, list[Run]] = {}
+def groups(runs: list[Run], apart: tuple[str, ...] = ()) -> dict[str, list[Run]]:
+    """Runs that differ in their seed alone, by the method and whatever tells them from others of the same method.
+
+    Settings `apart` may differ, too. UsageError for two runs that agree in their seed as well.
+    """
+    idle, alike, methods = (*LOCAL, *apart), {}, {}
     for run in runs:
-        compared = {k: v for k, v in run.settings.items() if k not in LOCAL}
+        compared = {k: x for k, x in run.settings.items() if k not in idle}
+        compared["precision"] = run.rows[0].get("precision")
         alike.setdefault(json.dumps(compared, sort_keys=True), []).append(run)
-    methods: dict[str, list[list[Run]]] = {}
-    for group in alike.values():
-        methods.setdefault(method(group[0].settings), []).append(group)
+    for same in alike.values():
+        seeds = {}
+        for run in same:
+            own = tuple(run.settings[k] for k in ("seed", *apart))
+            if own in seeds:
+                raise cli.UsageError(f"{seeds[own].folder} and {run.folder} have the same settings and seed; name one")
+            seeds[own] = run
+        methods.setdefault(method(same[0].settings), []).append(same)
     named = {}
     for label, same in methods.items():
         settings = [{k: "+".join(v) if k == "reg_on" else v for k, v in group[0].settings.items()} for group in same]
-        differ = [k for k in settings[0] if k not in LOCAL and len({str(s.get(k)) for s in settings}) > 1]
+        differ = [k for k in settings[0] if k not in idle and len({str(s.get(k)) for s in settings}) > 1]
         named |= {", ".join([label, *(f"{k} {s.get(k)}" for k in differ)]): group for s, group in zip(settings, same)}
     return named
 
@@ -183,11 +205,16 @@ def energy(runs: list[Run]):
 
 def dynamics(runs: list[Run]):
     """Figure 5: G2 of the representations, and the energy of the regularized layers."""
+    kinds = {("chord" if run.settings["reg"] == "mhe" else "angle", run.settings["s"]) for run in runs}
+    if len(kinds) > 1:
+        each = " and ".join(sorted(f"by the {distance} at s = {s:g}" for distance, s in kinds))
+        raise cli.UsageError(f"dynamics: energies {each} do not compare; draw these runs apart")
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
     lines(left, runs, "g2", "representations")
     left.set_ylabel("G2 of the representations")
     lines(right, runs, "energy")
-    right.set_ylabel("energy, sum over layers")
+    ((distance, s),) = kinds
+    right.set_ylabel(f"energy by the {distance}, s = {s:g}, sum over layers")
     left.legend(fontsize=7, frameon=False)
     return figure
 
@@ -206,14 +233,15 @@ def batch(runs: list[Run]):
     stage = next((s for s in ("linear_eval", "knn_eval") if all(run.score(s) is not None for run in runs)), None)
     if stage is None:
         raise cli.UsageError("batch: not all runs have been judged; run linear_eval.py, or knn_eval.py, on each")
-    curves: dict[str, dict[int, list[float]]] = {}
-    for run in runs:
-        s = run.settings
-        curves.setdefault(method(s), {}).setdefault(s["batch_size"] // s["accumulate"], []).append(run.score(stage))
-    if max(len(curve) for curve in curves.values()) < 2:
+    curves = {}
+    for label, group in groups(runs, apart=("accumulate",)).items():
+        for run in group:
+            size = run.settings["batch_size"] // run.settings["accumulate"]
+            curves.setdefault(label, {}).setdefault(size, []).append(run.score(stage))
+    if max(map(len, curves.values())) < 2:
         raise cli.UsageError("batch: takes runs that differ in --accumulate; these have one micro-batch size")
     figure, axis = plt.subplots(figsize=(4.5, 3.2))
-    for (label, curve), (colour, dash) in zip(curves.items(), STYLES):
+    for (label, curve), (colour, dash) in zip(curves.items(), STYLES * 9):
         sizes = sorted(curve, reverse=True)
         base = statistics.fmean(curve[sizes[0]])
         mean, std = zip(*(spread([score - base for score in curve[size]]) for size in sizes))
@@ -227,28 +255,27 @@ def batch(runs: list[Run]):
     return figure
 
 
-def circle(runs: list[Run]):
+def circle(runs: list[Run], data_dir: str | None = None):
     """Figures 3 and 7: projections of the test set on the unit circle, the first run's untrained network in front."""
-    columns = []
     for run in runs:
         if (n := run.settings["out_dim"]) != 2:
             raise cli.UsageError(f"{run.folder}: projects to {n} dimensions; a circle takes pretrain.py --out_dim 2")
-    s, view = runs[0].settings, runs[0].rows[0]["view"]
-    images = data.load(s["dataset"], s["data_dir"])
-    torch.manual_seed(s["seed"])
-    columns.append(("untrained", None, models.build(**s)))
+    first = runs[0].settings
+    images = data.load(first["dataset"], data_dir or first["data_dir"])
+    torch.manual_seed(first["seed"])
+    networks = {"untrained\n": (models.build(**first), runs[0].rows[0]["view"])}
     for run in runs:
-        network = models.build(**run.settings)
-        tensors, _ = models.load(run.folder / "ckpt.safetensors")
-        network.load_state_dict(tensors)
-        score = next((x for x in map(run.score, ("linear_eval", "knn_eval")) if x is not None), None)
-        columns.append((method(run.settings) + (", no BN" if run.settings["norm"] == "none" else ""), score, network))
+        network, description = models.load_network(run.folder / "ckpt.safetensors")
+        scores = {"linear": run.score("linear_eval"), "k-NN": run.score("knn_eval")}
+        scores = [f"{judge} {top1:.1f} %" for judge, top1 in scores.items() if top1 is not None]
+        bare = ", no BatchNorm" if run.settings["norm"] == "none" else ""
+        networks[f"{method(run.settings)}{bare}\n{''.join(scores[:1])}"] = network, description["view"]
     classes = images.test.labels.unique()[:3].tolist()
-    figure, axes = plt.subplots(2 + len(classes), len(columns), figsize=(2.2 * len(columns), 10), squeeze=False)
-    for column, (title, score, network) in zip(axes.T, columns):
+    figure, axes = plt.subplots(2 + len(classes), len(networks), figsize=(2.2 * len(networks), 10), squeeze=False)
+    for column, (title, (network, view)) in zip(axes.T, networks.items()):
         pair = torch.nn.Sequential(network.encoder, network.projector)
         z = torch.nn.functional.normalize(models.embed(pair, data.evaluation_views(images.test, **view)))
-        column[0].set_title(title + (f"\n{score:.1f} %" if score is not None else "\n"), fontsize=8)
+        column[0].set_title(title, fontsize=8)
         on_plane(column[0], z)
         theta = torch.linspace(-math.pi, math.pi, 361)
         column[1].fill_between(theta.numpy(), von_mises_fisher_kde(z, theta).numpy(), color="#0072B2", linewidth=0)
@@ -278,8 +305,8 @@ def on_plane(axis, z: Tensor) -> None:
 
 def gaussian_kde(z: Tensor, x: Tensor, width: float = 0.1) -> Tensor:
     """Density at points x (m, 2) of samples z (n, 2), by Gaussians of standard deviation `width`."""
-    square = torch.cdist(x, z).square()
-    return torch.exp(-square / (2 * width**2)).mean(1) / (2 * math.pi * width**2)
+    density = sum(torch.exp(-torch.cdist(x, some).square() / (2 * width**2)).sum(1) for some in z.split(1000))
+    return density / (2 * math.pi * width**2 * len(z))
 
 
 def von_mises_fisher_kde(z: Tensor, theta: Tensor, kappa: float = 100.0) -> Tensor:
@@ -362,7 +389,7 @@ def table(runs: list[Run]) -> list[dict]:
     paper, rows = paper_rows(), []
     for label, group in groups(runs).items():
         s = group[0].settings
-        at = [i for i, (_, _, settings) in enumerate(paper) if all(s.get(k) == x for k, x in settings.items())]
+        at = [i for i, (_, _, settings) in enumerate(paper) if is_row(s, settings)]
         columns = {
             "k-NN": [run.score("knn_eval") for run in group],
             "linear": [run.score("linear_eval") for run in group],
@@ -378,6 +405,14 @@ def table(runs: list[Run]) -> list[dict]:
         rows.append(row)
     rows.sort(key=lambda row: (row["order"], row["dataset"]))
     return [{key: x for key, x in row.items() if key != "order"} for row in rows]
+
+
+def is_row(settings: dict, paper: dict) -> bool:
+    """Whether a run's settings are those of a row of the paper, with the numbers of its recipe and data set."""
+    facts = data.FACTS[paper["dataset"]]
+    expected = {k: x for k, x in asdict(RECIPES[paper["recipe"]]).items() if k in settings and k not in LOCAL}
+    expected |= {"holdout": False, "stem": facts["stem"], "blur_p": list(facts.get("blur", (0.0, 0.0)))} | paper
+    return all(settings.get(k) == x for k, x in expected.items())
 
 
 def write_table(runs: list[Run], folder: Path) -> None:
@@ -406,12 +441,13 @@ def write_table(runs: list[Run], folder: Path) -> None:
         lines.append(f"| {' | '.join(cells)} |")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / "table.md") as file:
-            file.write("\n".join(lines) + "\n")
-        with whole(folder / "table.csv") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        with models.whole(folder / "table.md") as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
+        with models.whole(folder / "table.csv") as file, io.StringIO() as text:
+            writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+            file.write(text.getvalue().encode())
     except OSError as e:
         raise cli.UsageError(f"--out {folder}: cannot be written ({e.strerror})") from e
     print("\n".join(lines), folder / "table.md", folder / "table.csv", sep="\n")
@@ -423,25 +459,13 @@ def write(figure, stem: Path) -> None:
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         for suffix in ("png", "svg"):
-            with whole(Path(f"{stem}.{suffix}"), "wb") as file:
+            with models.whole(Path(f"{stem}.{suffix}")) as file:
                 figure.savefig(file, format=suffix, dpi=200)
             print(f"{stem}.{suffix}")
     except OSError as e:
         raise cli.UsageError(f"--out {stem.parent}: cannot be written ({e.strerror})") from e
     finally:
         plt.close(figure)
-
-
-@contextlib.contextmanager
-def whole(path: Path, mode: str = "w"):
-    """A file to write to that appears under its name when it is whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, mode) as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

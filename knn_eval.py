@@ -55,6 +55,8 @@ def knn_eval(
     name = dataset or settings["dataset"]
     judged = data.load(name, data_dir or settings["data_dir"])
     train, test = judged.train.to(device), judged.test.to(device)
+    if floors and isinstance(train.images, data.Files):
+        raise cli.UsageError(f"--floors: pixels of {name} do not fit into memory; take --nofloors")
     log = cli.log_of(ckpt)
 
     judges = {"trained": encoder}

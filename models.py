@@ -8,16 +8,18 @@
 z, p and t are projections, predictions and the target's projections of both views. A file comes back bit for bit.
 """
 
+import contextlib
 import copy
 import difflib
 import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import timm
 import torch
@@ -59,9 +61,12 @@ def _resnet(name: str) -> ResNet:
     if timm.model_entrypoint(name).__module__ != ResNet.__module__:
         raise ModelError(f"model {name}: not a ResNet of timm.models.resnet; resnet18 and resnet50 are the paper's")
     try:
-        return timm.create_model(name, num_classes=0, zero_init_last=False)
+        encoder = timm.create_model(name, num_classes=0, zero_init_last=False)
     except RuntimeError as e:  # an unknown tag behind the name
         raise ModelError(f"model {name}: timm cannot make it ({e})") from e
+    if not isinstance(encoder.bn1, nn.BatchNorm2d):
+        raise ModelError(f"model {name}: is normalised by {type(encoder.bn1).__name__}; take a ResNet with BatchNorm")
+    return encoder
 
 
 class AlexNet(nn.Sequential):
@@ -229,13 +234,19 @@ def save(path: str | Path, tensors: dict[str, Tensor], description: dict) -> Non
 
     The description is one JSON text under one header key, so that equal content makes equal files.
     """
-    path = Path(path)
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     text = json.dumps(description | {"digest": digest(tensors)}, sort_keys=True)
+    with whole(Path(path)) as file:
+        file.write(to_bytes(tensors, {"description": text}))
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write bytes to, which appears under its name when it is whole, or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(to_bytes(tensors, {"description": text}))
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -282,24 +293,31 @@ def digest(tensors: dict[str, Tensor]) -> str:
 def load_encoder(path: str | Path, net: str = "online") -> tuple[nn.Module, dict]:
     """The online or the target encoder, in evaluation mode, and the description of a ckpt or encoder.safetensors.
 
-    Raises ModelError as `load` does, if a tensor is missing, superfluous or of another shape than described, and if the
-    file holds no target.
+    Raises ModelError as `load_network` does, and if the file holds no target.
+    """
+    network, description = load_network(path)
+    if net == "target":
+        if not hasattr(network, "target"):
+            raise ModelError(f"{path}: holds no target network; a ckpt.safetensors of --method byol does")
+        network = network.target
+    return network.encoder if description["holds"] == "checkpoint" else network, description
+
+
+def load_network(path: str | Path) -> tuple[nn.Module, dict]:
+    """The network of a ckpt.safetensors, or the encoder of an encoder.safetensors, in evaluation mode; its description.
+
+    Raises ModelError as `load` does, and if a tensor is missing, superfluous or of another shape than described.
     """
     tensors, description = load(path)
     try:
         settings = description["settings"]
         _ = [settings[key] for key in ("dataset", "data_dir", "seed")], [description["view"][key] for key in VIEW]
         if description["holds"] == "encoder":
-            network = encoder = build_encoder(settings["model"], settings["stem"], settings["norm"])
+            network = build_encoder(settings["model"], settings["stem"], settings["norm"])
         else:
             network = build(**settings)
-            encoder = network.encoder
     except (KeyError, TypeError) as e:
         raise ModelError(f"{path}: its description is not one that pretrain.py writes ({e!r})") from e
-    if net == "target":
-        if not hasattr(network, "target"):
-            raise ModelError(f"{path}: holds no target network; a ckpt.safetensors of --method byol does")
-        encoder = network.target.encoder
     expected = network.state_dict()
     for kind, names in (("missing", expected.keys() - tensors), ("superfluous", tensors.keys() - expected)):
         if names:
@@ -310,4 +328,4 @@ def load_encoder(path: str | Path, net: str = "online") -> tuple[nn.Module, dict
             shapes = f"{tuple(tensors[key].shape)}, where what is described has {tuple(x.shape)}"
             raise ModelError(f"{path}: {key} is {shapes}")
     network.load_state_dict(tensors)
-    return encoder.eval(), description
+    return network.eval(), description

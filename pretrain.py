@@ -52,25 +52,26 @@ class Recipe:
     hidden_dim: int
     out_dim: int
     energy_weight: float  # lambda of mhe and amhe
+    uniformity_weight: float  # lambda of uniform
     temperature: float  # of simclr
     eval_every: int  # epochs
 
 
 # Rates, batches, epochs, warm-up, tau, weight decay: Appendix B.2; the decay that it leaves out for CIFAR and STL-10 is
-# ImageNet's. Heads: Section 3.6. lambda: Appendix C.1, for ImageNet Section 4. Temperatures, which the paper does not
-# give: SimCLR's. photos is ours: three minutes on two cores; so few steps want a large rate and a slow target.
+# ImageNet's. Heads: Section 3.6. lambda of energies: Appendix C.1, for ImageNet Section 4; of uniformity: Section 4.
+# Temperatures, which the paper does not give: SimCLR's. photos is ours: three minutes on two cores; so few steps want a
+# large rate and a slow target.
 RECIPES = {
-    #                     epochs batch    lr   decay warm-up  tau  hidden  out lambda temp. eval
-    "photos":        Recipe(   9,   64,    6,   1e-6,  0, 0.996,   512, 256,  10,   0.5,    1),
-    "cifar10-300":   Recipe( 300, 1024,  1.5,   1e-6, 10,  0.99,  4096, 256,  10,   0.5,   10),
-    "cifar10-1000":  Recipe(1000, 1024,  1.0,   1e-6, 10, 0.996,  4096, 256,  10,   0.5,   10),
-    "cifar100-300":  Recipe( 300, 1024,  1.5,   1e-6, 10,  0.99,  4096, 256,  10,   0.5,   10),
-    "cifar100-1000": Recipe(1000, 1024,  1.0,   1e-6, 10, 0.996,  4096, 256,  10,   0.5,   10),
-    "stl10-1000":    Recipe(1000, 1024, 0.45,   1e-6, 10, 0.996,  4096, 256,  10,   0.5,   10),
-    "imagenet-300":  Recipe( 300,  512,  0.3,   1e-6, 10,  0.99,  4096, 256,   1,   0.1,   10),
-    "imagenet-1000": Recipe(1000, 4096,  0.2, 1.5e-6, 10, 0.996,  4096, 256,   1,   0.1,   10),
+    #                     epochs batch   lr   decay warm-up  tau  hidden  out  lambdas   temp. eval
+    "photos":        Recipe(   9,   64,    6,   1e-6,  0, 0.996,   512, 256, 10, 0.125,  0.5,   1),
+    "cifar10-300":   Recipe( 300, 1024,  1.5,   1e-6, 10,  0.99,  4096, 256, 10, 0.125,  0.5,  10),
+    "cifar10-1000":  Recipe(1000, 1024,  1.0,   1e-6, 10, 0.996,  4096, 256, 10, 0.125,  0.5,  10),
+    "cifar100-300":  Recipe( 300, 1024,  1.5,   1e-6, 10,  0.99,  4096, 256, 10, 0.125,  0.5,  10),
+    "cifar100-1000": Recipe(1000, 1024,  1.0,   1e-6, 10, 0.996,  4096, 256, 10, 0.125,  0.5,  10),
+    "stl10-1000":    Recipe(1000, 1024, 0.45,   1e-6, 10, 0.996,  4096, 256, 10, 0.125,  0.5,  10),
+    "imagenet-300":  Recipe( 300,  512,  0.3,   1e-6, 10,  0.99,  4096, 256,  1, 0.125,  0.1,  10),
+    "imagenet-1000": Recipe(1000, 4096,  0.2, 1.5e-6, 10, 0.996,  4096, 256,  1, 0.125,  0.1,  10),
 }  # fmt: skip
-UNIFORMITY_WEIGHT = 0.125  # lambda of uniform, Section 4
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what lambda weighs
 
 
@@ -117,7 +118,7 @@ def pretrain(
         norm: bn, or none for networks without BatchNorm
         reg: none, mhe or amhe (energy of the weights by chord or angle), uniform (uniformity of projections)
         s: power of the energy; 0 is logarithmic
-        weight: lambda of the regularizer; None = the recipe's for mhe and amhe, 0.125 for uniform
+        weight: lambda of the regularizer
         reg_on: networks that mhe and amhe regularize, of encoder, projector, predictor; None = all but the encoder
         temperature: of simclr
         epochs: length of the training
@@ -134,7 +135,7 @@ def pretrain(
         holdout: judge on images held out of the training set, not on the test set
         seed: of weights, order and views
         out: run folder; None = runs/ and a name made of the flags
-        eval_every: epochs between k-NN rows, 0 = never
+        eval_every: epochs between k-NN rows, of which the last epoch has one, too; 0 = never
         tracker: none, tensorboard, wandb or trackio, which gets the numbers of metrics.jsonl, too
     """
     flags = dict(locals())
@@ -142,7 +143,8 @@ def pretrain(
     log_with = None if tracker == "none" else tracker
     accelerator = Accelerator(gradient_accumulation_steps=accumulate, log_with=log_with, project_dir=folder)
     refuse(flags, folder, accelerator.num_processes)
-    images = data.load(dataset, data_dir, pretraining=True)
+    with accelerator.main_process_first():  # the others find what it has downloaded
+        images = data.load(dataset, data_dir, pretraining=True)
     images = data.hold_out(images) if holdout else images
     settings = in_force(flags, images, accelerator.num_processes)
     view = {"size": images.size, "crop": eval_crop, "mean": images.mean, "std": images.std}
@@ -177,7 +179,7 @@ def pretrain(
                     optimizer.zero_grad()
                 totals = {name: totals.get(name, 0) + term.detach() / accumulate for name, term in terms.items()}
                 if accelerator.sync_gradients:
-                    if method == "byol":
+                    if method == "byol" and not accelerator.optimizer_step_was_skipped:
                         network.update_target(tau_at(step, steps, settings["tau"]))
                     step += 1
                     bar.update()
@@ -193,7 +195,7 @@ def pretrain(
                 row["tau"] = tau_at(step - 1, steps, settings["tau"])
             where = {"stage": "pretrain", "epoch": epoch, "step": step}
             report({**where, **row, "lr": group["lr"], "images_per_s": round(images_per_s, 1)}, log, accelerator)
-            if settings["eval_every"] and epoch % settings["eval_every"] == 0:
+            if settings["eval_every"] and (epoch % settings["eval_every"] == 0 or epoch == settings["epochs"]):
                 judged = {"of": "online", "split": "holdout" if holdout else "test"}
                 for k, scores in nearest_neighbours(network.encoder, train, test, view).items():
                     report({**where, **judged, "k": k, **scores}, log, accelerator)
@@ -261,7 +263,7 @@ def in_force(flags: dict, images: data.Dataset, processes: int) -> dict:
     name = recipe_of(flags)
     recipe, n = RECIPES[name], len(images.pretraining.labels)
     epochs, term = flags["epochs"] or recipe.epochs, TERMS[flags["reg"]]
-    weights = {None: 0.0, "energy": float(recipe.energy_weight), "uniformity": UNIFORMITY_WEIGHT}
+    weights = {None: 0.0, "energy": float(recipe.energy_weight), "uniformity": recipe.uniformity_weight}
     derived = {"recipe": name, "stem": images.stem, "weight": weights[term], "blur_p": images.blur}
     derived |= {"warmup": recipe.warmup * epochs / recipe.epochs, "reg_on": ("projector", "predictor")}
     defaults = asdict(recipe) | derived

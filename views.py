@@ -60,7 +60,9 @@ def crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
     w_y = _resampling(top, h, size, height)[:, None]
     w_x = _resampling(left, w, size, width)
     w_x = torch.where((flip < 0.5)[:, :, None].to(images.device), w_x.flip(1), w_x)[:, None]
-    return (w_y @ (images.float() / 255) @ w_x.mT).clamp_(0, 1)  # bicubic weights overshoot
+    parts = (x.split(max(1, 2**26 // images[0].numel())) for x in (w_y, images, w_x))  # 256 MB of pixels at a time
+    crops = [y @ (x.float() / 255) @ w.mT for y, x, w in zip(*parts)]
+    return torch.cat(crops).clamp_(0, 1)  # bicubic weights overshoot
 
 
 def crop_boxes(

@@ -30,8 +30,8 @@ def folder(photos, tmp_path_factory):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Run a stage as its command line does, in an empty folder: exit code, JSON rows and standard error."""
+def shell(monkeypatch, capsys, tmp_path):
+    """Run a stage as its command line does, in an empty folder: exit code, lines of standard output, standard error."""
     monkeypatch.chdir(tmp_path)
 
     def run(stage, *words):
@@ -42,6 +42,17 @@ def command(monkeypatch, capsys, tmp_path):
         except SystemExit as e:
             code = e.code
         out, err = capsys.readouterr()
-        return code, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
+        return code, out.splitlines(), err
+
+    return run
+
+
+@pytest.fixture
+def command(shell):
+    """The same, with the JSON rows of standard output."""
+
+    def run(stage, *words):
+        code, lines, err = shell(stage, *words)
+        return code, [json.loads(line) for line in lines if line.startswith("{")], err
 
     return run

@@ -1,22 +1,29 @@
 """Figures and tables from run folders: the numbers under them, and what happens to folders that hold no run."""
 
 import csv
+import dataclasses
+import inspect
 import json
 import math
 import shlex
+from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from test_readme import ROWS
 from torch import nn
 
+import cli
 import data
-from figures import figures, gaussian_kde, paper_rows, read, von_mises_fisher_kde
-from pretrain import pretrain, representations
+from figures import batch, dynamics, figures, gaussian_kde, is_row, knn, paper_rows, read, von_mises_fisher_kde
+from pretrain import RECIPES, in_force, pretrain, representations
 
 SETTINGS = {"dataset": "photos", "data_dir": "data", "method": "byol", "norm": "bn", "reg": "none", "s": 2.0}
 SETTINGS |= {"weight": 0.0, "reg_on": ["projector", "predictor"], "batch_size": 64, "accumulate": 1, "out_dim": 256}
+SETTINGS |= {"eval_crop": 0.875}
 
 
 def write_run(folder, seed=0, scores=(60.0, 70.0), linear=None, **changes):
@@ -28,32 +35,21 @@ def write_run(folder, seed=0, scores=(60.0, 70.0), linear=None, **changes):
         means = {"loss": 1.0, "uniformity": -2.0 - seed, "alignment": 0.5, "energy": 1.6 / epoch, "images_per_s": 100.0}
         rows += [{**where, **means}, {**where, "of": "online", "split": "test", "k": 20, "top1": top1}]
         rows += [{**where, "of": "representations", "g2": 0.1, "block/layer1.0": 0.9, "block/layer1.1": 0.8}]
-    judged = {"stage": "knn_eval", "of": "trained", "split": "test"}
+    where = {"split": "test", "net": "online", "dataset": rows[0]["settings"]["dataset"], "eval_crop": 0.875}
+    judged = {"stage": "knn_eval", "of": "trained", "temperature": 0.07, **where}
     rows += [{**judged, "k": 10, "top1": 1.0}, {**judged, "k": 20, "top1": scores[-1]}]
     rows += [{"stage": "linear_eval", "sweep": 0.1, "top1": 2.0, "split": "holdout"}]
-    rows += [{"stage": "linear_eval", "top1": linear, "split": "test"}] if linear is not None else []
+    rows += [{**judged, "k": 20, "top1": 3.0, "net": "target"}, {**judged, "k": 20, "top1": 4.0, "dataset": "another"}]
+    rows += [{"stage": "linear_eval", "features": "cached", "top1": 5.0, **where}]
+    probe = {"stage": "linear_eval", "features": "augmented", "top1": linear, **where}
+    rows += [probe] if linear is not None else []
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 @pytest.fixture
-def drawn(monkeypatch, capsys, tmp_path):
-    """Run figures.py in an empty folder: exit code, lines of standard output and standard error."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr("sys.argv", ["figures.py", *map(str, words)])
-        code = 0
-        try:
-            from figures import cli, models
-
-            cli.run(figures, data.DataError, models.ModelError)
-        except SystemExit as e:
-            code = e.code
-        out, err = capsys.readouterr()
-        return code, out.splitlines(), err
-
-    return run
+def drawn(shell):
+    return partial(shell, figures)
 
 
 def test_gaussian_kde_of_known_points():
@@ -88,12 +84,17 @@ def test_table_is_numpys_mean_and_sample_standard_deviation(drawn, tmp_path):
     scores = [(50, 61.0), (50, 64.5), (50, 63.2)]
     for seed, pair in enumerate(scores):
         write_run(tmp_path / f"byol{seed}", seed, pair, linear=80.0 + seed if seed else None)
-    write_run(tmp_path / "amhe", reg="amhe", weight=10.0, dataset="cifar10", recipe="cifar10-300", model="resnet18")
-    code, lines, _ = drawn("table", "byol0", "byol1", "byol2", "amhe")
+    recipe = asdict(RECIPES["cifar10-300"]) | dict(stem="cifar", blur_p=[0.0, 0.0], holdout=False, model="resnet18")
+    amhe = recipe | dict(reg="amhe", weight=10.0, dataset="cifar10", recipe="cifar10-300")
+    write_run(tmp_path / "amhe", **amhe)
+    write_run(tmp_path / "short", **amhe | {"epochs": 1})
+    code, lines, _ = drawn("table", "byol0", "byol1", "byol2", "amhe", "short")
     assert code == 0 and lines[-2:] == ["figures/table.md", "figures/table.csv"]
     assert lines[:-2] == (tmp_path / "figures" / "table.md").read_text().splitlines()
     with open(tmp_path / "figures" / "table.csv") as file:
-        regularized, plain = csv.DictReader(file)  # the paper's rows come first, in its order
+        regularized, *others = csv.DictReader(file)  # the paper's rows come first, in its order
+    short, plain = sorted(others, key=lambda row: row["dataset"])
+    assert (short["dataset"], short["paper"]) == ("cifar10", "")  # one epoch is not a row of the paper
     last = [top1 for _, top1 in scores]
     assert float(plain["k-NN"]) == pytest.approx(np.mean(last)) and plain["seeds"] == plain["k-NN n"] == "3"
     assert float(plain["k-NN std"]) == pytest.approx(np.std(last, ddof=1))
@@ -103,19 +104,39 @@ def test_table_is_numpys_mean_and_sample_standard_deviation(drawn, tmp_path):
     assert "| BYOL | photos | 3 | 62.9 ± 1.8 | 81.5 ± 0.7 (2) | -3.00 ± 1.00 |" in "\n".join(lines)
 
 
-@pytest.mark.parametrize("name", ["energy", "dynamics", "knn", "batch"])
-def test_curves_are_drawn(drawn, tmp_path, name):
-    """Two seeds of one method, one of another, and a run of a single point."""
+@pytest.fixture
+def several(tmp_path):
+    """Two seeds of one method, a run of a single point, and smaller micro-batches, in part without a number."""
     for seed in (0, 1):
         write_run(tmp_path / f"byol{seed}", seed, (50.0, 60.0 + seed))
     write_run(tmp_path / "amhe", reg="amhe", scores=(55.0,))
     write_run(tmp_path / "small", accumulate=4, scores=(40.0, math.nan, 45.0))
-    code, lines, err = drawn(name, "byol0", "byol1", "amhe", "small", "--out", "drawn")
+    return ["byol0", "byol1", "amhe", "small"]
+
+
+@pytest.mark.parametrize("name", ["energy", "dynamics", "knn", "batch"])
+def test_curves_are_drawn(drawn, tmp_path, several, name):
+    code, lines, err = drawn(name, *several, "--out", "drawn")
     assert (code, err) == (0, "") and lines == [f"drawn/{name}.png", f"drawn/{name}.svg"]
-    assert (tmp_path / lines[0]).read_bytes()[:4] == b"\x89PNG" and "BYOL-aMHE, s = 2" in (
-        tmp_path / lines[1]
-    ).read_text()
+    assert (tmp_path / lines[0]).read_bytes()[:4] == b"\x89PNG"
+    assert "BYOL-aMHE, s = 2" in (tmp_path / lines[1]).read_text()
     assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == sorted(f"{name}.{x}" for x in ("png", "svg"))
+
+
+def test_curves_hold_the_numbers_of_the_logs(tmp_path, several):
+    runs = [read(tmp_path / name) for name in several]
+    (axis,) = knn(runs).axes
+    curves = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    assert curves == {
+        "BYOL, accumulate 1": [[1, 50], [2, 60.5]],
+        "BYOL, accumulate 4": [[1, 40], [3, 45]],
+        "BYOL-aMHE, s = 2": [[1, 55]],
+    }
+    _, right = dynamics(runs).axes
+    assert right.lines[0].get_xydata().tolist() == [[10, 1.6], [20, 0.8]]
+    (axis,) = batch(runs).axes
+    (byol, _, _), (amhe, _, _) = axis.containers
+    assert byol.get_xydata().tolist() == [[64, 0], [16, 45 - 60.5]] and amhe.get_xydata().tolist() == [[64, 0]]
 
 
 def test_circle_from_real_runs(command, drawn, folder, tmp_path):
@@ -151,13 +172,17 @@ def test_views_of_a_data_set(drawn, folder):
         ("batch run silent", "batch: not all runs have been judged"),
         ("batch run", "batch: takes runs that differ in --accumulate"),
         ("knn run --out run/metrics.jsonl", "--out run/metrics.jsonl: cannot be written"),
+        ("knn run run", "run and run have the same settings and seed; name one"),
+        ("dynamics run chord", "energies by the angle at s = 2 and by the chord at s = 2 do not compare"),
+        ("knn run --data_dir x", "--data_dir x: has no effect on knn"),
         ("circle run --data_dirr x", "--data_dirr: no such flag; did you mean --data_dir?"),
     ],
 )
 def test_wrong_input_to_figures(drawn, tmp_path, words, line):
     write_run(tmp_path / "run")
     write_run(tmp_path / "other", dataset="cifar10")
-    write_run(tmp_path / "silent")
+    write_run(tmp_path / "silent", seed=1)
+    write_run(tmp_path / "chord", reg="mhe")
     for name, text in (("empty", ""), ("foreign", "hello\n"), ("silent", None)):
         (tmp_path / name).mkdir(exist_ok=True)
         first = (tmp_path / "run" / "metrics.jsonl").read_text().split("\n")[0] + "\n"
@@ -176,14 +201,14 @@ def test_a_last_line_that_is_cut_short_does_not_count(drawn, tmp_path):
     assert read(run).rows == whole and drawn("knn", "run")[0] == 0
 
 
-def test_rows_of_the_paper_are_those_of_the_readme():
-    from test_readme import ROWS
-
-    from pretrain import RECIPES, cli, inspect
-
+def test_rows_of_the_paper_are_those_of_the_readme(photos):
+    """Their names and figures, and the settings that the README's flags come to."""
     assert [(row, float(paper)) for row, _, paper in ROWS] == [(row, paper) for row, paper, _ in paper_rows()]
-    for (row, flags, _), (_, _, settings) in zip(ROWS, paper_rows()):
-        given = cli.read(shlex.split(flags), inspect.signature(pretrain).parameters)
-        for name, value in given.items():
-            assert settings[name] == (list(value) if isinstance(value, tuple) else value), (row, name)
-        assert settings["recipe"] in RECIPES
+    flags = inspect.signature(pretrain).parameters
+    for (row, words, _), (_, _, paper) in zip(ROWS, paper_rows()):
+        given = {name: flag.default for name, flag in flags.items()} | cli.read(shlex.split(words), flags)
+        facts = {k: x for k, x in data.FACTS[given["dataset"]].items() if k not in ("mean", "std")}
+        many = data.Split(torch.zeros(1), torch.zeros(10_000))
+        settings = in_force(given, dataclasses.replace(photos, pretraining=many, **facts), processes=1)
+        settings = json.loads(json.dumps(settings))
+        assert is_row(settings, paper) and not is_row({**settings, "epochs": 1}, paper), (row, settings)

@@ -107,7 +107,12 @@ def test_simclr_is_byols_encoder_and_projector(byol):
 
 @pytest.mark.parametrize(
     "name, hint",
-    [("resnet19", "did you mean resnet18"), ("vit_tiny_patch16_224", "not a ResNet"), ("resnet18.x", "cannot make")],
+    [
+        ("resnet19", "did you mean resnet18"),
+        ("vit_tiny_patch16_224", "not a ResNet"),
+        ("resnet18.x", "cannot make"),
+        ("resnet50_gn", "normalised by GroupNorm"),
+    ],
 )
 def test_other_names_are_refused(name, hint):
     with pytest.raises(models.ModelError, match=hint):

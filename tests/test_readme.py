@@ -12,6 +12,7 @@ import torch
 import cli
 import data
 import models
+from figures import figures
 from knn_eval import knn_eval
 from linear_eval import linear_eval
 from pretrain import RECIPES, pretrain
@@ -91,7 +92,7 @@ def test_the_judges_take_such_a_checkpoint(command, substitutes):
 
 
 def commands():
-    blocks = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
+    blocks = re.findall(r"^```\n(.*?)^```", README, re.M | re.S) + re.findall(r"`(python figures.py [^`]*)`", README)
     lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [part for line in lines for part in line.split(" && ") if ".py" in part]
 
@@ -100,6 +101,6 @@ def commands():
 def test_flags_of_every_command_exist(line):
     words = shlex.split(line)
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    stages = {"pretrain.py": pretrain, "knn_eval.py": knn_eval, "linear_eval.py": linear_eval}
+    stages = {f"{stage.__name__}.py": stage for stage in (pretrain, knn_eval, linear_eval, figures)}
     flags = cli.read(words[at + 1 :], inspect.signature(stages[words[at]]).parameters)
     assert flags

@@ -313,7 +313,7 @@ def test_energy_falls_when_it_is_all_that_counts(command, folder, tmp_path):
             "--dataset photo",
             "dataset photo: neither photos, cifar10, cifar100, stl10, imagenet nor a folder (did you mean photos?)",
         ),
-        ("--dataset .", "no folder train; train/ and test/ (or val/) hold one sub-folder of pictures a class"),
+        ("--dataset .", "no folder train; train/ and test/ or val/ hold a sub-folder of pictures a class"),
         ("--model resnet19", "model resnet19: not a name timm knows (did you mean resnet18?)"),
         ("--model vit_tiny_patch16_224", "model vit_tiny_patch16_224: not a ResNet"),
         ("--model resnext50_32x4d --reg amhe --reg_on encoder", "encoder.layer1.0.conv2 is a grouped convolution"),
