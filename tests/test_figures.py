@@ -23,7 +23,7 @@ from pretrain import RECIPES, in_force, pretrain, representations
 
 SETTINGS = {"dataset": "photos", "data_dir": "data", "method": "byol", "norm": "bn", "reg": "none", "s": 2.0}
 SETTINGS |= {"weight": 0.0, "reg_on": ["projector", "predictor"], "batch_size": 64, "accumulate": 1, "out_dim": 256}
-SETTINGS |= {"eval_crop": 0.875}
+SETTINGS |= {"eval_crop": 0.875, "epochs": 2}
 
 
 def write_run(folder, seed=0, scores=(60.0, 70.0), linear=None, **changes):
@@ -191,6 +191,16 @@ def test_wrong_input_to_figures(drawn, tmp_path, words, line):
     code, lines, err = drawn(*words.split())
     assert code == 2 and lines == [] and line in err and err.count("\n") == 1
     assert sorted(p for p in tmp_path.rglob("*")) == before
+
+
+def test_scores_are_those_of_the_protocol(tmp_path):
+    """Of no other set, network, crop, feature or k; without knn_eval, the online k-NN of the last epoch alone."""
+    run = read(write_run(tmp_path / "run", scores=(50.0, 60.0), linear=70.0))
+    assert (run.score("knn_eval"), run.score("linear_eval")) == (60, 70)
+    rows = [row for row in run.rows if row["stage"] == "pretrain"]
+    unjudged = dataclasses.replace(run, rows=[row if row.get("top1") != 60 else {**row, "top1": 61} for row in rows])
+    assert (unjudged.score("knn_eval"), unjudged.score("linear_eval")) == (61, None)
+    assert dataclasses.replace(unjudged, rows=rows[:4]).score("knn_eval") is None  # it is still in its first epoch
 
 
 def test_a_last_line_that_is_cut_short_does_not_count(drawn, tmp_path):
