@@ -202,7 +202,7 @@ def energy(runs: list[Run]):
     for axis, block in zip(axes.flat, blocks):
         lines(axis, runs, block, "representations")
         axis.set_title(block.removeprefix("block/"), fontsize=9)
-        axis.set_ylabel("energy, s = 2")
+        axis.set_ylabel("energy, s = 0")
     for axis in list(axes.flat)[len(blocks) :]:
         axis.remove()
     axes[0, 0].legend(fontsize=7, frameon=False)
@@ -220,7 +220,7 @@ def dynamics(runs: list[Run]):
     left.set_ylabel("G2 of the representations")
     lines(right, runs, "energy")
     ((distance, s),) = kinds
-    right.set_ylabel(f"energy by the {distance}, s = {s:g}, sum over layers")
+    right.set_ylabel(f"energy of the weights\n({distance}, s = {s:g})")
     left.legend(fontsize=7, frameon=False)
     return figure
 

@@ -394,13 +394,16 @@ def layer_energies(layers: dict[str, Tensor], settings: dict) -> dict[str, Tenso
 def representations(encoder: torch.nn.Module, test: data.Split, view: dict) -> dict[str, float]:
     """What Figures 4 and 5 follow, on 256 images spread over a split: energies of the blocks' outputs, and G2.
 
-    The energy is `mhe` at s = 2 of the rows that a residual block's output is, averaged over its map; G2 is the mean of
-    exp(-2 |x - y|^2) over pairs of the encoder's normalised features, Appendix A.2: its logarithm is Eq. 2.
+    The energy is `mhe` of the rows that a residual block's outputs are, averaged over their maps, at s = 0: two images
+    that look the same would be all that counts at s = 2. G2 is the mean of exp(-2 |x - y|^2) over pairs of the
+    encoder's normalised features, Appendix A.2: its logarithm is Eq. 2.
     """
     some = test.rows(torch.linspace(0, len(test.labels) - 1, min(256, len(test.labels))).long().to(test.labels.device))
     blocks = models.embed_blocks(encoder, data.evaluation_views(some, **view))
     features = models.embed(encoder, data.evaluation_views(some, **view))
-    return {"g2": uniformity(features).exp().item()} | {f"block/{name}": mhe(x).item() for name, x in blocks.items()}
+    return {"g2": uniformity(features).exp().item()} | {
+        f"block/{name}": mhe(x, s=0).item() for name, x in blocks.items()
+    }
 
 
 def gather(x: Tensor) -> Tensor:
