@@ -140,9 +140,10 @@ def pretrain(
     """
     flags = dict(locals())
     folder = Path(out or Path("runs", run_name(flags)))
+    refuse(flags, folder)
     log_with = None if tracker == "none" else tracker
     accelerator = Accelerator(gradient_accumulation_steps=accumulate, log_with=log_with, project_dir=folder)
-    refuse(flags, folder, accelerator.num_processes)
+    refuse_launch(accelerator.num_processes)
     with accelerator.main_process_first():  # the others find what it has downloaded
         images = data.load(dataset, data_dir, pretraining=True)
     images = data.hold_out(images) if holdout else images
@@ -223,7 +224,7 @@ def run_name(flags: dict) -> str:
     return re.sub(r"[^\w.+-]+", "_", "-".join([*what, *others]))[:200]
 
 
-def refuse(flags: dict, folder: Path, processes: int) -> None:
+def refuse(flags: dict, folder: Path) -> None:
     """UsageError or ModelError for what can be seen to be wrong before anything is read."""
     term, method, model = TERMS[flags["reg"]], flags["method"], flags["model"]
     idle = {} if term == "energy" else {"s": "reg", "reg_on": "reg"}
@@ -237,16 +238,20 @@ def refuse(flags: dict, folder: Path, processes: int) -> None:
         raise cli.UsageError("--reg_on predictor: simclr has none; take encoder, projector or both")
     if any(os.path.exists(folder / name) for name in ("metrics.jsonl", "ckpt.safetensors", "encoder.safetensors")):
         raise cli.UsageError(f"--out {folder}: already holds a run; name another folder, or remove this one")
-    if int(os.environ.get("WORLD_SIZE", 1)) != processes:
-        raise cli.UsageError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but Accelerate sees {processes} process; on a machine without "
-            "a GPU, set ACCELERATE_USE_CPU=true"
-        )
     if flags["tracker"] != "none" and find_spec(flags["tracker"]) is None:
         raise cli.UsageError(f"--tracker {flags['tracker']}: is not installed; pip install {flags['tracker']}")
     recipe_of(flags)
     with torch.device("meta"):
         models.build_encoder(model, "imagenet")
+
+
+def refuse_launch(processes: int) -> None:
+    """UsageError for a launcher whose processes do not see each other: each would write to the run folder."""
+    if int(os.environ.get("WORLD_SIZE", 1)) != processes:
+        raise cli.UsageError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but Accelerate sees {processes} process; on a machine without "
+            "a GPU, set ACCELERATE_USE_CPU=true"
+        )
 
 
 def recipe_of(flags: dict) -> str:

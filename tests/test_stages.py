@@ -276,7 +276,7 @@ def test_a_tracker_gets_the_numbers_of_the_log(command, folder, tmp_path, monkey
         assert step == row["step"] and values == {of + k: x for k, x in row.items() if isinstance(x, float)}
     monkeypatch.setattr("pretrain.find_spec", lambda name: None)
     code, rows, err = command(pretrain, "--dataset", folder, *SMALL, "--tracker", "trackio", "--out", "other")
-    assert code == 2 and "--tracker trackio: is not installed; pip install trackio" in err
+    assert code == 2 and err == "pretrain.py: --tracker trackio: is not installed; pip install trackio\n"
     assert not (tmp_path / "other").exists()
 
 
