@@ -10,10 +10,12 @@ files; worker processes decode and crop them.
 
 import contextlib
 import difflib
+import itertools
+import math
 import os
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,31 +23,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
-from tqdm import tqdm
 
-from views import DRAWS, crop_boxes, crop_flip, normalise
-
-
-class DataError(ValueError):
-    """A data set that is not there, or is not what a data set has to be."""
-
-
-class Files:
-    """Pictures of any size that stay in files; `files[rows]` are some of them, as rows of a tensor are."""
-
-    def __init__(self, paths: Sequence[str]):
-        self.paths = np.array(paths)
-
-    def __getitem__(self, rows: Tensor) -> "Files":
-        return Files(self.paths[rows.cpu().numpy()])
-
-    def to(self, device) -> "Files":
-        """Themselves: they are not on a device before they are read."""
-        return self
+import pictures
+from pictures import DataError, Files
+from views import DRAWS, crop_flip, normalise
 
 
 class Split(NamedTuple):
@@ -79,6 +63,10 @@ class Dataset:
     blur: tuple[float, float] = (0.0, 0.0)
     solarise: tuple[float, float] = (0.0, 0.0)
 
+    def view(self, crop: float) -> dict:
+        """What `evaluation_views` takes, with the central `crop` of the side."""
+        return {"size": self.size, "crop": crop, "mean": self.mean, "std": self.std}
+
 
 # size: side of the views in pixels, Appendix B.5. stem: Appendix B.1. mean, std: of the training pixels in [0, 1]; None
 # = computed when the set is read. holdout: images a class that `hold_out` takes from the training set, Appendix B.4;
@@ -96,6 +84,7 @@ FACTS = {
     ),
 }
 IMAGENET_HOLDOUT = 10_009
+MEMORY = 2**30  # bytes of pictures of a folder, up to which they are kept in memory
 EVAL_CROP = 0.875  # of the shorter side: 28 of 32 pixels, 56 of 64 (84 of STL-10's 96), 224 of 256, Appendix B.5
 PHOTOGRAPHS = (
     *("astronaut", "brick", "chelsea", "coffee", "coins"),
@@ -103,26 +92,25 @@ PHOTOGRAPHS = (
 )
 
 
-def load(name: str, data_dir: str = "data", pretraining: bool = False) -> Dataset:
+def load(name: str, data_dir: str = "data", pretraining: bool = False, skip_broken: bool = False) -> Dataset:
     """The data set called `name`, or the folder of pictures at that path.
 
     photos: 2,000 + 500 patches of ten photographs that ship inside scikit-image. cifar10, cifar100, stl10:
     torchvision's, found in or downloaded to `data_dir`. imagenet: `data_dir` holds train/ and val/ with one sub-folder
-    a class. A folder: train/ and test/ or val/ likewise, with pictures of one size. With `pretraining`, images that
-    serve nothing else are read, too: STL-10's 100,000 without a label. Raises DataError.
+    a class. A folder: train/ and test/ or val/ likewise. With `pretraining`, images that serve nothing else are read,
+    too: STL-10's 100,000 without a label; and a folder may hold pictures without classes. Raises DataError, for a
+    broken picture of a folder unless these are to be skipped.
     """
     facts = FACTS.get(name)
     if name == "photos":
         classes, train, test = _photos()
     elif name == "imagenet":
-        classes, train, test = _folder("dataset imagenet: --data_dir", Path(data_dir), ("val",), in_memory=False)
+        what = "dataset imagenet: --data_dir"
+        classes, train, test, facts = _folder(what, Path(data_dir), ("val",), facts, pretraining, skip_broken)
     elif name in FACTS:
         classes, (train, test, *unlabeled) = _torchvision(name, data_dir, pretraining)
     elif os.path.isdir(name):
-        classes, train, test = _folder("dataset", Path(name), ("test", "val"), in_memory=True)
-        side, tenth = min(train.images.shape[2:]), round(len(train.labels) / len(classes) / 10)
-        stem = "cifar" if side <= 32 else "imagenet"
-        facts = dict(size=min(side, 224), stem=stem, mean=None, std=None, holdout=max(1, tenth))
+        classes, train, test, facts = _folder("dataset", Path(name), ("test", "val"), None, pretraining, skip_broken)
     else:
         near = difflib.get_close_matches(name, FACTS, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
@@ -137,9 +125,11 @@ def load(name: str, data_dir: str = "data", pretraining: bool = False) -> Datase
 def hold_out(dataset: Dataset) -> Dataset:
     """The same with images of the training set, always the same ones, in place of the test set, Appendix B.4.
 
-    DataError if a class has no image left to learn from.
+    DataError if a class has no image left to learn from, or if there are no classes.
     """
     train, labels = dataset.train, dataset.train.labels
+    if not dataset.classes:
+        raise DataError("holdout: the pictures have no classes, and nothing is judged")
     order = torch.randperm(len(labels), generator=_generator("holdout"))
     if dataset.holdout is None:
         held = order[-IMAGENET_HOLDOUT:]
@@ -159,9 +149,12 @@ def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
     """Mean and standard deviation of each channel of uint8 images (n, 3, h, w), as parts of 255, to 4 digits."""
     values = torch.arange(256, dtype=torch.float64) / 255
     counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.unbind(1)]).double()
-    share = counts / counts.sum(1, keepdim=True)
-    mean = share @ values
-    variance = (share @ values.square() - mean.square()).clamp_min(1 / 255**2)  # one flat colour has none
+    return _moments(counts @ values, counts @ values.square(), counts[0].sum())
+
+
+def _moments(sums: Tensor, squares: Tensor, n: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    mean = sums / n
+    variance = (squares / n - mean.square()).clamp_min(1 / 255**2)  # one flat colour has none
     return tuple(round(m, 4) for m in mean.tolist()), tuple(round(s, 4) for s in variance.sqrt().tolist())
 
 
@@ -221,46 +214,68 @@ def _torchvision(name: str, data_dir: str, pretraining: bool) -> tuple[tuple[str
 FORMS = {"cifar10": "python", "cifar100": "python", "stl10": "binary"}  # of several that their authors offer
 
 
-def _folder(what: str, root: Path, tests: tuple[str, ...], in_memory: bool) -> tuple[tuple[str, ...], Split, Split]:
-    held_out = next((root / s for s in tests if (root / s).is_dir()), root / tests[0])
-    for part in (root / "train", held_out):
-        if not part.is_dir():
-            layout = f"train/ and {'/ or '.join(tests)}/ hold a sub-folder of pictures a class"
-            raise DataError(f"{what} {root}: no folder {part}; {layout}")
-    try:
-        train, test = datasets.ImageFolder(root / "train"), datasets.ImageFolder(held_out)
-    except FileNotFoundError as e:  # torchvision's first sentence names the folder or the classes that are empty
-        raise DataError(f"{what} {root}: {str(e).splitlines()[0].split(' Supported')[0]}") from e
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise DataError(f"{what} {root}: train and {held_out.name} do not hold the same classes: {', '.join(odd[:5])}")
-    if len(train.classes) < 2:
-        raise DataError(f"{what} {root}: one class, {train.classes[0]}; judging an encoder takes two or more")
+def _folder(
+    what: str, root: Path, tests: tuple[str, ...], facts: dict | None, pretraining: bool, skip_broken: bool
+) -> tuple[tuple[str, ...], Split, Split, dict]:
+    """Classes, splits and facts of a folder of pictures: those of one size in memory, unless their facts are known."""
+    classes, parts, why = _layout(what, root, tests)
+    if why and (facts or not pretraining or not parts[0][0]):
+        raise DataError(f"{what} {root}: {why}")
+    if why:
+        print(f"{what} {root}: {len(parts[0][0])} pictures to train on, none to judge by ({why})", file=sys.stderr)
+
+    def look(how: Callable, workers: int = 0) -> list[list]:
+        said = []
+        for i, (paths, labels) in enumerate(parts):
+            rows, answers = pictures.sound(paths, how, skip_broken, workers)
+            parts[i] = [paths[row] for row in rows], [labels[row] for row in rows]
+            said.append(answers)
+        return said
+
+    shapes = [] if facts else [*itertools.chain(*look(pictures.shape))]
+    in_memory = len(set(shapes)) == 1 and 3 * math.prod(shapes[0]) * len(shapes) <= MEMORY
     if in_memory:
-        shape = _read(train.samples[0][0]).shape
-        return tuple(train.classes), _read_all(train, shape), _read_all(test, shape)
-    files = (Split(Files([path for path, _ in s.samples]), torch.tensor(s.targets)) for s in (train, test))
-    return tuple(train.classes), *files
+        said = look(pictures.read)
+    elif not facts or skip_broken:
+        said = look(pictures.survey, pictures.workers())
+    left = (
+        [torch.tensor(labels, dtype=torch.long).bincount(minlength=len(classes)) for _, labels in parts]
+        if classes
+        else []
+    )
+    if empty := [str(name) for n in left for name, count in zip(classes, n) if not count] or not parts[0][0]:
+        raise DataError(f"{what} {root}: no picture that can be read{f' in class {empty[0]}' if classes else ''}")
+    images = [torch.stack(x) if x else torch.empty(0) for x in said] if in_memory else [Files(x) for x, _ in parts]
+    train, test = (Split(x, torch.tensor(labels, dtype=torch.long)) for x, (_, labels) in zip(images, parts))
+    if facts:
+        return classes, train, test, facts
+    if in_memory:
+        side, (mean, std) = min(shapes[0]), pixel_statistics(train.images)
+    else:
+        h, w, *sums = torch.from_numpy(np.stack(said[0])).T
+        side, (mean, std) = (
+            int(torch.minimum(h, w).median()),
+            _moments(*torch.stack(sums).sum(1).chunk(2), (h * w).sum()),
+        )
+    stem, tenth = "cifar" if side <= 32 else "imagenet", round(len(train.labels) / max(1, len(classes)) / 10)
+    return classes, train, test, dict(size=min(side, 224), stem=stem, mean=mean, std=std, holdout=max(1, tenth))
 
 
-def _read_all(folder: datasets.ImageFolder, shape: torch.Size) -> Split:
-    images = torch.empty((len(folder), *shape), dtype=torch.uint8)
-    for i, (path, _) in enumerate(tqdm(folder.samples, desc=f"reading {folder.root}", delay=2, leave=False)):
-        image = _read(path)
-        if image.shape != shape:
-            size, first = ("x".join(map(str, s[:0:-1])) for s in (image.shape, shape))
-            raise DataError(
-                f"{path}: {size} pixels, the first picture has {first}; a folder holds pictures of one size"
-            )
-        images[i] = image
-    return Split(images, torch.tensor(folder.targets))
-
-
-def _read(path: str) -> Tensor:
-    try:
-        return F.pil_to_tensor(datasets.folder.pil_loader(path))
-    except Exception as e:  # Pillow raises errors of many types on broken files
-        raise DataError(f"{path}: not a picture that can be read ({e})") from e
+def _layout(what: str, root: Path, tests: tuple[str, ...]) -> tuple[tuple[str, ...], list[tuple[list, list]], str]:
+    """Classes, paths and labels of train and test; without classes, all pictures for train, and why there are none."""
+    train, held = root / "train", next((root / s for s in tests if (root / s).is_dir()), root / tests[0])
+    layout = f"train/ and {'/ or '.join(tests)}/ hold a sub-folder of pictures a class"
+    why = next((f"no folder {part}; {layout}" for part in (train, held) if not part.is_dir()), "")
+    if not why:
+        (classes, *own), (others, *test) = pictures.find_classes(train), pictures.find_classes(held)
+        if odd := sorted(set(classes) ^ set(others)):
+            raise DataError(f"{what} {root}: train and {held.name} do not hold the same classes: {', '.join(odd[:5])}")
+        if len(classes) > 1:
+            return classes, [own, test], ""
+        why = f"{' '.join(['one class,', *classes] if classes else ['no class'])}; {layout}, two or more"
+    top = train if train.is_dir() else root
+    paths = pictures.find(top) if top.is_dir() else []
+    return (), [(paths, [-1] * len(paths)), ([], [])], why
 
 
 def batches(
@@ -270,6 +285,7 @@ def batches(
     seed: int,
     epoch: int,
     views: int = 2,
+    passed: int = 0,
     parts: int = 1,
     rank: int = 0,
     world: int = 1,
@@ -277,9 +293,9 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield crops (views, b, 3, size, size) in [0, 1], labels (b,) and draws u (views, b, sum(DRAWS)) of an epoch.
 
-    Each batch comes in `parts` micro-batches, of which process `rank` of `world` gets its share. The order of the
-    images and the draws of a step are functions of (seed, epoch, step) alone, whatever the device and the
-    number of parts and processes. u is on the CPU. DataError for a file that cannot be read.
+    The first `passed` batches are left out. Each batch comes in `parts` micro-batches, of which process `rank` of
+    `world` gets its share. The order of the images and the draws of a step are functions of (seed, epoch, step) alone,
+    whatever the device and the number of parts and processes. u is on the CPU. DataError: a file cannot be read.
     """
 
     def plan() -> Iterator[tuple[Tensor, Tensor]]:
@@ -287,6 +303,8 @@ def batches(
         for step, rows in enumerate(order.split(batch_size)):
             if drop_last and len(rows) < batch_size:
                 return
+            if step < passed:
+                continue
             u = torch.rand(views, len(rows), sum(DRAWS), generator=_generator(seed, epoch, step))
             for part, draws in zip(rows.tensor_split(parts), u.tensor_split(parts, 1)):
                 yield part.tensor_split(world)[rank], draws.tensor_split(world, 1)[rank]
@@ -298,7 +316,7 @@ def batches(
             yield torch.stack([crop_flip(split.images[rows], v, size) for v in u]), split.labels[rows], u
     else:
         keys = ([*zip(rows.tolist(), u.unbind(1))] for rows, u in plan())
-        for crops, rows, u in _loader(_Crops(split.images.paths, size), keys, device):
+        for crops, rows, u in pictures.loader(pictures.Crops(split.images.paths, size), keys, device):
             crops = crops.to(device, non_blocking=True).transpose(0, 1) / 255
             yield crops, split.labels[rows.to(device)], u.transpose(0, 1)
 
@@ -320,50 +338,10 @@ def evaluation_views(
     else:
         rows = range(len(split.labels))
         keys = (rows[i : i + batch_size] for i in rows[::batch_size])
-        for x in _loader(_Centres(split.images.paths, size, crop), keys, split.labels.device):
+        for x in pictures.loader(pictures.Centres(split.images.paths, size, crop), keys, split.labels.device):
             yield normalise(x.to(split.labels.device, non_blocking=True) / 255, mean, std)
 
 
 def _generator(*key) -> torch.Generator:
     """Random numbers that are a function of `key` alone."""
     return torch.Generator().manual_seed(random.Random(" ".join(map(str, key))).getrandbits(32))  # torch keeps 32 bits
-
-
-def _loader(pictures, keys: Iterator, device: torch.device) -> Iterator:
-    """Batches of `pictures`, read ahead by processes of their own."""
-    workers = min(16, os.cpu_count() or 1)
-    try:
-        yield from DataLoader(pictures, batch_sampler=keys, num_workers=workers, pin_memory=device.type == "cuda")
-    except DataError as e:  # its text is the traceback in the worker
-        raise DataError(str(e).strip().splitlines()[-1].partition("DataError: ")[2]) from None
-
-
-@dataclass
-class _Crops:
-    """Random resized crops and flips, uint8 (views, 3, size, size), of pictures in files, by (row, u)."""
-
-    paths: np.ndarray
-    size: int
-
-    def __getitem__(self, key: tuple[int, Tensor]) -> tuple[Tensor, int, Tensor]:
-        row, u = key
-        image = _read(self.paths[row])
-        area, aspect, corner, flip = u.split(DRAWS, 1)[:4]
-        boxes = torch.stack(crop_boxes(area, aspect, corner, *image.shape[1:]), 1).int().tolist()
-        shape = [self.size, self.size]
-        crops = [F.resized_crop(image, *box, shape, InterpolationMode.BICUBIC, antialias=True) for box in boxes]
-        return torch.stack([x.flip(2) if f < 0.5 else x for x, f in zip(crops, flip)]), row, u
-
-
-@dataclass
-class _Centres:
-    """Central squares, uint8 (3, size, size), of pictures in files, shrunk to size / crop pixels before, by row."""
-
-    paths: np.ndarray
-    size: int
-    crop: float
-
-    def __getitem__(self, row: int) -> Tensor:
-        image = _read(self.paths[row])
-        image = F.resize(image, [round(self.size / self.crop)], InterpolationMode.BICUBIC, antialias=True)
-        return F.center_crop(image, [self.size, self.size])
