@@ -30,37 +30,51 @@ def knn_eval(
     temperature: Annotated[float, "> 0"] = 0.07,
     dataset: str | None = None,
     data_dir: str | None = None,
+    model: str | None = None,
+    stem: Literal["cifar", "imagenet"] | None = None,
     net: Literal["online", "target"] = "online",
     eval_crop: Annotated[float, "> 0", "<= 1"] | None = None,
+    skip_broken: bool = False,
     floors: bool | None = None,
 ):
     """Print the top-1 and top-5 accuracy (%) of a weighted k-NN vote on the features of a checkpoint.
 
     Args:
-        ckpt: ckpt.safetensors or encoder.safetensors of a run
+        ckpt: ckpt.safetensors or encoder.safetensors of a run, or with --model a file of another project
         k: numbers of neighbours, each at most the size of the bank
         temperature: of the votes' weights exp(cosine / temperature); DINO's 0.07
         dataset: as in pretrain.py; None = the one the checkpoint was trained on
         data_dir: as in pretrain.py; None = as in training
+        model: any ResNet of timm, for a checkpoint of another project (.pth, .safetensors); then --dataset is needed
+        stem: of such a checkpoint, cifar or imagenet; None = imagenet
         net: the network that is judged, online or target
         eval_crop: part of the side that the evaluation view keeps; None = as in training
+        skip_broken: leave out pictures that cannot be read, as in pretrain.py; it is done if it was done in training
         floors: judge the untrained network and raw pixels, too; None = if the bank has at most 10,000 images
     """
+    if model and not dataset:
+        raise cli.UsageError(f"--model {model}: takes --dataset, too; the file of another project does not say")
+    if not model and stem:
+        raise cli.UsageError(f"--stem {stem}: has no effect without --model")
+    if model and net == "target":
+        raise cli.UsageError(f"--net target: has no effect with --model {model}")
     accelerator = Accelerator()
     if not accelerator.is_main_process:
         return  # one process judges
     device = accelerator.device
-    encoder, description = models.load_encoder(ckpt, net)
-    settings, view = description["settings"], description["view"] | ({"crop": eval_crop} if eval_crop else {})
+    encoder, description = models.load_encoder(ckpt, net, model, stem or "imagenet")
+    settings = description["settings"]
     name = dataset or settings["dataset"]
-    judged = data.load(name, data_dir or settings["data_dir"])
+    judged = data.load(name, data_dir or settings["data_dir"], skip_broken=skip_broken or settings["skip_broken"])
+    view = description.get("view") or judged.view(data.EVAL_CROP)
+    view |= {"crop": eval_crop} if eval_crop else {}
     train, test = judged.train.to(device), judged.test.to(device)
     if floors and isinstance(train.images, data.Files):
         raise cli.UsageError(f"--floors: pixels of {name} do not fit into memory; take --nofloors")
     log = cli.log_of(ckpt)
 
     judges = {"trained": encoder}
-    if floors or (floors is None and len(train.labels) <= SMALL):
+    if floors or (floors is None and len(train.labels) <= SMALL and isinstance(train.images, Tensor)):
         torch.manual_seed(settings["seed"])
         untrained = models.build_encoder(settings["model"], settings["stem"], settings["norm"])
         judges |= {"untrained": untrained, "pixels": nn.Flatten()}

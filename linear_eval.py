@@ -39,13 +39,16 @@ def linear_eval(
     cached: bool = False,
     dataset: str | None = None,
     data_dir: str | None = None,
+    model: str | None = None,
+    stem: Literal["cifar", "imagenet"] | None = None,
     net: Literal["online", "target"] = "online",
     eval_crop: Annotated[float, "> 0", "<= 1"] | None = None,
+    skip_broken: bool = False,
 ):
     """Print the top-1 and top-5 accuracy (%) of a linear classifier trained on the frozen features of a checkpoint.
 
     Args:
-        ckpt: ckpt.safetensors or encoder.safetensors of a run
+        ckpt: ckpt.safetensors or encoder.safetensors of a run, or with --model a file of another project
         epochs: length of the training
         batch_size: images in one step
         lr: learning rate per 256 images at the start; it falls to 0 by a cosine; None = 0.2
@@ -55,19 +58,30 @@ def linear_eval(
         cached: train on features of the evaluation view, computed once, in place of crops and flips
         dataset: as in pretrain.py; None = the one the checkpoint was trained on
         data_dir: as in pretrain.py; None = as in training
+        model: any ResNet of timm, for a checkpoint of another project (.pth, .safetensors); then --dataset is needed
+        stem: of such a checkpoint, cifar or imagenet; None = imagenet
         net: the network that is judged, online or target
         eval_crop: part of the side that the evaluation view keeps; None = as in training
+        skip_broken: leave out pictures that cannot be read, as in pretrain.py; it is done if it was done in training
     """
     if sweep and lr:
         raise cli.UsageError(f"--lr {lr}: has no effect with --sweep")
+    if model and not dataset:
+        raise cli.UsageError(f"--model {model}: takes --dataset, too; the file of another project does not say")
+    if not model and stem:
+        raise cli.UsageError(f"--stem {stem}: has no effect without --model")
+    if model and net == "target":
+        raise cli.UsageError(f"--net target: has no effect with --model {model}")
     accelerator = Accelerator()
     if not accelerator.is_main_process:
         return  # one process judges
-    encoder, description = models.load_encoder(ckpt, net)
+    encoder, description = models.load_encoder(ckpt, net, model, stem or "imagenet")
     encoder.to(accelerator.device).requires_grad_(False)
-    settings, view = description["settings"], description["view"] | ({"crop": eval_crop} if eval_crop else {})
+    settings = description["settings"]
     name = dataset or settings["dataset"]
-    judged = data.load(name, data_dir or settings["data_dir"])
+    judged = data.load(name, data_dir or settings["data_dir"], skip_broken=skip_broken or settings["skip_broken"])
+    view = description.get("view") or judged.view(data.EVAL_CROP)
+    view |= {"crop": eval_crop} if eval_crop else {}
     halves = data.hold_out(judged) if sweep else judged
     if batch_size > (n := len(halves.train.labels)):
         raise cli.UsageError(f"--batch_size {batch_size}: {name} has {n} images to train on; take fewer")

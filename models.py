@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import json
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -29,6 +30,9 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+PICKLES = (".pth", ".pt", ".bin", ".tar")  # how files of other projects end
+# what other projects put before an encoder's names: DataParallel, then SimSiam, MoCo, Barlow Twins, lightly
+PREFIXES = [wrapper + part for wrapper in ("", "module.") for part in ("", "backbone.", "encoder.", "encoder_q.")]
 VIEW = ("size", "crop", "mean", "std")  # what a description tells of the images that its network was trained on
 
 
@@ -230,19 +234,20 @@ def embed_blocks(encoder: nn.Module, views: Iterable[Tensor]) -> dict[str, Tenso
 
 
 def save(path: str | Path, tensors: dict[str, Tensor], description: dict) -> None:
-    """Write tensors and their description, with a digest of the tensors, to a safetensors file: whole or not at all.
+    """Write tensors and their description, with a digest of both, to a safetensors file: whole or not at all.
 
-    The description is one JSON text under one header key, so that equal content makes equal files.
+    The description is one JSON text under one header key, so that equal content makes equal files. ModelError if the
+    file cannot be written.
     """
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    text = json.dumps(description | {"digest": digest(tensors)}, sort_keys=True)
+    text = json.dumps(description | {"digest": digest(tensors, description)}, sort_keys=True)
     with whole(Path(path)) as file:
         file.write(to_bytes(tensors, {"description": text}))
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write bytes to, which appears under its name when it is whole, or not at all."""
+    """A file to write bytes to, which appears under its name when it is whole, or not at all. ModelError: it cannot."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -250,51 +255,73 @@ def whole(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too, outlives a power cut
+        os.close(folder)
+    except OSError as e:
+        raise ModelError(f"{path}: cannot be written ({e.strerror}); what it held before is as it was") from e
     finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name, too, outlives a power cut
-    os.close(folder)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and description of a file that `save` wrote. ModelError, naming the file, if it is another or damaged."""
-    if not os.path.isfile(path):
-        raise ModelError(f"{path}: no such file; a checkpoint is the ckpt.safetensors or encoder.safetensors of a run")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as e:
-        raise ModelError(f"{path}: not a whole safetensors file ({e})") from e
+    tensors, metadata = _read(path)
     if "description" not in metadata:
-        raise ModelError(
-            f"{path}: a safetensors file without a description; pretrain.py writes one into its checkpoints"
-        )
+        raise ModelError(f"{path}: without a description, so not pretrain.py's; --model and --dataset say what it is")
     try:
         description = json.loads(metadata["description"])
-        intact = description["digest"] == digest(tensors)
-    except (ValueError, KeyError, TypeError) as e:
+        told = description.pop("digest")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ModelError(f"{path}: its description is not one that pretrain.py writes ({e!r})") from e
-    if not intact:
-        raise ModelError(f"{path}: damaged, its tensors are not the ones that were written (their digest differs)")
+    if told != digest(tensors, description):
+        raise ModelError(f"{path}: damaged, it does not hold what was written (the digest differs)")
     return tensors, description
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of tensors on the CPU."""
-    sha = hashlib.sha256()
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and metadata of a safetensors file; of a pickle by its suffix, of which nothing is run, tensors alone."""
+    if not os.path.isfile(path):
+        raise ModelError(f"{path}: no such file; a checkpoint is the ckpt.safetensors or encoder.safetensors of a run")
+    if str(path).endswith(PICKLES):
+        try:
+            held = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:  # torch raises errors of many types on what is no file of tensors
+            why = f"{' '.join(str(e).split())[:150]} ..."
+            raise ModelError(f"{path}: not a file of tensors alone, and nothing of it was run ({why})") from e
+        while isinstance(held, dict) and (inner := next((k for k in ("state_dict", "model") if k in held), None)):
+            held = held[inner]
+        if not isinstance(held, dict):
+            raise ModelError(f"{path}: holds a {type(held).__name__}, where tensors with names are wanted")
+        return {str(name): x for name, x in held.items() if isinstance(x, Tensor)}, {}
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise ModelError(f"{path}: not a whole safetensors file ({e})") from e
+
+
+def digest(tensors: dict[str, Tensor], description: dict) -> str:
+    """SHA-256 over a description and over names, types, shapes and bytes of tensors on the CPU."""
+    sha = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name, x in sorted(tensors.items()):
         sha.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
         sha.update(x.reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
 
 
-def load_encoder(path: str | Path, net: str = "online") -> tuple[nn.Module, dict]:
+def load_encoder(
+    path: str | Path, net: str = "online", model: str | None = None, stem: str = "imagenet"
+) -> tuple[nn.Module, dict]:
     """The online or the target encoder, in evaluation mode, and the description of a ckpt or encoder.safetensors.
 
-    Raises ModelError as `load_network` does, and if the file holds no target.
+    With `model`, the path is a file of another project, .pth or .safetensors, and the description has no view. Raises
+    ModelError as `load_network` and `adopt` do, and if the file holds no target.
     """
+    if model:
+        settings = {"dataset": None, "data_dir": "data", "seed": 0, "skip_broken": False}
+        return adopt(path, model, stem), {"settings": {**settings, "model": model, "stem": stem, "norm": "bn"}}
     network, description = load_network(path)
     if net == "target":
         if not hasattr(network, "target"):
@@ -303,29 +330,65 @@ def load_encoder(path: str | Path, net: str = "online") -> tuple[nn.Module, dict
     return network.encoder if description["holds"] == "checkpoint" else network, description
 
 
+def adopt(path: str | Path, model: str, stem: str) -> nn.Module:
+    """The encoder in a file of another project, by the prefix that fits; what matched is told on standard error.
+
+    ModelError if the file is one of ours, or if no prefix of PREFIXES makes its names those of the encoder.
+    """
+    tensors, metadata = _read(path)
+    if "description" in metadata:
+        raise ModelError(f"{path}: --model {model} has no effect, the file says what it is")
+    with torch.device("meta"):
+        encoder = build_encoder(model, stem)
+    wanted = encoder.state_dict()
+    prefix = max(PREFIXES, key=lambda prefix: sum(prefix + name in tensors for name in wanted))
+    found = {name: tensors[prefix + name].to(x.dtype) for name, x in wanted.items() if prefix + name in tensors}
+    if not found:
+        some = ", ".join(list(tensors)[:3]) or "no tensor"
+        raise ModelError(f"{path}: none of its names is one of {model}, with no prefix of ours; it holds {some}")
+    counts = {name: torch.tensor(0) for name in wanted if name.endswith("num_batches_tracked")}  # old files have none
+    fill(encoder, counts | found, path)
+    left = [name for name in tensors if name.removeprefix(prefix) not in found or not name.startswith(prefix)]
+    rest = f"; left out: {', '.join(left[:4])}{f' and {len(left) - 4} more' if len(left) > 4 else ''}" if left else ""
+    under = f" under {prefix}" if prefix else ""
+    print(f"{path}: {len(found)} tensors of {model}{under}{rest}; no digest, so unchecked", file=sys.stderr)
+    return encoder.to(memory_format=torch.channels_last).eval()
+
+
 def load_network(path: str | Path) -> tuple[nn.Module, dict]:
     """The network of a ckpt.safetensors, or the encoder of an encoder.safetensors, in evaluation mode; its description.
 
-    Raises ModelError as `load` does, and if a tensor is missing, superfluous or of another shape than described.
+    Raises ModelError as `load` and `fill` do.
     """
     tensors, description = load(path)
     try:
         settings = description["settings"]
         _ = [settings[key] for key in ("dataset", "data_dir", "seed")], [description["view"][key] for key in VIEW]
-        if description["holds"] == "encoder":
-            network = build_encoder(settings["model"], settings["stem"], settings["norm"])
-        else:
-            network = build(**settings)
-    except (KeyError, TypeError) as e:
+        with torch.device("meta"):  # a description may ask for more than there is memory
+            if description["holds"] == "encoder":
+                network = build_encoder(settings["model"], settings["stem"], settings["norm"])
+            else:
+                network = build(**settings)
+    except ModelError:
+        raise
+    except Exception as e:  # whatever a description that lies makes of the constructors
         raise ModelError(f"{path}: its description is not one that pretrain.py writes ({e!r})") from e
+    fill(network, {name: x for name, x in tensors.items() if "/" not in name}, path)
+    return network.to(memory_format=torch.channels_last).eval(), description
+
+
+def fill(network: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Put the tensors of a file into a network. ModelError if one is missing, superfluous or of another shape or type.
+
+    A network on the meta device takes the tensors as its own.
+    """
     expected = network.state_dict()
     for kind, names in (("missing", expected.keys() - tensors), ("superfluous", tensors.keys() - expected)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ModelError(f"{path}: {kind}, for what is described: {', '.join(sorted(names)[:3])}{more}")
     for key, x in expected.items():
-        if x.shape != tensors[key].shape:
-            shapes = f"{tuple(tensors[key].shape)}, where what is described has {tuple(x.shape)}"
-            raise ModelError(f"{path}: {key} is {shapes}")
-    network.load_state_dict(tensors)
-    return network.eval(), description
+        held, wanted = (f"{tuple(y.shape)} {y.dtype}".replace("torch.", "") for y in (tensors[key], x))
+        if held != wanted:
+            raise ModelError(f"{path}: {key} is {held}, where what is described has {wanted}")
+    network.load_state_dict(tensors, assign=any(x.is_meta for x in expected.values()))
