@@ -33,6 +33,10 @@ class UsageError(ValueError):
     """A command line that asks for something that cannot be done."""
 
 
+class Stopped(Exception):
+    """A stage that a signal has ended: why, and the exit code that a shell expects then."""
+
+
 def run(stage: Callable, *errors: type[Exception]) -> None:
     """Call `stage` with the flags of the command line.
 
@@ -57,6 +61,8 @@ def run(stage: Callable, *errors: type[Exception]) -> None:
         fire.Fire(command, typed, name=Path(sys.argv[0]).name)
     except (UsageError, *errors) as e:
         fail(e, 2)
+    except Stopped as e:
+        fail(*e.args)
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except BrokenPipeError:  # whoever read our rows has left: not even the interpreter's last flush can reach them
@@ -180,13 +186,19 @@ def words(annotation: Any) -> str:
 
 
 def emit(row: dict, log: Path | None = None) -> None:
-    """Print a row as one line of JSON on standard output and, with `log`, add it to that file. ValueError for a NaN."""
+    """Print a row as one line of JSON on standard output and, with `log`, add it to that file.
+
+    ValueError for a NaN; UsageError if the log cannot be written to.
+    """
     line = json.dumps(row, allow_nan=False)
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
     if log is not None:
-        with open(log, "a") as file:
-            file.write(line + "\n")
+        try:
+            with open(log, "a") as file:
+                file.write(line + "\n")
+        except OSError as e:
+            raise UsageError(f"{log}: cannot be written ({e.strerror})") from e
 
 
 def log_of(checkpoint: str) -> Path | None:

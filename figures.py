@@ -16,7 +16,7 @@ import io
 import json
 import math
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -29,6 +29,7 @@ import cli
 import data
 import models
 from pretrain import RECIPES
+from runs import Run, RunError, read
 from views import two_views
 
 matplotlib.use("Agg")
@@ -41,34 +42,6 @@ STYLES = [
 ]
 METHODS = {"byol": "BYOL", "simclr": "SimCLR"}
 LOCAL = ("seed", "data_dir", "eval_every")  # settings that make no difference to what is compared
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder: what it was trained with, and the rows of its log."""
-
-    folder: Path
-    settings: dict
-    rows: list[dict]
-
-    def series(self, key: str, of: str | None = None) -> dict[int, float]:
-        """The finite values of a column of pretraining by step; `of` names the kind of row."""
-        rows = [r for r in self.rows if r["stage"] == "pretrain" and r.get("of") == of and "step" in r and key in r]
-        return {r["step"]: r[key] for r in rows if math.isfinite(r[key])}
-
-    def score(self, stage: str) -> float | None:
-        """The last top-1 accuracy (%) by the protocol of knn_eval, at k = 20, or linear_eval; by no variant of it.
-
-        Where knn_eval has not been run, the online k-NN of the last epoch is the same number.
-        """
-        s = self.settings
-        final = {"stage": stage, "split": "test", "net": "online", "dataset": s["dataset"], "eval_crop": s["eval_crop"]}
-        final |= {"of": "trained", "k": 20, "temperature": 0.07} if stage == "knn_eval" else {"features": "augmented"}
-        online = {"stage": "pretrain", "of": "online", "split": "test", "k": 20, "epoch": s["epochs"]}
-        for wanted in (final, online) if stage == "knn_eval" else (final,):
-            if rows := [r for r in self.rows if all(r.get(k) == x for k, x in wanted.items())]:
-                return rows[-1]["top1"]
-        return None
 
 
 def figures(
@@ -91,7 +64,8 @@ def figures(
         raise cli.UsageError(f"{name}: takes {'--dataset and no runs' if name == 'views' else 'run folders'}")
     if name == "views":
         return write(
-            contact_sheet(data.load(dataset, data_dir or "data")), Path(out, f"views-{Path(dataset).resolve().name}")
+            contact_sheet(data.load(dataset, data_dir or "data", pretraining=True)),
+            Path(out, f"views-{Path(dataset).resolve().name}"),
         )
     if data_dir and name != "circle":
         raise cli.UsageError(f"--data_dir {data_dir}: has no effect on {name}")
@@ -108,24 +82,6 @@ def figures(
         "batch": batch,
     }
     return write(draw[name](read_runs), Path(out, name))
-
-
-def read(folder: Path) -> Run:
-    """A run folder. UsageError for one without a log of pretrain.py; a last line that is cut short does not count."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text().split("\n")
-    except OSError as e:
-        raise cli.UsageError(f"{folder}: no run, its metrics.jsonl cannot be read ({e.strerror})") from e
-    rows = []
-    for n, line in enumerate(lines[:-1], 1):  # what follows the last line's end is not yet whole
-        try:
-            rows.append(json.loads(line))
-            _ = rows[-1]["stage"]
-        except (ValueError, KeyError, TypeError) as e:
-            raise cli.UsageError(f"{folder}/metrics.jsonl: line {n} is not one that a stage writes") from e
-    if not rows or not {"dataset", "method", "reg", "accumulate"} <= rows[0].get("settings", {}).keys():
-        raise cli.UsageError(f"{folder}/metrics.jsonl: has no first row with a run's settings")
-    return Run(folder, rows[0]["settings"], rows)
 
 
 def groups(runs: list[Run], apart: tuple[str, ...] = ()) -> dict[str, list[Run]]:
@@ -303,7 +259,7 @@ def on_plane(axis, z: Tensor) -> None:
         gaussian_kde(z, grid.reshape(-1, 2)).view(113, 113).numpy(),
         origin="lower",
         extent=(-1.4, 1.4) * 2,
-        cmap="cividis_r",
+        cmap="Blues",
     )
     axis.set_xticks([])
     axis.set_yticks([])
@@ -475,4 +431,4 @@ def write(figure, stem: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(figures, data.DataError, models.ModelError)
+    cli.run(figures, data.DataError, models.ModelError, RunError)

@@ -8,10 +8,12 @@ metrics.jsonl (the rows that were printed).
 """
 
 import inspect
+import json
 import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import torch
@@ -26,12 +29,13 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.optim import Lars
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import cli
 import data
 import models
+import runs
 from knn_eval import nearest_neighbours
 from regularizers import alignment, amhe, info_nce, mhe, uniformity, unit
 from views import two_views
@@ -72,6 +76,7 @@ RECIPES = {
     "imagenet-300":  Recipe( 300,  512,  0.3,   1e-6, 10,  0.99,  4096, 256,  1, 0.125,  0.1,  10),
     "imagenet-1000": Recipe(1000, 4096,  0.2, 1.5e-6, 10, 0.996,  4096, 256,  1, 0.125,  0.1,  10),
 }  # fmt: skip
+HOW = ("out", "save_every", "resume", "tracker")  # flags that change nothing in what a run computes
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what lambda weighs
 
 
@@ -101,9 +106,12 @@ def pretrain(
     blur_p: Annotated[float, ">= 0", "<= 1"] | None = None,
     eval_crop: Annotated[float, "> 0", "<= 1"] = data.EVAL_CROP,
     holdout: bool = False,
+    skip_broken: bool = False,
     seed: Annotated[int, ">= 0", "< 1e9"] = 0,
     out: str | None = None,
     eval_every: Annotated[int, ">= 0"] | None = None,
+    save_every: Annotated[int, ">= 0"] = 500,
+    resume: Literal["auto", "never"] = "auto",
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none",
 ):
     """Pre-train an encoder by BYOL or SimCLR. None = the value of the recipe, which is printed before the first step.
@@ -133,9 +141,12 @@ def pretrain(
         blur_p: probability of blur in both views; None = the data set's
         eval_crop: part of the side that the evaluation view keeps
         holdout: judge on images held out of the training set, not on the test set
+        skip_broken: leave out pictures of a folder that cannot be read, and name them, in place of stopping
         seed: of weights, order and views
         out: run folder; None = runs/ and a name made of the flags
         eval_every: epochs between k-NN rows, of which the last epoch has one, too; 0 = never
+        save_every: steps between checkpoints within an epoch, whose end has one, too; 0 = none
+        resume: auto goes on with the run that the folder holds; never refuses such a folder
         tracker: none, tensorboard, wandb or trackio, which gets the numbers of metrics.jsonl, too
     """
     flags = dict(locals())
@@ -145,74 +156,101 @@ def pretrain(
     accelerator = Accelerator(gradient_accumulation_steps=accumulate, log_with=log_with, project_dir=folder)
     refuse_launch(accelerator.num_processes)
     with accelerator.main_process_first():  # the others find what it has downloaded
-        images = data.load(dataset, data_dir, pretraining=True)
+        images = data.load(dataset, data_dir, pretraining=True, skip_broken=skip_broken)
     images = data.hold_out(images) if holdout else images
     settings = in_force(flags, images, accelerator.num_processes)
-    view = {"size": images.size, "crop": eval_crop, "mean": images.mean, "std": images.std}
+    view = images.view(eval_crop)
     steps_per_epoch = len(images.pretraining.labels) // settings["batch_size"]
     steps, warmup_steps = steps_per_epoch * settings["epochs"], round(steps_per_epoch * settings["warmup"])
     peak = settings["lr"] * settings["batch_size"] / 256
+    description = {"settings": settings, "view": view, "steps": steps, **provenance()}
+    with accelerator.main_process_first():
+        lock = runs.claim(folder) if accelerator.is_main_process else None
+        tensors, was = runs.saved(folder)
+    done, step = position(description, was, folder)
 
     use_cores(accelerator)
     set_seed(seed)
     network, parallel, optimizer = build(settings, accelerator)
     layers = models.neurons(network, settings["reg_on"])
+    sums = runs.restore(tensors, was, network, optimizer, accelerator) if tensors else {}
     pretraining, train, test = (x.to(accelerator.device) for x in (images.pretraining, images.train, images.test))
-    log = start_log(folder) if accelerator.is_main_process else None
-    description = {"settings": settings, "view": view, **provenance()}
-    if log:
-        cli.emit({"stage": "pretrain", **description, **hardware(accelerator)}, log)
+    log = start_log(folder, {"stage": "pretrain", **description, **hardware(accelerator)}, done, step) if lock else None
+    if log and step < steps:
         accelerator.init_trackers("pretrain", {name: str(x) for name, x in settings.items()})
         print(formula(settings, layers), *in_use(flags, settings), sep="\n  ", file=sys.stderr)
-    step = 0
     share = {"parts": accumulate, "rank": accelerator.process_index, "world": accelerator.num_processes}
-    with tqdm(total=steps, unit="step", disable=not log) as bar:
-        for epoch in range(1, settings["epochs"] + 1):
-            start, totals = time.perf_counter(), {}
-            for crops, _, u in data.batches(pretraining, settings["batch_size"], images.size, seed, epoch, **share):
+    seen, flat = {}, 0
+
+    def save(done: int, sums: dict[str, Tensor]) -> None:
+        refuse_faults(seen, network, folder)
+        now = runs.capture(network, optimizer, sums, accelerator)
+        if log:
+            runs.save(folder, now, {**description, "epoch": done, "step": step}, accelerator.scaler)
+
+    with (
+        runs.signals() as caught,
+        tqdm(total=steps, initial=step, unit="step", disable=not log or step == steps) as bar,
+    ):
+        for epoch in range(done + 1, settings["epochs"] + 1):
+            start, first = time.perf_counter(), step
+            passed = step - (epoch - 1) * steps_per_epoch
+            for crops, _, u in data.batches(
+                pretraining, settings["batch_size"], images.size, seed, epoch, passed=passed, **share
+            ):
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(step, steps, warmup_steps, peak)
                 v1, v2 = two_views(crops, u, images.mean, images.std, settings["blur_p"], images.solarise)
                 with accelerator.accumulate(parallel):
                     terms = objective(settings, layers, *parallel(v1, v2))
                     accelerator.backward(terms["loss"])
+                    seen = watch(seen, step, terms, network, accelerator)
                     optimizer.step()
                     optimizer.zero_grad()
-                totals = {name: totals.get(name, 0) + term.detach() / accumulate for name, term in terms.items()}
-                if accelerator.sync_gradients:
-                    if method == "byol" and not accelerator.optimizer_step_was_skipped:
-                        network.update_target(tau_at(step, steps, settings["tau"]))
-                    step += 1
-                    bar.update()
-            row = {name: accelerator.reduce(x, "mean").item() / steps_per_epoch for name, x in totals.items()}
-            images_per_s = steps_per_epoch * settings["batch_size"] / (time.perf_counter() - start)
-            if not (math.isfinite(row["loss"]) and all(p.isfinite().all() for p in network.parameters())):
-                raise cli.UsageError(f"epoch {epoch}: the loss is not finite; a smaller --lr or --weight may help")
-            if not log:
-                continue
-            if "energy" not in row:  # the objective has none: what the weights have come to
-                row |= {name: x.item() for name, x in layer_energies(layers, settings).items()}
-            if method == "byol":
-                row["tau"] = tau_at(step - 1, steps, settings["tau"])
-            where = {"stage": "pretrain", "epoch": epoch, "step": step}
-            report({**where, **row, "lr": group["lr"], "images_per_s": round(images_per_s, 1)}, log, accelerator)
-            if settings["eval_every"] and (epoch % settings["eval_every"] == 0 or epoch == settings["epochs"]):
-                judged = {"of": "online", "split": "holdout" if holdout else "test"}
-                for k, scores in nearest_neighbours(network.encoder, train, test, view).items():
-                    report({**where, **judged, "k": k, **scores}, log, accelerator)
-                inner = representations(network.encoder, test, view)
-                report({**where, "of": "representations", **inner}, log, accelerator)
-            save_pair(folder, network, {**description, "epoch": epoch})
+                sums = {name: sums.get(name, 0) + term.detach() / accumulate for name, term in terms.items()}
+                if not accelerator.sync_gradients:
+                    continue
+                if method == "byol" and not accelerator.optimizer_step_was_skipped:
+                    network.update_target(tau_at(step, steps, settings["tau"]))
+                step += 1
+                bar.update()
+                told = runs.told_to_stop(caught, accelerator)
+                if told or (save_every and step % save_every == 0 and step < epoch * steps_per_epoch):
+                    save(epoch - 1, sums)
+                if told:
+                    stop(told, step, steps, folder)
+            row = {name: accelerator.reduce(x, "mean").item() / steps_per_epoch for name, x in sums.items()}
+            images_per_s = (step - first) * settings["batch_size"] / (time.perf_counter() - start)
+            refuse_faults(seen, network, folder)
+            if log:
+                if "energy" not in row:  # the objective has none: what the weights have come to
+                    row |= {name: x.item() for name, x in layer_energies(layers, settings).items()}
+                if method == "byol":
+                    row["tau"] = tau_at(step - 1, steps, settings["tau"])
+                where = {"stage": "pretrain", "epoch": epoch, "step": step}
+                rate = lr_at(step - 1, steps, warmup_steps, peak)
+                report({**where, **row, "lr": rate, "images_per_s": round(images_per_s, 1)}, log, accelerator)
+                flat = warn_of_collapse(row["std"] * settings["out_dim"] ** 0.5, flat)
+                if settings["eval_every"] and (epoch % settings["eval_every"] == 0 or epoch == settings["epochs"]):
+                    judged = {"of": "online", "split": "holdout" if holdout else "test"}
+                    for k, scores in nearest_neighbours(network.encoder, train, test, view).items():
+                        report({**where, **judged, "k": k, **scores}, log, accelerator)
+                    inner = representations(network.encoder, test, view)
+                    report({**where, "of": "representations", **inner}, log, accelerator)
+            sums = {}
+            save(epoch, sums)
+            if step < steps and (told := runs.told_to_stop(caught, accelerator)):
+                stop(told, step, steps, folder)
     accelerator.end_training()
     if log:
-        ckpt = shlex.quote(str(folder / "ckpt.safetensors"))
-        print(f"{ckpt} is written; judge it by", file=sys.stderr)
+        ckpt = shlex.quote(str(folder / runs.CKPT))
+        print(f"{ckpt} is whole; judge it by", file=sys.stderr)
         print(f"    python knn_eval.py {ckpt}\n    python linear_eval.py {ckpt}", file=sys.stderr)
 
 
 def run_name(flags: dict) -> str:
     """Data set, method, regularizer, and every other flag that is not a default: photos-amhe-s1-seed2."""
-    named = ("dataset", "method", "reg", "tracker")
+    named = ("dataset", "method", "reg", *HOW)
     defaults = {name: flag.default for name, flag in inspect.signature(pretrain).parameters.items()}
     given = {name: x for name, x in flags.items() if x != defaults[name] and name not in named}
     others = [name + ("+".join(x) if isinstance(x, tuple) else str(x)) for name, x in given.items()]
@@ -236,13 +274,15 @@ def refuse(flags: dict, folder: Path) -> None:
             raise cli.UsageError(f"--{name} {flags[name]}: has no effect with --{other} {flags[other]}")
     if method == "simclr" and "predictor" in (flags["reg_on"] or ()):
         raise cli.UsageError("--reg_on predictor: simclr has none; take encoder, projector or both")
-    if any(os.path.exists(folder / name) for name in ("metrics.jsonl", "ckpt.safetensors", "encoder.safetensors")):
-        raise cli.UsageError(f"--out {folder}: already holds a run; name another folder, or remove this one")
+    if flags["resume"] == "never" and any((folder / name).exists() for name in runs.FILES):
+        raise cli.UsageError(f"--out {folder}: already holds a run; name another folder, or take --resume auto")
     if flags["tracker"] != "none" and find_spec(flags["tracker"]) is None:
         raise cli.UsageError(f"--tracker {flags['tracker']}: is not installed; pip install {flags['tracker']}")
     recipe_of(flags)
     with torch.device("meta"):
-        models.build_encoder(model, "imagenet")
+        encoder = models.build_encoder(model, "imagenet")
+    if "encoder" in (flags["reg_on"] or ()):
+        models.neurons(SimpleNamespace(encoder=encoder), ["encoder"])
 
 
 def refuse_launch(processes: int) -> None:
@@ -272,13 +312,15 @@ def in_force(flags: dict, images: data.Dataset, processes: int) -> dict:
     derived = {"recipe": name, "stem": images.stem, "weight": weights[term], "blur_p": images.blur}
     derived |= {"warmup": recipe.warmup * epochs / recipe.epochs, "reg_on": ("projector", "predictor")}
     defaults = asdict(recipe) | derived
-    settings = {
-        flag: defaults.get(flag) if x is None else x for flag, x in flags.items() if flag not in ("out", "tracker")
-    }
+    settings = {name: defaults.get(name) if x is None else x for name, x in flags.items() if name not in HOW}
     parts = ("encoder", "projector", *["predictor"] * (flags["method"] == "byol"))
     settings["reg_on"] = [part for part in parts if part in settings["reg_on"]]
     if flags["blur_p"] is not None:
         settings["blur_p"] = (flags["blur_p"],) * 2
+    if not images.classes:
+        if flags["eval_every"]:
+            raise cli.UsageError(f"--eval_every {flags['eval_every']}: {flags['dataset']} has no classes to judge by")
+        settings["eval_every"] = 0
     batch_size, warmup, share = settings["batch_size"], settings["warmup"], processes * settings["accumulate"]
     if warmup >= epochs:
         raise cli.UsageError(f"--warmup {warmup}: has to be shorter than the training, {epochs} epochs")
@@ -290,14 +332,32 @@ def in_force(flags: dict, images: data.Dataset, processes: int) -> dict:
     return settings
 
 
-def start_log(folder: Path) -> Path:
-    """The empty metrics.jsonl of a new run folder. Raises UsageError if it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").touch(exist_ok=False)
-    except OSError as e:
-        raise cli.UsageError(f"--out {folder}: cannot be written ({e.strerror})") from e
-    return folder / "metrics.jsonl"
+def position(description: dict, was: dict | None, folder: Path) -> tuple[int, int]:
+    """Epochs and steps that the run of a folder has behind it. UsageError if that run is another."""
+    if was is None:
+        return 0, 0
+    if told := runs.differences(description["settings"], was["settings"]):
+        raise cli.UsageError(
+            f"--out {folder}: holds a run with other settings, {', '.join(told)}; take these, or name another folder"
+        )
+    if told := [x for x in ("view", "steps") if json.loads(json.dumps(description[x])) != was.get(x)]:
+        differs = ", ".join(f"{x} {description[x]} (it was {was.get(x)})" for x in told)
+        raise cli.UsageError(f"--out {folder}: holds a run on other images, {differs}; name another folder")
+    return was["epoch"], was["step"]
+
+
+def start_log(folder: Path, first: dict, done: int, step: int) -> Path:
+    """The log of a run, with its first row, or up to where the run goes on from."""
+    rows, log = runs.rewind(folder, done), folder / runs.LOG
+    if not rows:
+        cli.emit(first, log)
+        return log
+    goes_on = "goes on after" if done < first["settings"]["epochs"] else "is finished,"
+    print(f"{folder}: {goes_on} step {step}", file=sys.stderr)
+    for name in ("versions", "git", "device", "precision", "processes"):
+        if rows[0].get(name) != first[name]:
+            print(f"{name}: {first[name]} (it was {rows[0].get(name)})", file=sys.stderr)
+    return log
 
 
 def use_cores(accelerator: Accelerator) -> None:
@@ -308,7 +368,7 @@ def use_cores(accelerator: Accelerator) -> None:
         torch.set_num_threads(max(1, cores // accelerator.num_processes))
 
 
-def build(settings: dict, accelerator: Accelerator) -> tuple[models.BYOL, torch.nn.Module, Lars]:
+def build(settings: dict, accelerator: Accelerator) -> tuple[models.BYOL, nn.Module, Lars]:
     """The network on its device, the same as it runs on all processes, and LARS, Appendix B.2."""
     network = models.build(**settings)
     optimizer = Lars(parameter_groups(network, settings["weight_decay"]), momentum=0.9, trust_coeff=1e-3)
@@ -316,10 +376,50 @@ def build(settings: dict, accelerator: Accelerator) -> tuple[models.BYOL, torch.
     return accelerator.unwrap_model(parallel, keep_torch_compile=False), parallel, optimizer
 
 
-def save_pair(folder: Path, network: models.BYOL, description: dict) -> None:
-    """ckpt.safetensors, the whole network, and encoder.safetensors, its encoder under timm's names."""
-    models.save(folder / "ckpt.safetensors", network.state_dict(), {**description, "holds": "checkpoint"})
-    models.save(folder / "encoder.safetensors", network.encoder.state_dict(), {**description, "holds": "encoder"})
+def watch(seen: dict, step: int, terms: dict, network: models.BYOL, accelerator: Accelerator) -> dict[str, Tensor]:
+    """Terms and norms of the gradients of this step, or of the first at which one was not finite, on the device."""
+    latest = {"step": step, **terms}
+    for part in ("encoder", "projector", "predictor"):
+        latest[f"gradient of {part}"] = 0.0
+        grads = [p.grad for p in getattr(network, part, nn.Identity()).parameters() if p.grad is not None]
+        if grads and accelerator.scaler is None:  # fp16's scaler meets infinite gradients, and skips their step
+            latest[f"gradient of {part}"] = nn.utils.get_total_norm(grads)
+    latest = {name: torch.as_tensor(x, device=accelerator.device).detach() for name, x in latest.items()}
+    if not seen:
+        return latest
+    finite = torch.stack(list(seen.values())).isfinite().all()
+    return {name: torch.where(finite, x, seen[name]) for name, x in latest.items()}
+
+
+def refuse_faults(seen: dict[str, Tensor], network: models.BYOL, folder: Path) -> None:
+    """UsageError for a step, or for weights, that are not finite: nothing of them is saved."""
+    numbers = {name: x.item() for name, x in seen.items()}
+    weights = torch.stack([x.isfinite().all() for x in network.state_dict().values()]).all().item()
+    if weights and all(map(math.isfinite, numbers.values())):
+        return
+    step = int(numbers.pop("step", -1)) + 1
+    numbers |= {} if weights else {"weights": math.nan}
+    told = ", ".join(f"{name} {x:.4g}" for name, x in numbers.items())
+    kept = f"{folder / runs.CKPT} is as it was" if (folder / runs.CKPT).exists() else "no checkpoint is written"
+    raise cli.UsageError(f"step {step}: not finite: {told}; {kept}; a smaller --lr or --weight may help")
+
+
+def warn_of_collapse(spread: float, flat: int) -> int:
+    """Epochs in a row in which projections were all but one point; spread is 1 where they fill the sphere."""
+    flat = flat + 1 if spread < 0.1 else 0
+    if flat >= 3:
+        print(
+            f"WARNING: collapse? For {flat} epochs all projections have been nearly one point, std {spread:.1e} of "
+            "a full sphere's. Try a smaller --lr, a --tau nearer 1, a longer --warmup, or --reg uniform",
+            file=sys.stderr,
+        )
+    return flat
+
+
+def stop(told: signal.Signals, step: int, steps: int, folder: Path) -> None:
+    """Raise Stopped."""
+    why = f"{told.name} after step {step} of {steps}; {folder / runs.CKPT} holds it, and the same command goes on"
+    raise cli.Stopped(why, 128 + told)
 
 
 def hardware(accelerator: Accelerator) -> dict:
@@ -396,7 +496,7 @@ def layer_energies(layers: dict[str, Tensor], settings: dict) -> dict[str, Tenso
     return {"energy": sum(each.values()), **each}
 
 
-def representations(encoder: torch.nn.Module, test: data.Split, view: dict) -> dict[str, float]:
+def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[str, float]:
     """What Figures 4 and 5 follow, on 256 images spread over a split: energies of the blocks' outputs, and G2.
 
     The energy is `mhe` of the rows that a residual block's outputs are, averaged over their maps, at s = 0: two images
@@ -463,4 +563,4 @@ def in_use(flags: dict, settings: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(pretrain, data.DataError, models.ModelError)
+    cli.run(pretrain, data.DataError, models.ModelError, runs.RunError)

@@ -251,7 +251,9 @@ def test_a_failed_save_leaves_the_old_file(byol, pair, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError):
+    with pytest.raises(
+        models.ModelError, match=r"ckpt.safetensors: cannot be written \(No space left on device\); what"
+    ):
         models.save(pair / "ckpt.safetensors", {"x": torch.ones(3)}, {})
     assert (pair / "ckpt.safetensors").read_bytes() == before
     assert sorted(p.name for p in pair.iterdir()) == ["ckpt.safetensors", "encoder.safetensors"]

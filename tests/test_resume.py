@@ -1,0 +1,236 @@
+"""A run that is stopped, killed, or cannot write goes on and ends in the bits of one that never stopped."""
+
+import fcntl
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from pretrain import Lars, pretrain
+
+ROOT = Path(__file__).parent.parent
+FLAGS = "--model test_resnet --stem imagenet --hidden_dim 16 --out_dim 8 --lr 8 --reg mhe".split()
+FLAGS += "--batch_size 16 --epochs 3 --eval_every 2 --save_every 2".split()
+
+
+def rows_of(run):
+    """The log without what depends on the clock, and on how the command was typed."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: x for k, x in row.items() if k not in ("images_per_s", "command")} for row in rows]
+
+
+def assert_same_run(run, whole):
+    assert rows_of(run) == rows_of(whole)
+    for file in ("ckpt.safetensors", "encoder.safetensors"):
+        (ours, told), (theirs, meant) = models.load(run / file), models.load(whole / file)
+        assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
+        assert {**told, "command": None} == {**meant, "command": None}
+    assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """A run of three epochs of three steps that nothing stopped."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrain.py"])
+        pretrain(
+            dataset=str(folder), model="test_resnet", stem="imagenet", hidden_dim=16, out_dim=8, lr=8.0, reg="mhe",
+            batch_size=16, epochs=3, eval_every=2, save_every=2, out=str(out),
+        )  # fmt: skip
+    return out
+
+
+def last_save(step):
+    """The last step before this one that a checkpoint was written at: each second, and each epoch's third."""
+    return max(k for k in (0, 2, 3, 4, 6, 8) if k < step)
+
+
+class Killed(BaseException):
+    """Ends the stage where it stands, as SIGKILL does."""
+
+
+@pytest.mark.parametrize(
+    "how, at",
+    [("SIGTERM", 1), ("SIGTERM", 3), ("SIGTERM", 9), ("SIGINT", 4), *(("SIGKILL", at) for at in (1, 3, 5, 6, 9))],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(command, folder, whole, tmp_path, monkeypatch, how, at):
+    """After step `at` of 9: a signal, which is kept to the step's end, or the loss of all since the last save."""
+    step, steps = Lars.step, []
+
+    def stopping(optimizer, closure=None):
+        step(optimizer, closure)
+        steps.append(1)
+        if len(steps) == at:
+            if how == "SIGKILL":
+                raise Killed
+            os.kill(os.getpid(), signal.Signals[how])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lars, "step", stopping)
+        if how == "SIGKILL":
+            with pytest.raises(Killed):
+                command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
+            with open("run/metrics.jsonl", "a") as log:
+                log.write('{"stage": "pretr')
+        else:
+            code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
+            assert code == {"SIGTERM": 143, "SIGINT": 130}[how] and len(steps) == at
+            assert err.splitlines()[-1] == (
+                f"pretrain.py: {how} after step {at} of 9; run/ckpt.safetensors holds it, and the same command goes on"
+            )
+    code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
+    assert code == 0 and f"run: goes on after step {at if how != 'SIGKILL' else last_save(at)}" in err
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_sigkill_to_the_process_itself(folder, whole, tmp_path):
+    """Killed and started again until it is through; no lock, no temporary file, no half line stands in the way."""
+    run = tmp_path / "run"
+    command = [sys.executable, ROOT / "pretrain.py", "--dataset", folder, *FLAGS, "--out", run]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for epoch in (1, 2, None):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for line in process.stdout:
+            if epoch and f'"epoch": {epoch}' in line:
+                process.kill()
+                break
+        process.communicate()
+        (run / ".ckpt.safetensors.1234").touch()
+    (run / ".ckpt.safetensors.1234").unlink()
+    assert process.returncode == 0
+    assert_same_run(run, whole)
+
+
+def test_a_finished_run_says_so(command, folder, whole):
+    before = {p.name: p.read_bytes() for p in whole.iterdir()}
+    code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", whole)
+    assert code == 0 and rows == [] and f"{whole}: is finished, step 9" in err
+    assert {p.name: p.read_bytes() for p in whole.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ("--epochs 4", "--epochs 4 (it was 3)"),
+        ("--lr 7", "--lr 7.0 (it was 8.0)"),
+        ("--reg amhe --s 1", "--reg amhe (it was mhe), --s 1.0 (it was 2.0)"),
+        ("--seed 1", "--seed 1 (it was 0)"),
+        ("--resume never", "already holds a run; name another folder, or take --resume auto"),
+    ],
+)
+def test_other_settings_are_named_and_refused(command, folder, whole, flags, told):
+    given = flags.split()
+    kept = [x for pair in zip(FLAGS[::2], FLAGS[1::2]) if pair[0] not in given for x in pair]
+    before = {p.name: p.read_bytes() for p in whole.iterdir()}
+    code, rows, err = command(pretrain, "--dataset", folder, *kept, *given, "--out", whole)
+    assert code == 2 and rows == [] and told in err and err.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in whole.iterdir()} == before
+
+
+def test_other_images_under_the_same_name_are_refused(command, picture_folder):
+    assert command(pretrain, "--dataset", picture_folder, *FLAGS, "--out", "run")[0] == 0
+    for label in ("astronaut", "brick", "chelsea"):
+        for i in range(8):
+            (picture_folder / "train" / label / f"{i:02}.png").unlink()
+    code, rows, err = command(pretrain, "--dataset", picture_folder, *FLAGS, "--out", "run")
+    assert code == 2 and rows == [] and "holds a run on other images" in err and "steps 3 (it was 9)" in err
+
+
+@pytest.fixture
+def picture_folder(folder, tmp_path):
+    """A copy to change."""
+    shutil.copytree(folder, tmp_path / "pictures")
+    return tmp_path / "pictures"
+
+
+def test_a_folder_in_use_is_refused(command, folder, whole):
+    with open(whole / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", whole)
+    assert code == 2 and rows == [] and "another process is training in it" in err and err.count("\n") == 1
+
+
+def test_a_checkpoint_that_is_gone_or_is_no_state_is_not_written_over(command, folder, whole, tmp_path):
+    for name in ("metrics.jsonl", "encoder.safetensors"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", tmp_path)
+    assert code == 2 and rows == [] and "holds a run whose ckpt.safetensors is gone" in err
+    tensors, description = models.load(whole / "ckpt.safetensors")
+    networks = {name: x for name, x in tensors.items() if "/" not in name}
+    models.save(tmp_path / "ckpt.safetensors", networks, description)
+    code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", tmp_path)
+    assert code == 2 and rows == [] and "without the momentum" in err and err.count("\n") == 1
+    (tmp_path / "ckpt.safetensors").write_bytes((whole / "ckpt.safetensors").read_bytes()[:-1])
+    code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", tmp_path)
+    assert code == 2 and rows == [] and "ckpt.safetensors: not a whole safetensors file" in err
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(command, folder, whole, tmp_path):
+    """No file may grow beyond a limit, as on a disk that is full, from step 4 on."""
+    step, steps = Lars.step, []
+
+    def filling(optimizer, closure=None):
+        step(optimizer, closure)
+        steps.append(1)
+        if len(steps) == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lars, "step", filling)
+        try:
+            code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and "safetensors: cannot be written (File too large); what it held before" in err.splitlines()[-1]
+    assert models.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 3
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted(p.name for p in whole.iterdir())
+    assert command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")[0] == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_fault_is_told_by_step_terms_and_norms(command, folder, tmp_path, monkeypatch):
+    """A gradient that overflows at step 5, of a loss that is finite, and the checkpoint of step 4 stays."""
+    calls = []
+
+    def spoil(grads, *args, **kwargs):
+        calls.append(1)
+        return norm(grads, *args, **kwargs) * (math.inf if len(calls) == 3 * 4 + 1 else 1)
+
+    norm = torch.nn.utils.get_total_norm
+    monkeypatch.setattr("torch.nn.utils.get_total_norm", spoil)
+    code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
+    last = err.splitlines()[-1]
+    assert code == 2 and last.startswith("pretrain.py: step 5: not finite: loss "), last
+    assert "gradient of encoder inf, gradient of projector " in last and "run/ckpt.safetensors is as it was" in last
+    assert models.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 4
+
+
+def test_collapse_is_a_loud_warning(command, folder, monkeypatch):
+    monkeypatch.setattr("pretrain.unit", lambda x: x * 0)
+    code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
+    assert code == 0 and err.count("WARNING: collapse? For 3 epochs") == 1 and "Try a smaller --lr" in err
+
+
+def test_sigterm_to_the_process_itself(folder, tmp_path):
+    flags = [*FLAGS, "--out", tmp_path / "run"]
+    flags[flags.index("--epochs") + 1] = "1000"
+    command = [sys.executable, ROOT / "pretrain.py", "--dataset", folder, *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if '"epoch": 2' in line:
+            process.terminate()
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("pretrain.py: SIGTERM after step ")

@@ -1,0 +1,267 @@
+"""Every wrong turn ends in one line that names the culprit, with nothing written: all stages, one table."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import models
+from figures import figures
+from knn_eval import knn_eval
+from linear_eval import linear_eval
+from pretrain import pretrain
+
+PRETRAIN = {
+    "--regg amhe": "--regg: no such flag; did you mean --reg?",
+    "--reg amh": "--reg amh: expected none, mhe, amhe, uniform (did you mean amhe?)",
+    "amhe": "amhe: a stray word; flags are given as --name value, see --help",
+    "--reg": "--reg: expected none, mhe, amhe, uniform",
+    "--reg amhe --reg mhe": "--reg mhe: given twice",
+    "--reg amhe --s two": "--s two: expected a number >= 0",
+    "--reg amhe --s -1": "--s -1: expected a number >= 0",
+    "--reg amhe --s nan": "--s nan: expected a number >= 0",
+    "--reg amhe --s inf": "--s inf: expected a number >= 0",
+    "--reg uniform --s 1": "--s 1.0: has no effect with --reg uniform",
+    "--reg amhe --weight -1": "--weight -1: expected a number >= 0",
+    "--weight 1": "--weight 1.0: has no effect with --reg none",
+    "--reg amhe --reg_on target": "--reg_on target: expected comma-separated, each once: encoder, projector",
+    "--reg amhe --reg_on encoder,encoder": "--reg_on encoder,encoder: expected comma-separated, each once",
+    "--method simclr --reg_on predictor --reg mhe": "--reg_on predictor: simclr has none",
+    "--method simclr --tau 0.9": "--tau 0.9: has no effect with --method simclr",
+    "--method simclr --temperature 0": "--temperature 0: expected a number > 0",
+    "--temperature 0.1": "--temperature 0.1: has no effect with --method byol",
+    "--tau 1.1": "--tau 1.1: expected a number >= 0 and <= 1",
+    "--recipe cifar10-300": "--recipe cifar10-300: is not for photos, which has photos",
+    "--dataset cifar10 --recipe imagenet-300": "is not for cifar10, which has cifar10-300, cifar10-1000",
+    "--dataset stl10 --recipe stl10-300": "--recipe stl10-300: expected photos, cifar10-300, cifar10-1000",
+    "--model alexnet --stem cifar": "--stem cifar: has no effect with --model alexnet",
+    "--stem cifar10": "--stem cifar10: expected cifar, imagenet (did you mean cifar?)",
+    "--norm batch": "--norm batch: expected bn, none",
+    "--accumulate 5": "--batch_size 64: has to be a multiple of 5, twice or more, for 5 micro-batches of 1 process",
+    "--accumulate 64": "--batch_size 64: has to be a multiple of 64, twice or more",
+    "--batch_size 1": "--batch_size 1: expected a whole number >= 2",
+    "--batch_size 64.5": "--batch_size 64.5: expected a whole number >= 2",
+    "--batch_size 2001": "--batch_size 2001: photos has 2000 images to train on; take fewer",
+    "--hidden_dim 0": "--hidden_dim 0: expected a whole number >= 1",
+    "--hidden_dim 100000000000": "--hidden_dim 100000000000: expected a whole number >= 1 and <= 65536",
+    "--epochs 0": "--epochs 0: expected a whole number >= 1",
+    "--epochs 3 --warmup 3": "--warmup 3.0: has to be shorter than the training, 3 epochs",
+    "--lr 0": "--lr 0: expected a number > 0",
+    "--lr 1e9": "--lr 1e9: expected a number > 0 and < 1e6",
+    "--seed -1": "--seed -1: expected a whole number >= 0",
+    "--holdout maybe": "maybe: a stray word",
+    "--noholdout=True": "--noholdout=True: --noholdout takes no value",
+    "--eval_crop 0": "--eval_crop 0: expected a number > 0 and <= 1",
+    "--blur_p 2": "--blur_p 2: expected a number >= 0 and <= 1",
+    "--save_every -1": "--save_every -1: expected a whole number >= 0",
+    "--resume always": "--resume always: expected auto, never",
+    "--tracker tensorbord": "--tracker tensorbord: expected none, tensorboard, wandb, trackio (did you mean",
+    "--dataset photo": "neither photos, cifar10, cifar100, stl10, imagenet nor a folder (did you mean photos?)",
+    "--dataset bare": "no folder bare/train; train/ and test/ or val/ hold a sub-folder of pictures a class",
+    "--dataset imagenet --data_dir nowhere": "dataset imagenet: --data_dir nowhere: no folder nowhere/train",
+    "--dataset broken": "broken/train/a/1.png: not a picture that can be read",
+    "--model resnet19": "model resnet19: not a name timm knows (did you mean resnet18?)",
+    "--model vit_tiny_patch16_224": "model vit_tiny_patch16_224: not a ResNet",
+    "--model resnet18.no_tag": "model resnet18.no_tag: timm cannot make it",
+    "--model resnext50_32x4d --reg amhe --reg_on encoder": "encoder.layer1.0.conv2 is a grouped convolution",
+    "--out occupied": "--out occupied: cannot be written (File exists)",
+    "--out occupied/run": "--out occupied/run: cannot be written (Not a directory)",
+    "--out " + "x" * 300: "cannot be written (File name too long)",
+    "--out foreign": "foreign/metrics.jsonl: line 1 is not one that a stage writes",
+    "--out orphan": "--out orphan: holds a run whose ckpt.safetensors is gone",
+    "--out pickled": "pickled/ckpt.safetensors: not a whole safetensors file",
+}
+JUDGES = {
+    "": "CKPT is missing, see --help",
+    "nowhere.safetensors": "nowhere.safetensors: no such file",
+    "bare": "bare: no such file",
+    "empty.safetensors": "empty.safetensors: not a whole safetensors file",
+    "text": "text: not a whole safetensors file",
+    "cut.safetensors": "cut.safetensors: not a whole safetensors file",
+    "header.safetensors": "header.safetensors: not a whole safetensors file",
+    "flipped.safetensors": "flipped.safetensors: damaged, it does not hold what was written",
+    "pickled/ckpt.safetensors": "pickled/ckpt.safetensors: not a whole safetensors file",
+    "lying.safetensors": "lying.safetensors: conv1.weight is (64, 3, 7, 7) float32, where what is described has",
+    "huge.safetensors": "huge.safetensors: missing, for what is described: predictor.hidden.bias",
+    "plain.safetensors": "plain.safetensors: without a description, so not pretrain.py's; --model and --dataset say",
+    "weights.pth": "weights.pth: without a description, so not pretrain.py's; --model and --dataset say",
+    "evil.pth": "evil.pth: not a file of tensors alone, and nothing of it was run",
+    "evil.pth --model resnet18 --dataset photos": "evil.pth: not a file of tensors alone, and nothing of it was run",
+    "list.pth --model resnet18 --dataset photos": "list.pth: holds a list, where tensors with names are wanted",
+    "plain.safetensors --model resnet18": "--model resnet18: takes --dataset, too",
+    "plain.safetensors --model resnet18 --dataset photos": "plain.safetensors: none of its names is one of resnet18",
+    "weights.pth --model resnet50 --dataset photos": "weights.pth: missing, for what is described: layer1.0.bn3.bias",
+    "weights.pth --model resnet18 --stem cifar --dataset photos": "conv1.weight is (64, 3, 7, 7) float32",
+    "weights.pth --model resnet17 --dataset photos": "model resnet17: not a name timm knows",
+    "good.safetensors --model resnet18 --dataset photos": "--model resnet18 has no effect, the file says what it is",
+    "good.safetensors --stem cifar": "--stem cifar: has no effect without --model",
+    "good.safetensors --net target": "good.safetensors: holds no target network; a ckpt.safetensors of",
+    "good.safetensors --dataset nowhere": "dataset nowhere: neither photos",
+    "good.safetensors --dataset bare": "dataset bare: no folder bare/train",
+    "good.safetensors --dataset broken": "broken/train/a/1.png: not a picture that can be read",
+    "good.safetensors --data_dirr x": "--data_dirr: no such flag; did you mean --data_dir?",
+    "good.safetensors other.safetensors": "other.safetensors: a stray word",
+    "good.safetensors --eval_crop 1.5": "--eval_crop 1.5: expected a number > 0 and <= 1",
+}
+KNN = {
+    "good.safetensors --k 0": "--k 0: expected comma-separated, each once: a whole number >= 1",
+    "good.safetensors --k 5,5": "--k 5,5: expected comma-separated, each once",
+    "good.safetensors --temperature 0": "--temperature 0: expected a number > 0",
+}
+LINEAR = {
+    "good.safetensors --epochs 0": "--epochs 0: expected a whole number >= 1",
+    "good.safetensors --batch_size 2001 --dataset photos": "--batch_size 2001: photos has 2000 images to train on",
+    "good.safetensors --sweep --lr 1": "--lr 1.0: has no effect with --sweep",
+}
+FIGURES = {
+    "nice good": "NAME nice: expected circle, energy, dynamics, knn, batch, table, views",
+    "knn": "knn: takes run folders",
+    "knn bare": "bare: no run, its metrics.jsonl cannot be read (No such file or directory)",
+    "table foreign": "foreign/metrics.jsonl: line 1 is not one that a stage writes",
+    "table orphan --data_dir x": "--data_dir x: has no effect on table",
+    "views --dataset nowhere": "dataset nowhere: neither photos",
+}
+TABLE = [(pretrain, *x) for x in PRETRAIN.items()]
+TABLE += [(judge, *x) for judge in (knn_eval, linear_eval) for x in JUDGES.items()]
+TABLE += [(knn_eval, *x) for x in KNN.items()] + [(linear_eval, *x) for x in LINEAR.items()]
+TABLE += [(figures, *x) for x in FIGURES.items()]
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return (open, ("ran", "w"))
+
+
+@pytest.fixture(scope="module")
+def traps(tmp_path_factory):
+    """Files and folders that the table names."""
+    root = tmp_path_factory.mktemp("traps")
+    encoder = models.build_encoder("resnet18", "imagenet")
+    settings = {"model": "resnet18", "stem": "imagenet", "norm": "bn", "dataset": "photos", "data_dir": "data"}
+    settings |= {"seed": 0, "skip_broken": False, "method": "byol", "hidden_dim": 65536, "out_dim": 65536}
+    view = {"size": 32, "crop": 0.875, "mean": [0.5] * 3, "std": [0.2] * 3}
+    description = {"settings": settings, "view": view, "holds": "encoder"}
+    models.save(root / "good.safetensors", encoder.state_dict(), description)
+    lie = {**description, "settings": {**settings, "stem": "cifar"}}
+    models.save(root / "lying.safetensors", encoder.state_dict(), lie)
+    heads = {f"encoder.{name}": x for name, x in encoder.state_dict().items()}
+    models.save(root / "huge.safetensors", heads, {**description, "holds": "checkpoint"})
+    whole = (root / "good.safetensors").read_bytes()
+    (root / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    (root / "flipped.safetensors").write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    (root / "header.safetensors").write_bytes((2**40).to_bytes(8, "little") + whole[8:])
+    (root / "empty.safetensors").touch()
+    (root / "text").write_text("no weights")
+    (root / "occupied").write_text("a file")
+    save_file({"x": torch.ones(2)}, root / "plain.safetensors")
+    torch.save({"state_dict": {f"module.{name}": x for name, x in encoder.state_dict().items()}}, root / "weights.pth")
+    torch.save([torch.ones(2)], root / "list.pth")
+    (root / "evil.pth").write_bytes(pickle.dumps(Evil()))
+    for folder in (
+        "bare",
+        "foreign",
+        "orphan",
+        "pickled",
+        "broken/train/a",
+        "broken/train/b",
+        "broken/test/a",
+        "broken/test/b",
+    ):
+        (root / folder).mkdir(parents=True)
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        (root / "broken" / place / "1.png").write_bytes(b"no picture")
+    (root / "foreign" / "metrics.jsonl").write_text("epoch,loss\n1,2\n")
+    first = json.dumps(
+        {"stage": "pretrain", "settings": {"dataset": "photos", "method": "byol", "reg": "none", "accumulate": 1}}
+    )
+    (root / "orphan" / "metrics.jsonl").write_text(first + "\n" + json.dumps({"stage": "pretrain", "epoch": 2}) + "\n")
+    (root / "pickled" / "ckpt.safetensors").write_bytes(pickle.dumps(Evil()))
+    return root
+
+
+def everything(root):
+    """Each path below a folder with its size and the time of its last change, but for locks."""
+    return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+@pytest.mark.parametrize("stage, words, line", TABLE)
+def test_one_line_no_trace(shell, traps, monkeypatch, stage, words, line):
+    monkeypatch.chdir(traps)
+    before = everything(traps)
+    code, lines, err = shell(stage, *words.split())
+    assert code == 2 and lines == [], err
+    assert err.startswith(f"{stage.__name__}.py: ") and line in err and err.count("\n") == 1, err
+    assert everything(traps) == before
+
+
+def test_they_are_many():
+    assert len({(stage, words) for stage, words, _ in TABLE}) >= 60
+
+
+def test_a_damaged_checkpoint_is_refused_or_intact(tmp_path):
+    """2,000 random cuts and flips of a valid file: the clear error, or the very tensors that were written."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"layer{i}.weight": torch.randn(7, i + 1, generator=generator) for i in range(5)} | {
+        "n": torch.tensor(3)
+    }
+    models.save(tmp_path / "good", tensors, {"settings": {"lr": 0.1}, "epoch": 2})
+    whole, description = (tmp_path / "good").read_bytes(), models.load(tmp_path / "good")[1]
+    refused, path = 0, tmp_path / "bad"
+    for case in range(2000):
+        at, bit = (int(torch.randint(n, (), generator=generator)) for n in (len(whole), 8))
+        damaged = bytearray(whole[:at] if case % 4 == 0 else whole)
+        for _ in range(case % 4):
+            damaged[at] ^= 1 << bit
+            at, bit = (int(torch.randint(n, (), generator=generator)) for n in (len(whole), 8))
+        path.write_bytes(damaged)
+        try:
+            held, told = models.load(path)
+        except models.ModelError as e:
+            refused += 1
+            assert str(path) in str(e) and "\n" not in str(e).strip()
+        else:
+            assert told == description and held.keys() == tensors.keys()
+            assert all(torch.equal(x, tensors[name]) for name, x in held.items())
+    assert refused > 1900
+
+
+NAMINGS = {
+    "timm.pth": lambda x: x,
+    "simsiam.pth.tar": lambda x: {"epoch": 1, "state_dict": {f"module.encoder.{n}": w for n, w in x.items()}},
+    "moco.pth.tar": lambda x: {
+        "arch": "resnet50",
+        "state_dict": {f"module.encoder_{q}.{n}": w * (q == "q") for q in "qk" for n, w in x.items()}
+        | {"module.queue": torch.ones(3), "module.encoder_q.fc.weight": torch.ones(3)},
+    },
+    "barlow.pth": lambda x: {
+        "model": {f"module.backbone.{n}": w for n, w in x.items()} | {"module.bn.bias": torch.ones(2)}
+    },
+    "torchvision.pth": lambda x: {n: w for n, w in x.items() if "num_batches" not in n} | {"fc.bias": torch.ones(10)},
+}
+
+
+@pytest.mark.parametrize("name", NAMINGS)
+def test_weights_of_other_projects_are_judged_like_ours(command, folder, tmp_path, name):
+    torch.manual_seed(0)
+    encoder = models.build_encoder("resnet50", "imagenet")
+    torch.save(NAMINGS[name](encoder.state_dict()), tmp_path / name)
+    flags = ["--model", "resnet50", "--dataset", folder]
+    code, rows, err = command(knn_eval, name, *flags, "--k", 5)
+    assert code == 0 and "tensors of resnet50" in err and "no digest, so unchecked" in err
+    assert ("left out" in err) == (name in ("moco.pth.tar", "barlow.pth", "torchvision.pth"))
+    by = {row["of"]: row["top1"] for row in rows}
+    assert by.keys() == {"trained", "untrained", "pixels"} and by["trained"] == by["untrained"]  # both are of seed 0
+    found = models.adopt(tmp_path / name, "resnet50", "imagenet")
+    assert all(torch.equal(x, found.state_dict()[n]) for n, x in encoder.state_dict().items())
+
+
+def test_foreign_safetensors_and_a_probe(command, folder, tmp_path):
+    encoder = models.build_encoder("test_resnet", "imagenet")
+    save_file({n: x.contiguous() for n, x in encoder.state_dict().items()}, tmp_path / "timm.safetensors")
+    flags = ["--model", "test_resnet", "--dataset", folder, "--epochs", 1, "--batch_size", 16, "--cached"]
+    code, rows, err = command(linear_eval, "timm.safetensors", *flags)
+    assert code == 0 and "top1" in rows[-1] and "unchecked" in err
