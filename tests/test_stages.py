@@ -199,8 +199,8 @@ def test_the_target_and_another_crop_are_judged(command, trained):
     online, _ = models.load_encoder(trained / "ckpt.safetensors")
     target, _ = models.load_encoder(trained / "ckpt.safetensors", "target")
     tensors, _ = models.load(trained / "ckpt.safetensors")
-    assert torch.equal(target.bn1.weight, tensors["target.encoder.conv1.weight"])
-    assert not torch.equal(target.bn1.weight, online.conv1.weight)
+    assert torch.equal(target.bn1.weight, tensors["target.encoder.bn1.weight"])
+    assert not torch.equal(target.bn1.weight, online.bn1.weight)
     code, _, err = command(linear_eval, trained / "encoder.safetensors", "--net", "target")
     assert code == 2 and "encoder.safetensors: holds no target network" in err
 
