@@ -297,7 +297,8 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         return {str(name): x for name, x in held.items() if isinstance(x, Tensor)}, {}
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            # copies: what maps the file would keep its space on the disk when a newer one takes its name
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
         raise ModelError(f"{path}: not a whole safetensors file ({e})") from e
 

@@ -174,6 +174,7 @@ def pretrain(
     network, parallel, optimizer = build(settings, accelerator)
     layers = models.neurons(network, settings["reg_on"])
     sums = runs.restore(tensors, was, network, optimizer, accelerator) if tensors else {}
+    del tensors  # as large as the network, thrice
     pretraining, train, test = (x.to(accelerator.device) for x in (images.pretraining, images.train, images.test))
     log = start_log(folder, {"stage": "pretrain", **description, **hardware(accelerator)}, done, step) if lock else None
     if log and step < steps:

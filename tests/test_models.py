@@ -4,6 +4,7 @@ import copy
 import json
 import os
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import timm
@@ -297,3 +298,10 @@ def test_what_is_no_checkpoint_is_refused_by_name(pair, damage, message):
     with pytest.raises(models.ModelError, match=message) as e:
         models.load_encoder(path)
     assert str(path) in str(e.value) or "resnet17" in str(e.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped on Linux alone")
+def test_loaded_tensors_let_go_of_their_file(pair):
+    """What maps the file would hold its space on the disk when a newer one takes its name."""
+    tensors, _ = models.load(pair / "ckpt.safetensors")
+    assert "ckpt.safetensors" not in Path("/proc/self/maps").read_text() and tensors

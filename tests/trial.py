@@ -22,7 +22,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import models
+import models  # noqa: E402
 
 FLAGS = "--model test_resnet --hidden_dim 64 --out_dim 16 --batch_size 250 --epochs 4 --save_every 3 --eval_every 2"
 
