@@ -14,11 +14,9 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,7 +161,7 @@ def pretrain(
     steps_per_epoch = len(images.pretraining.labels) // settings["batch_size"]
     steps, warmup_steps = steps_per_epoch * settings["epochs"], round(steps_per_epoch * settings["warmup"])
     peak = settings["lr"] * settings["batch_size"] / 256
-    description = {"settings": settings, "view": view, "steps": steps, **provenance()}
+    description = {"settings": settings, "view": view, "steps": steps, **runs.provenance()}
     with accelerator.main_process_first():
         lock = runs.claim(folder) if accelerator.is_main_process else None
         tensors, was = runs.saved(folder)
@@ -176,7 +174,7 @@ def pretrain(
     sums = runs.restore(tensors, was, network, optimizer, accelerator) if tensors else {}
     del tensors  # as large as the network, thrice
     pretraining, train, test = (x.to(accelerator.device) for x in (images.pretraining, images.train, images.test))
-    log = start_log(folder, {"stage": "pretrain", **description, **hardware(accelerator)}, done, step) if lock else None
+    log = runs.start_log(folder, description, done, step, accelerator) if lock else None
     if log and step < steps:
         accelerator.init_trackers("pretrain", {name: str(x) for name, x in settings.items()})
         print(formula(settings, layers), *in_use(flags, settings), sep="\n  ", file=sys.stderr)
@@ -347,20 +345,6 @@ def position(description: dict, was: dict | None, folder: Path) -> tuple[int, in
     return was["epoch"], was["step"]
 
 
-def start_log(folder: Path, first: dict, done: int, step: int) -> Path:
-    """The log of a run, with its first row, or up to where the run goes on from."""
-    rows, log = runs.rewind(folder, done), folder / runs.LOG
-    if not rows:
-        cli.emit(first, log)
-        return log
-    goes_on = "goes on after" if done < first["settings"]["epochs"] else "is finished,"
-    print(f"{folder}: {goes_on} step {step}", file=sys.stderr)
-    for name in ("versions", "git", "device", "precision", "processes"):
-        if rows[0].get(name) != first[name]:
-            print(f"{name}: {first[name]} (it was {rows[0].get(name)})", file=sys.stderr)
-    return log
-
-
 def use_cores(accelerator: Accelerator) -> None:
     """Share the cores among processes on the CPU: accelerate's launcher gives each one thread unless told not to."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
@@ -421,23 +405,6 @@ def stop(told: signal.Signals, step: int, steps: int, folder: Path) -> None:
     """Raise Stopped."""
     why = f"{told.name} after step {step} of {steps}; {folder / runs.CKPT} holds it, and the same command goes on"
     raise cli.Stopped(why, 128 + told)
-
-
-def hardware(accelerator: Accelerator) -> dict:
-    """What the run runs on; it is no part of a checkpoint's description."""
-    device = {"device": str(accelerator.device), "precision": accelerator.mixed_precision}
-    return {**device, "processes": accelerator.num_processes}
-
-
-def provenance() -> dict:
-    """The command, the versions and the commit that make a run."""
-    versions = {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "safetensors")}
-    try:
-        describe, here = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
-        git = subprocess.check_output(describe, cwd=here, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or not a repository
-        git = None
-    return {"command": shlex.join(sys.argv), "versions": versions, "git": git}
 
 
 def report(row: dict, log: Path, accelerator: Accelerator) -> None:

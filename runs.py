@@ -13,10 +13,13 @@ import contextlib
 import fcntl
 import json
 import math
+import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
 
@@ -25,6 +28,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import cli
 import models
 
 FILES = LOG, CKPT, ENCODER = "metrics.jsonl", "ckpt.safetensors", "encoder.safetensors"
@@ -133,6 +137,33 @@ def differences(settings: dict, then: dict) -> list[str]:
     now = json.loads(json.dumps(settings))
     told = [name for name in sorted(now.keys() | then) if name not in PLACES and now.get(name) != then.get(name)]
     return [f"--{name} {now.get(name)} (it was {then.get(name)})" for name in told]
+
+
+def provenance() -> dict:
+    """The command, the versions and the commit that make a run."""
+    versions = {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "safetensors")}
+    try:
+        describe, here = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
+        git = subprocess.check_output(describe, cwd=here, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a repository
+        git = None
+    return {"command": shlex.join(sys.argv), "versions": versions, "git": git}
+
+
+def start_log(folder: Path, description: dict, done: int, step: int, accelerator: Accelerator) -> Path:
+    """The log of a run, with its first row, or up to where the run goes on from; what has changed since is told."""
+    hardware = {"device": str(accelerator.device), "precision": accelerator.mixed_precision}
+    hardware |= {"processes": accelerator.num_processes}  # no part of a checkpoint's description
+    rows, log = rewind(folder, done), folder / LOG
+    if not rows:
+        cli.emit({"stage": "pretrain", **description, **hardware}, log)
+        return log
+    goes_on = "goes on after" if done < description["settings"]["epochs"] else "is finished,"
+    print(f"{folder}: {goes_on} step {step}", file=sys.stderr)
+    for name, now in {**hardware, "versions": description["versions"], "git": description["git"]}.items():
+        if rows[0].get(name) != now:
+            print(f"{name}: {now} (it was {rows[0].get(name)})", file=sys.stderr)
+    return log
 
 
 def rewind(folder: Path, epoch: int) -> list[dict]:
