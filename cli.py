@@ -195,16 +195,23 @@ def emit(row: dict, log: Path | None = None) -> None:
     sys.stdout.flush()
     if log is not None:
         try:
-            with open(log, "a") as file:
-                file.write(line + "\n")
+            with open(log, "ab+") as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(0, end - 2**20))
+                cut = file.read().rpartition(b"\n")[2]  # of a process that was killed while it wrote
+                file.truncate(end - len(cut))
+                file.write(line.encode() + b"\n")
         except OSError as e:
             raise UsageError(f"{log}: cannot be written ({e.strerror})") from e
 
 
-def log_of(checkpoint: str) -> Path | None:
-    """The metrics.jsonl of the run folder that a checkpoint lies in; None where there is none of ours to write to."""
-    log = Path(checkpoint).with_name("metrics.jsonl")
-    if not os.access(log, os.W_OK):
+def log_of(checkpoint: str, settings: dict) -> Path | None:
+    """The log of the run folder that a checkpoint lies in; None where there is none, of a run with these settings."""
+    log, moved = Path(checkpoint).with_name("metrics.jsonl"), {"data_dir": None}
+    try:
+        with open(log) as file:
+            first = json.loads(file.readline())
+        own = first["stage"] == "pretrain" and {**first["settings"], **moved} == {**settings, **moved}
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    with open(log) as file:
-        return log if file.readline().startswith('{"stage": "pretrain"') else None
+    return log if own and os.access(log, os.W_OK) else None

@@ -71,7 +71,7 @@ def knn_eval(
     train, test = judged.train.to(device), judged.test.to(device)
     if floors and isinstance(train.images, data.Files):
         raise cli.UsageError(f"--floors: pixels of {name} do not fit into memory; take --nofloors")
-    log = cli.log_of(ckpt)
+    log = cli.log_of(ckpt, settings)
 
     judges = {"trained": encoder}
     if floors or (floors is None and len(train.labels) <= SMALL and isinstance(train.images, Tensor)):
@@ -79,6 +79,7 @@ def knn_eval(
         untrained = models.build_encoder(settings["model"], settings["stem"], settings["norm"])
         judges |= {"untrained": untrained, "pixels": nn.Flatten()}
     how = {"temperature": temperature, "net": net, "eval_crop": view["crop"]}
+    how["trained_epochs"] = description.get("epoch")
     where = {"dataset": name, "split": "test", "bank": len(train.labels), "queries": len(test.labels)}
     for of, judge in judges.items():
         for n, scores in nearest_neighbours(judge.to(device), train, test, view, k, temperature).items():

@@ -86,7 +86,7 @@ def linear_eval(
     if batch_size > (n := len(halves.train.labels)):
         raise cli.UsageError(f"--batch_size {batch_size}: {name} has {n} images to train on; take fewer")
     frozen = {key: x.clone() for key, x in encoder.state_dict().items()}
-    log = cli.log_of(ckpt)
+    log = cli.log_of(ckpt, settings)
 
     how = {"epochs": epochs, "batch_size": batch_size, "weight_decay": weight_decay, "seed": seed}
     row = {"stage": "linear_eval", "features": "cached" if cached else "augmented"}
@@ -113,6 +113,7 @@ def linear_eval(
     if any(not torch.equal(x, frozen[key]) for key, x in encoder.state_dict().items()):
         raise RuntimeError("the frozen encoder has changed")
     how |= {"net": net, "eval_crop": view["crop"], "swept": sweep}
+    how["trained_epochs"] = description.get("epoch")
     where = {"dataset": name, "split": "test", "train": len(judged.train.labels), "test": len(test.labels)}
     cli.emit({**row, "epoch": epochs, **accuracy(classifier(test.images), test.labels), **how, **where}, log)
 

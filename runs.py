@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 import shlex
 import signal
 import subprocess
@@ -62,7 +63,10 @@ class Run:
         final |= {"of": "trained", "k": 20, "temperature": 0.07} if stage == "knn_eval" else {"features": "augmented"}
         online = {"stage": "pretrain", "of": "online", "split": "test", "k": 20, "epoch": s["epochs"]}
         for wanted in (final, online) if stage == "knn_eval" else (final,):
-            if rows := [r for r in self.rows if all(r.get(k) == x for k, x in wanted.items())]:
+            rows = [
+                r for r in self.rows if r.get("trained_epochs", s["epochs"]) == s["epochs"]
+            ]  # not of a run under way
+            if rows := [r for r in rows if all(r.get(k) == x for k, x in wanted.items())]:
                 return rows[-1]["top1"]
         return None
 
@@ -126,15 +130,20 @@ def saved(folder: Path) -> tuple[dict[str, Tensor], dict | None]:
             raise RunError(f"{ckpt}: a network alone, without the momentum that a run goes on with; name another --out")
         return tensors, description
     rows = read_rows(folder) if (folder / LOG).exists() else []
+    if rows:
+        read(folder)
     gone = (folder / ENCODER).exists() if not rows else any(r["stage"] != "pretrain" for r in rows)
     if gone or any(row.get("epoch", 0) > 1 for row in rows):
         raise RunError(f"--out {folder}: holds a run whose {CKPT} is gone; name another folder, or remove this one")
-    return {}, {**rows[0], "epoch": 0, "step": 0} if rows else None
+    return {}, None  # whatever it was, it has to begin again
 
 
 def differences(settings: dict, then: dict) -> list[str]:
     """Each setting that is not what it was in the run, as it would be given."""
-    now = json.loads(json.dumps(settings))
+    now, then = json.loads(json.dumps(settings)), dict(then)
+    for each in (now, then):
+        if os.path.isdir(each.get("dataset", "")):
+            each["dataset"] = os.path.realpath(each["dataset"])
     told = [name for name in sorted(now.keys() | then) if name not in PLACES and now.get(name) != then.get(name)]
     return [f"--{name} {now.get(name)} (it was {then.get(name)})" for name in told]
 
@@ -154,7 +163,8 @@ def start_log(folder: Path, description: dict, done: int, step: int, accelerator
     """The log of a run, with its first row, or up to where the run goes on from; what has changed since is told."""
     hardware = {"device": str(accelerator.device), "precision": accelerator.mixed_precision}
     hardware |= {"processes": accelerator.num_processes}  # no part of a checkpoint's description
-    rows, log = rewind(folder, done), folder / LOG
+    log = folder / LOG
+    rows = rewind(folder, done if step else -1)
     if not rows:
         cli.emit({"stage": "pretrain", **description, **hardware}, log)
         return log
@@ -167,7 +177,10 @@ def start_log(folder: Path, description: dict, done: int, step: int, accelerator
 
 
 def rewind(folder: Path, epoch: int) -> list[dict]:
-    """Drop what a log says of epochs after `epoch`, which will be said again, and a line that was cut short."""
+    """Drop what a log says of epochs after `epoch`, which will be said again, and a line that was cut short.
+
+    The first row counts as epoch 0.
+    """
     rows = read_rows(folder) if (folder / LOG).exists() else []
     rows = [row for row in rows if row["stage"] != "pretrain" or row.get("epoch", 0) <= epoch]
     with models.whole(folder / LOG) as file:
