@@ -129,7 +129,7 @@ def hold_out(dataset: Dataset) -> Dataset:
     """
     train, labels = dataset.train, dataset.train.labels
     if not dataset.classes:
-        raise DataError("holdout: the pictures have no classes, and nothing is judged")
+        raise DataError("--holdout: the pictures have no classes, and nothing is judged")
     order = torch.randperm(len(labels), generator=_generator("holdout"))
     if dataset.holdout is None:
         held = order[-IMAGENET_HOLDOUT:]
@@ -139,7 +139,7 @@ def hold_out(dataset: Dataset) -> Dataset:
     left = labels[kept].bincount(minlength=len(dataset.classes))
     if not left.all():
         n = int((labels == left.argmin()).sum())
-        raise DataError(f"holdout: class {dataset.classes[left.argmin()]} would keep none of its {n} training images")
+        raise DataError(f"--holdout: class {dataset.classes[left.argmin()]} would keep none of its {n} training images")
     rest = train.rows(kept)
     own = rest if dataset.pretraining is train else dataset.pretraining
     return replace(dataset, pretraining=own, train=rest, test=train.rows(held))
@@ -243,8 +243,9 @@ def _folder(
         if classes
         else []
     )
-    if empty := [str(name) for n in left for name, count in zip(classes, n) if not count] or not parts[0][0]:
-        raise DataError(f"{what} {root}: no picture that can be read{f' in class {empty[0]}' if classes else ''}")
+    empty = [name for n in left for name, count in zip(classes, n) if not count]
+    if empty or not parts[0][0]:
+        raise DataError(f"{what} {root}: no picture that can be read{f' in class {empty[0]}' if empty else ''}")
     images = [torch.stack(x) if x else torch.empty(0) for x in said] if in_memory else [Files(x) for x, _ in parts]
     train, test = (Split(x, torch.tensor(labels, dtype=torch.long)) for x, (_, labels) in zip(images, parts))
     if facts:

@@ -64,7 +64,7 @@ def figures(
         raise cli.UsageError(f"{name}: takes {'--dataset and no runs' if name == 'views' else 'run folders'}")
     if name == "views":
         return write(
-            contact_sheet(data.load(dataset, data_dir or "data", pretraining=True)),
+            contact_sheet(data.load(dataset, data_dir or "data", pretraining=True, skip_broken=True)),
             Path(out, f"views-{Path(dataset).resolve().name}"),
         )
     if data_dir and name != "circle":

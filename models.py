@@ -30,7 +30,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-PICKLES = (".pth", ".pt", ".bin", ".tar")  # how files of other projects end
+PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".tar")  # how files of other projects end
 # what other projects put before an encoder's names: DataParallel, then SimSiam, MoCo, Barlow Twins, lightly
 PREFIXES = [wrapper + part for wrapper in ("", "module.") for part in ("", "backbone.", "encoder.", "encoder_q.")]
 VIEW = ("size", "crop", "mean", "std")  # what a description tells of the images that its network was trained on
@@ -255,14 +255,17 @@ def whole(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name, too, outlives a power cut
-        os.close(folder)
     except OSError as e:
         raise ModelError(f"{path}: cannot be written ({e.strerror}); what it held before is as it was") from e
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not every file system can; the new name, too, is to outlive a power cut
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -282,6 +285,8 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and metadata of a safetensors file; of a pickle by its suffix, of which nothing is run, tensors alone."""
+    if os.path.isdir(path):
+        raise ModelError(f"{path}: a folder; name the ckpt.safetensors or encoder.safetensors in it")
     if not os.path.isfile(path):
         raise ModelError(f"{path}: no such file; a checkpoint is the ckpt.safetensors or encoder.safetensors of a run")
     if str(path).endswith(PICKLES):

@@ -243,8 +243,8 @@ def pretrain(
     accelerator.end_training()
     if log:
         ckpt = shlex.quote(str(folder / runs.CKPT))
-        print(f"{ckpt} is whole; judge it by", file=sys.stderr)
-        print(f"    python knn_eval.py {ckpt}\n    python linear_eval.py {ckpt}", file=sys.stderr)
+        judges = f"; judge it by\n    python knn_eval.py {ckpt}\n    python linear_eval.py {ckpt}"
+        print(f"{ckpt} is whole{judges if images.classes else ''}", file=sys.stderr)
 
 
 def run_name(flags: dict) -> str:
@@ -384,7 +384,7 @@ def refuse_faults(seen: dict[str, Tensor], network: models.BYOL, folder: Path) -
         return
     step = int(numbers.pop("step", -1)) + 1
     numbers |= {} if weights else {"weights": math.nan}
-    told = ", ".join(f"{name} {x:.4g}" for name, x in numbers.items())
+    told = ", ".join(f"{name} {x}" for name, x in numbers.items() if not math.isfinite(x))
     kept = f"{folder / runs.CKPT} is as it was" if (folder / runs.CKPT).exists() else "no checkpoint is written"
     raise cli.UsageError(f"step {step}: not finite: {told}; {kept}; a smaller --lr or --weight may help")
 

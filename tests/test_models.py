@@ -289,7 +289,7 @@ def rewrite(path, tensors=None, **changes):
         (lambda p: rewrite(p, settings=SETTINGS | {"model": "resnet17"}), "resnet17"),
         (lambda p: rewrite(p, settings={}), "not one that pretrain.py writes"),
         (lambda p: rewrite(p, view={}), "not one that pretrain.py writes"),
-        (lambda p: (p.unlink(), p.mkdir()), "no such file"),
+        (lambda p: (p.unlink(), p.mkdir()), "a folder; name the ckpt.safetensors"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused_by_name(pair, damage, message):

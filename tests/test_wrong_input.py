@@ -70,13 +70,14 @@ PRETRAIN = {
     "--out occupied/run": "--out occupied/run: cannot be written (Not a directory)",
     "--out " + "x" * 300: "cannot be written (File name too long)",
     "--out foreign": "foreign/metrics.jsonl: line 1 is not one that a stage writes",
+    "--out headless": "headless/metrics.jsonl: has no first row with a run's settings",
     "--out orphan": "--out orphan: holds a run whose ckpt.safetensors is gone",
     "--out pickled": "pickled/ckpt.safetensors: not a whole safetensors file",
 }
 JUDGES = {
     "": "CKPT is missing, see --help",
     "nowhere.safetensors": "nowhere.safetensors: no such file",
-    "bare": "bare: no such file",
+    "bare": "bare: a folder; name the ckpt.safetensors or encoder.safetensors in it",
     "empty.safetensors": "empty.safetensors: not a whole safetensors file",
     "text": "text: not a whole safetensors file",
     "cut.safetensors": "cut.safetensors: not a whole safetensors file",
@@ -174,6 +175,8 @@ def traps(tmp_path_factory):
         (root / folder).mkdir(parents=True)
     for place in ("train/a", "train/b", "test/a", "test/b"):
         (root / "broken" / place / "1.png").write_bytes(b"no picture")
+    (root / "headless").mkdir()
+    (root / "headless" / "metrics.jsonl").write_text('{"stage": "pretrain", "epoch": 1}\n')
     (root / "foreign" / "metrics.jsonl").write_text("epoch,loss\n1,2\n")
     first = json.dumps(
         {"stage": "pretrain", "settings": {"dataset": "photos", "method": "byol", "reg": "none", "accumulate": 1}}
