@@ -47,9 +47,7 @@ def trial(runs: int = 20, signal_name: str = "SIGKILL", seed: int = 0):
             same = codes[-1] == 0 and ending(run) == ending(Path(place, "whole"))
             wrong += not same
             print(f"run {i}: exit codes {codes}, {'the same bits' if same else 'DIFFERENT'}", flush=True)
-    print(
-        f"{runs} runs, {hit} of them stopped, {kills} times in all, by {signal_name}, {runs - wrong} ended in the same bits"
-    )
+    print(f"{runs} runs, {hit} of them stopped, {kills} times in all, by {signal_name}; {runs - wrong} the same bits")
     sys.exit(wrong > 0)
 
 
