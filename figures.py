@@ -161,7 +161,8 @@ def energy(runs: list[Run]):
         axis.set_ylabel("energy, s = 0")
     for axis in list(axes.flat)[len(blocks) :]:
         axis.remove()
-    axes[0, 0].legend(fontsize=7, frameon=False)
+    named = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=4, fontsize=8, frameon=False)  # on no panel's lines
     return figure
 
 
@@ -285,7 +286,7 @@ def contact_sheet(images: data.Dataset, n: int = 8, pairs: int = 3):
     plain = {"size": images.size, "mean": (0, 0, 0), "std": (1, 1, 1)}
     columns = [torch.cat(list(data.evaluation_views(some, crop=crop, **plain))) for crop in (1.0, data.EVAL_CROP)]
     for epoch in range(pairs):
-        ((crops, order, u),) = data.batches(some, len(order := some.labels), images.size, seed=0, epoch=epoch)
+        ((crops, order, u),) = data.batches(some, len(order := some.labels), images.size, seed=0, epochs=[epoch])
         views = two_views(crops, u, plain["mean"], plain["std"], images.blur, images.solarise)
         columns += [view[order.argsort()] for view in views]
     titles = ["image", "evaluation", *["view 1", "view 2"] * pairs]
@@ -417,7 +418,7 @@ def write_table(runs: list[Run], folder: Path) -> None:
 
 def write(figure, stem: Path) -> None:
     """PNG and SVG of a figure; prints their names. UsageError if they cannot be written."""
-    figure.tight_layout()
+    figure.set_layout_engine("constrained")
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         for suffix in ("png", "svg"):
