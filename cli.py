@@ -17,6 +17,7 @@ import math
 import operator
 import os
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -62,18 +63,43 @@ def run(stage: Callable, *errors: type[Exception]) -> None:
     except (UsageError, *errors) as e:
         fail(e, 2)
     except Stopped as e:
-        fail(*e.args)
+        fail(*e.args) if is_main() else leave(e.args[1])
     except KeyboardInterrupt:
         fail("interrupted", 130)
+    except RuntimeError as e:
+        if "gloo" not in str(e):
+            raise
+        fail("another process has ended", 1, told_by_another=True)
     except BrokenPipeError:  # whoever read our rows has left: not even the interpreter's last flush can reach them
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        leave(1)
+    leave(0)
 
 
-def fail(why: object, code: int) -> None:
-    """End the program with one line on standard error."""
+def fail(why: object, code: int, told_by_another: bool = False) -> None:
+    """End the program with one line on standard error.
+
+    Of several processes the first speaks for all: once it has ended the launcher ends the others, before they do.
+    """
+    if told_by_another or not is_main():
+        time.sleep(2)
     print(f"{Path(sys.argv[0]).name}: {' '.join(str(why).split())}", file=sys.stderr)
-    sys.exit(code)
+    leave(code)
+
+
+def leave(code: int) -> None:
+    """End the program. One of several processes does so at once: gloo's threads would abort some at the end."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def is_main() -> bool:
+    """Whether this is the one process, or the first of several, which alone prints and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def read(argv: list[str], flags: dict[str, inspect.Parameter]) -> dict[str, Any]:
@@ -190,6 +216,8 @@ def emit(row: dict, log: Path | None = None) -> None:
 
     ValueError for a NaN; UsageError if the log cannot be written to.
     """
+    if not is_main():
+        return
     line = json.dumps(row, allow_nan=False)
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()

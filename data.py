@@ -1,7 +1,7 @@
 """From a data set's name to tensors: its images as uint8, random crops of them in batches, the evaluations' view.
 
     dataset = load("photos")                                  # or "cifar10", "imagenet", ..., or a folder of pictures
-    for crops, labels, u in batches(dataset.train, 64, dataset.size, seed=0, epoch=0):
+    for crops, labels, u in batches(dataset.train, 64, dataset.size, seed=0, epochs=[1]):
         v1, v2 = views.two_views(crops, u, dataset.mean, dataset.std)
 
 Sets of small images lie in memory, on the device, as uint8, and are cropped there. Pictures of a large set stay in
@@ -15,7 +15,7 @@ import math
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 import pictures
+import processes
 from pictures import DataError, Files
 from views import DRAWS, crop_flip, normalise
 
@@ -284,7 +285,7 @@ def batches(
     batch_size: int,
     size: int,
     seed: int,
-    epoch: int,
+    epochs: Iterable[int],
     views: int = 2,
     passed: int = 0,
     parts: int = 1,
@@ -292,23 +293,26 @@ def batches(
     world: int = 1,
     drop_last: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield crops (views, b, 3, size, size) in [0, 1], labels (b,) and draws u (views, b, sum(DRAWS)) of an epoch.
+    """Yield crops (views, b, 3, size, size) in [0, 1], labels (b,) and draws u (views, b, sum(DRAWS)) of epochs.
 
-    The first `passed` batches are left out. Each batch comes in `parts` micro-batches, of which process `rank` of
+    They come in one stream, in which files are read ahead, from one epoch into the next, by processes that stay. The
+    first `passed` batches are left out. Each batch comes in `parts` micro-batches, of which process `rank` of
     `world` gets its share. The order of the images and the draws of a step are functions of (seed, epoch, step) alone,
     whatever the device and the number of parts and processes. u is on the CPU. DataError: a file cannot be read.
     """
 
     def plan() -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(split.labels), generator=_generator(seed, epoch))
-        for step, rows in enumerate(order.split(batch_size)):
-            if drop_last and len(rows) < batch_size:
-                return
-            if step < passed:
-                continue
-            u = torch.rand(views, len(rows), sum(DRAWS), generator=_generator(seed, epoch, step))
-            for part, draws in zip(rows.tensor_split(parts), u.tensor_split(parts, 1)):
-                yield part.tensor_split(world)[rank], draws.tensor_split(world, 1)[rank]
+        left = passed
+        for epoch in epochs:
+            order = torch.randperm(len(split.labels), generator=_generator(seed, epoch))
+            for step, rows in enumerate(order.split(batch_size)):
+                if left or (drop_last and len(rows) < batch_size):
+                    left = max(0, left - 1)
+                    continue
+                u = torch.rand(views, len(rows), sum(DRAWS), generator=_generator(seed, epoch, step))
+                for part, draws in zip(rows.tensor_split(parts), u.tensor_split(parts, 1)):
+                    own = processes.share(len(part), rank, world)
+                    yield part[own], draws[:, own]
 
     device = split.labels.device
     if isinstance(split.images, Tensor):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import cli
 import data
 import models
+import processes
 
 SMALL = 10_000  # images in the bank: up to here the floors come unasked
 
@@ -52,23 +53,14 @@ def knn_eval(
         skip_broken: leave out pictures that cannot be read, as in pretrain.py; it is done if it was done in training
         floors: judge the untrained network and raw pixels, too; None = if the bank has at most 10,000 images
     """
-    if model and not dataset:
-        raise cli.UsageError(f"--model {model}: takes --dataset, too; the file of another project does not say")
-    if not model and stem:
-        raise cli.UsageError(f"--stem {stem}: has no effect without --model")
-    if model and net == "target":
-        raise cli.UsageError(f"--net target: has no effect with --model {model}")
-    accelerator = Accelerator()
-    if not accelerator.is_main_process:
-        return  # one process judges
-    device = accelerator.device
-    encoder, description = models.load_encoder(ckpt, net, model, stem or "imagenet")
+    accelerator = processes.start()
+    encoder, description = models.load_encoder(ckpt, net, model, stem, dataset)
     settings = description["settings"]
     name = dataset or settings["dataset"]
     judged = data.load(name, data_dir or settings["data_dir"], skip_broken=skip_broken or settings["skip_broken"])
     view = description.get("view") or judged.view(data.EVAL_CROP)
     view |= {"crop": eval_crop} if eval_crop else {}
-    train, test = judged.train.to(device), judged.test.to(device)
+    train, test = judged.train.to(accelerator.device), judged.test.to(accelerator.device)
     if floors and isinstance(train.images, data.Files):
         raise cli.UsageError(f"--floors: pixels of {name} do not fit into memory; take --nofloors")
     log = cli.log_of(ckpt, settings)
@@ -82,7 +74,8 @@ def knn_eval(
     how["trained_epochs"] = description.get("epoch")
     where = {"dataset": name, "split": "test", "bank": len(train.labels), "queries": len(test.labels)}
     for of, judge in judges.items():
-        for n, scores in nearest_neighbours(judge.to(device), train, test, view, k, temperature).items():
+        tops = nearest_neighbours(judge.to(accelerator.device), train, test, view, accelerator, k, temperature)
+        for n, scores in tops.items() if accelerator.is_main_process else ():
             cli.emit({"stage": "knn_eval", "of": of, "k": n, **scores, **how, **where}, log)
 
 
@@ -91,12 +84,20 @@ def nearest_neighbours(
     bank: data.Split,
     queries: data.Split,
     view: dict,
+    accelerator: Accelerator,
     k: tuple[int, ...] = (20,),
     temperature: float = 0.07,
 ) -> dict[int, dict[str, float]]:
-    """The `vote` on an encoder's features of the evaluation views of two splits; k and temperature are DINO's."""
-    features = (models.embed(encoder, data.evaluation_views(split, **view)) for split in (bank, queries))
-    return vote(next(features), bank.labels, next(features), queries.labels, k, temperature)
+    """The `vote` on an encoder's features of the evaluation views of two splits; k and temperature are DINO's.
+
+    Each process embeds its share of the images, and takes the vote over all of them.
+    """
+
+    def embed(split: data.Split) -> Tensor:
+        return models.embed(encoder, data.evaluation_views(split, **view))
+
+    features, asking = (processes.in_shares(embed, split, accelerator) for split in (bank, queries))
+    return vote(features, bank.labels, asking, queries.labels, k, temperature)
 
 
 @torch.no_grad()
@@ -126,4 +127,4 @@ def vote(
 
 
 if __name__ == "__main__":
-    cli.run(knn_eval, data.DataError, models.ModelError)
+    cli.run(knn_eval, data.DataError, models.ModelError, processes.LaunchError)

@@ -10,7 +10,9 @@ step, crops and flips as the only augmentation. One row an epoch; the last row h
 --cached computes the features of the evaluation view once: minutes become seconds, but the protocol is another.
 """
 
+import math
 from collections.abc import Iterator
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,6 +24,7 @@ from tqdm import tqdm
 import cli
 import data
 import models
+import processes
 from views import normalise
 
 RATES = (0.4, 0.3, 0.2, 0.1, 0.05)  # BYOL's list, per 256 images
@@ -66,16 +69,8 @@ def linear_eval(
     """
     if sweep and lr:
         raise cli.UsageError(f"--lr {lr}: has no effect with --sweep")
-    if model and not dataset:
-        raise cli.UsageError(f"--model {model}: takes --dataset, too; the file of another project does not say")
-    if not model and stem:
-        raise cli.UsageError(f"--stem {stem}: has no effect without --model")
-    if model and net == "target":
-        raise cli.UsageError(f"--net target: has no effect with --model {model}")
-    accelerator = Accelerator()
-    if not accelerator.is_main_process:
-        return  # one process judges
-    encoder, description = models.load_encoder(ckpt, net, model, stem or "imagenet")
+    accelerator = processes.start()
+    encoder, description = models.load_encoder(ckpt, net, model, stem, dataset)
     encoder.to(accelerator.device).requires_grad_(False)
     settings = description["settings"]
     name = dataset or settings["dataset"]
@@ -91,24 +86,25 @@ def linear_eval(
     how = {"epochs": epochs, "batch_size": batch_size, "weight_decay": weight_decay, "seed": seed}
     row = {"stage": "linear_eval", "features": "cached" if cached else "augmented"}
 
+    def embed(split: data.Split) -> Tensor:
+        return models.embed(encoder, data.evaluation_views(split, **view))
+
     def ready(split: data.Split, cached: bool) -> data.Split:
         """On the device; where features are cached, these in place of the images."""
         split = split.to(accelerator.device)
-        if not cached:
-            return split
-        return data.Split(models.embed(encoder, data.evaluation_views(split, **view)), split.labels)
+        return split._replace(images=processes.in_shares(embed, split, accelerator)) if cached else split
 
     if sweep:
+        sweeps = {rate: {**row, "sweep": rate} for rate in RATES}
         train, held, tops = ready(halves.train, cached), ready(halves.test, True), {}
-        for rate in RATES:
-            classifier = fit(
-                encoder, train, len(judged.classes), view, {**how, "lr": rate}, {**row, "sweep": rate}, log
-            )
+        classifiers = fit(encoder, train, len(judged.classes), view, how, sweeps, log, accelerator)
+        for rate, classifier in classifiers.items():
             tops[rate] = accuracy(classifier(held.images), held.labels)
-            cli.emit({**row, "sweep": rate, "epoch": epochs, **tops[rate], "split": "holdout"}, log)
+            cli.emit({**sweeps[rate], "epoch": epochs, **tops[rate], "split": "holdout"}, log)
         lr = max(tops, key=lambda rate: tops[rate]["top1"])
-    how["lr"] = lr or 0.2
-    classifier = fit(encoder, ready(judged.train, cached), len(judged.classes), view, how, row, log)
+    how["lr"] = lr = lr or 0.2
+    train = ready(judged.train, cached)
+    classifier = fit(encoder, train, len(judged.classes), view, how, {lr: row}, log, accelerator)[lr]
     test = ready(judged.test, True)
     if any(not torch.equal(x, frozen[key]) for key, x in encoder.state_dict().items()):
         raise RuntimeError("the frozen encoder has changed")
@@ -119,50 +115,68 @@ def linear_eval(
 
 
 def fit(
-    encoder: nn.Module, train: data.Split, classes: int, view: dict, how: dict, row: dict, log: Path | None
-) -> nn.Linear:
-    """A linear classifier of a split of images, or of features, trained as `how` says; a row and its loss an epoch."""
-    torch.manual_seed(how["seed"])
+    encoder: nn.Module,
+    train: data.Split,
+    classes: int,
+    view: dict,
+    how: dict,
+    rows: dict[float, dict],
+    log: Path | None,
+    accelerator: Accelerator,
+) -> dict[float, nn.Linear]:
+    """A linear classifier for each rate of `rows`, all on the same features, trained as `how` says.
+
+    train is a split of images, or of features in their place. Each rate gets a row an epoch, which begins as it does in
+    `rows`. Several processes embed a share of each batch, and train the same classifiers on the whole of it.
+    """
     batch_size, epochs, n = how["batch_size"], how["epochs"], len(train.labels)
-    classifier = nn.Linear(encoder.num_features, classes).to(train.labels.device)
-    peak = how["lr"] * batch_size / 256
-    optimizer = torch.optim.SGD(
-        classifier.parameters(), peak, momentum=0.9, nesterov=True, weight_decay=how["weight_decay"]
-    )
-    steps = -(-n // batch_size) * epochs
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    with tqdm(total=steps, unit="step") as bar:
+    classifiers = {}
+    for rate in rows:
+        torch.manual_seed(how["seed"])
+        classifiers[rate] = nn.Linear(encoder.num_features, classes).to(train.labels.device)
+    groups = [{"params": [*c.parameters()], "lr": rate * batch_size / 256} for rate, c in classifiers.items()]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=how["weight_decay"])
+    steps = -(-n // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs)
+    batches = inputs(encoder, train, how, view, accelerator)
+    with tqdm(total=steps * epochs, unit="step", disable=not accelerator.is_main_process) as bar:
         for epoch in range(1, epochs + 1):
-            loss, right, rate = 0.0, 0.0, schedule.get_last_lr()[0]
-            for features, labels in inputs(encoder, train, batch_size, how["seed"], epoch, view):
-                scores = classifier(features)
-                step_loss = nn.functional.cross_entropy(scores, labels)
+            loss, right = torch.zeros(2, len(rows), device=train.labels.device)
+            now = schedule.get_last_lr()
+            for features, labels in islice(batches, steps):
+                scores = [classifier(features) for classifier in classifiers.values()]
+                losses = torch.stack([nn.functional.cross_entropy(x, labels) for x in scores])
                 optimizer.zero_grad()
-                step_loss.backward()
+                losses.sum().backward()
                 optimizer.step()
                 schedule.step()
-                loss += step_loss.detach() * len(labels)
-                right += (scores.argmax(1) == labels).sum()
+                loss += losses.detach() * len(labels)
+                right += torch.stack([(x.argmax(1) == labels).sum() for x in scores])
                 bar.update()
-            if not torch.isfinite(loss):
-                raise cli.UsageError(
-                    f"--lr {how['lr']}: the loss is not finite after epoch {epoch}; take a smaller one"
-                )
-            means = {"loss": float(loss / n), "train_top1": round(float(100 * right / n), 4)}
-            cli.emit({**row, "epoch": epoch, **means, "lr": rate}, log)
-    return classifier
+            for (rate, row), *of in zip(rows.items(), (loss / n).tolist(), (100 * right / n).tolist(), now):
+                if not math.isfinite(of[0]):
+                    raise cli.UsageError(f"--lr {rate}: the loss is not finite after epoch {epoch}; take a smaller one")
+                cli.emit({**row, "epoch": epoch, "loss": of[0], "train_top1": round(of[1], 4), "lr": of[2]}, log)
+    return classifiers
 
 
 def inputs(
-    encoder: nn.Module, train: data.Split, batch_size: int, seed: int, epoch: int, view: dict
+    encoder: nn.Module, train: data.Split, how: dict, view: dict, accelerator: Accelerator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features (b, d) and labels (b,) of one epoch: of random crops and flips of images, or of features as they are."""
+    """Features (b, d) and labels (b,) of all epochs: of random crops and flips of images, or features as they are."""
+    epochs, batch_size, n = range(1, how["epochs"] + 1), how["batch_size"], len(train.labels)
     if isinstance(train.images, Tensor) and train.images.ndim == 2:
-        for rows in torch.randperm(len(train.labels)).to(train.labels.device).split(batch_size):
-            yield train.images[rows], train.labels[rows]
-    else:
-        for crops, labels, _ in data.batches(train, batch_size, view["size"], seed, epoch, views=1, drop_last=False):
-            yield models.embed(encoder, [normalise(crops[0], view["mean"], view["std"])]), labels
+        generator = torch.Generator().manual_seed(how["seed"])
+        for _ in epochs:
+            for rows in torch.randperm(n, generator=generator).to(train.labels.device).split(batch_size):
+                yield train.images[rows], train.labels[rows]
+        return
+    share = {"views": 1, "drop_last": False, "rank": accelerator.process_index, "world": accelerator.num_processes}
+    sizes = [min(batch_size, n - start) for start in range(0, n, batch_size)]  # a share has rows beyond these
+    crops = data.batches(train, batch_size, view["size"], how["seed"], epochs, **share)
+    for (x, labels, _), size in zip(crops, cycle(sizes)):
+        features = models.embed(encoder, [normalise(x[0], view["mean"], view["std"])])
+        yield accelerator.gather(features)[:size], accelerator.gather(labels)[:size]
 
 
 @torch.no_grad()
@@ -173,4 +187,4 @@ def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    cli.run(linear_eval, data.DataError, models.ModelError)
+    cli.run(linear_eval, data.DataError, models.ModelError, processes.LaunchError)

@@ -17,7 +17,6 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
@@ -55,7 +54,7 @@ def build_encoder(name: str, stem: str, norm: str = "bn") -> nn.Module:
             encoder.conv1 = nn.Conv2d(3, encoder.bn1.num_features, 3, stride=1, padding=1, bias=False)
             nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's own
             encoder.maxpool = nn.Identity()
-    return _with_norm(encoder, norm).to(memory_format=torch.channels_last)  # the layout that convolutions are fast in
+    return with_norm(encoder, norm).to(memory_format=torch.channels_last)  # the layout that convolutions are fast in
 
 
 def _resnet(name: str) -> ResNet:
@@ -96,23 +95,34 @@ class AlexNet(nn.Sequential):
         super().__init__(layers)
 
 
-class ViewNorm(nn.SyncBatchNorm):
-    """BatchNorm of two views in one batch, one behind the other: in training each has statistics of its own.
-
-    These are of all processes on CUDA, as BYOL's, and of its own process on the CPU, where torch cannot share them.
-    """
+class _PerView:
+    """A norm of two views in one batch, one behind the other: in training each has statistics of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(2b, c, ...) to the same shape; in evaluation mode a batch of any size."""
-        norm = super().forward if x.is_cuda else partial(_BatchNorm.forward, self)
+        norm = super().forward
         return torch.cat([norm(view) for view in x.chunk(2)]) if self.training else norm(x)
 
 
-def _with_norm(network: nn.Module, norm: str) -> nn.Module:
-    """The network with a ViewNorm, "bn", or nothing, "none", in place of each BatchNorm."""
+class ViewNorm(_PerView, _BatchNorm):
+    """BatchNorm of each view, (b, c) or (b, c, h, w)."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+
+class SyncViewNorm(_PerView, nn.SyncBatchNorm):
+    """BatchNorm of each view over all processes, as BYOL's; torch has it on CUDA alone."""
+
+
+NORMS = {"bn": ViewNorm, "sync": SyncViewNorm, "none": nn.Identity}
+
+
+def with_norm(network: nn.Module, norm: str) -> nn.Module:
+    """The network with a new layer of NORMS in place of each BatchNorm."""
     for layer, module in list(network.named_modules()):
         if isinstance(module, _BatchNorm):
-            network.set_submodule(layer, ViewNorm(module.num_features) if norm == "bn" else nn.Identity())
+            network.set_submodule(layer, NORMS[norm](module.num_features))
     return network
 
 
@@ -124,7 +134,7 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int, norm: str = "bn") -> nn.Sequ
         relu=nn.ReLU(inplace=True),
         out=nn.Linear(hidden_dim, out_dim, bias=False),
     )
-    return _with_norm(nn.Sequential(layers), norm)
+    return with_norm(nn.Sequential(layers), norm)
 
 
 class SimCLR(nn.Module):
@@ -318,16 +328,24 @@ def digest(tensors: dict[str, Tensor], description: dict) -> str:
 
 
 def load_encoder(
-    path: str | Path, net: str = "online", model: str | None = None, stem: str = "imagenet"
+    path: str | Path, net: str = "online", model: str | None = None, stem: str | None = None, dataset: str | None = None
 ) -> tuple[nn.Module, dict]:
     """The online or the target encoder, in evaluation mode, and the description of a ckpt or encoder.safetensors.
 
-    With `model`, the path is a file of another project, .pth or .safetensors, and the description has no view. Raises
-    ModelError as `load_network` and `adopt` do, and if the file holds no target.
+    With `model`, the path is a file of another project, .pth or .safetensors, to be judged on `dataset`, and the
+    description has no view. Raises ModelError as `load_network` and `adopt` do, if the file holds no target, and for
+    flags of the stages, which these arguments are, that do not go together.
     """
+    if model and not dataset:
+        raise ModelError(f"--model {model}: takes --dataset, too; the file of another project does not say")
+    if not model and stem:
+        raise ModelError(f"--stem {stem}: has no effect without --model")
+    if model and net == "target":
+        raise ModelError(f"--net target: has no effect with --model {model}")
     if model:
-        settings = {"dataset": None, "data_dir": "data", "seed": 0, "skip_broken": False}
-        return adopt(path, model, stem), {"settings": {**settings, "model": model, "stem": stem, "norm": "bn"}}
+        settings = {"dataset": dataset, "data_dir": "data", "seed": 0, "skip_broken": False, "norm": "bn"}
+        settings |= {"model": model, "stem": stem or "imagenet"}
+        return adopt(path, model, settings["stem"]), {"settings": settings}
     network, description = load_network(path)
     if net == "target":
         if not hasattr(network, "target"):

@@ -22,6 +22,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
+import processes
 from views import DRAWS, crop_boxes
 
 
@@ -150,8 +151,8 @@ class _Tried:
 
 
 def workers() -> int:
-    """Processes that read pictures ahead."""
-    return min(16, os.cpu_count() or 1)
+    """Processes that read pictures ahead, for each of those that train."""
+    return min(16, processes.cores())
 
 
 def _patient(_) -> None:

@@ -10,7 +10,6 @@ metrics.jsonl (the rows that were printed).
 import inspect
 import json
 import math
-import os
 import re
 import shlex
 import signal
@@ -18,12 +17,12 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.optim import Lars
@@ -33,6 +32,7 @@ from tqdm import tqdm
 import cli
 import data
 import models
+import processes
 import runs
 from knn_eval import nearest_neighbours
 from regularizers import alignment, amhe, info_nce, mhe, uniformity, unit
@@ -151,8 +151,7 @@ def pretrain(
     folder = Path(out or Path("runs", run_name(flags)))
     refuse(flags, folder)
     log_with = None if tracker == "none" else tracker
-    accelerator = Accelerator(gradient_accumulation_steps=accumulate, log_with=log_with, project_dir=folder)
-    refuse_launch(accelerator.num_processes)
+    accelerator = processes.start(gradient_accumulation_steps=accumulate, log_with=log_with, project_dir=folder)
     with accelerator.main_process_first():  # the others find what it has downloaded
         images = data.load(dataset, data_dir, pretraining=True, skip_broken=skip_broken)
     images = data.hold_out(images) if holdout else images
@@ -166,8 +165,8 @@ def pretrain(
         lock = runs.claim(folder) if accelerator.is_main_process else None
         tensors, was = runs.saved(folder)
     done, step = position(description, was, folder)
+    processes.agree(accelerator, settings=settings, view=view, steps=steps, step=step)
 
-    use_cores(accelerator)
     set_seed(seed)
     network, parallel, optimizer = build(settings, accelerator)
     layers = models.neurons(network, settings["reg_on"])
@@ -177,12 +176,16 @@ def pretrain(
     log = runs.start_log(folder, description, done, step, accelerator) if lock else None
     if log and step < steps:
         accelerator.init_trackers("pretrain", {name: str(x) for name, x in settings.items()})
-        print(formula(settings, layers), *in_use(flags, settings), sep="\n  ", file=sys.stderr)
+        told = [*in_use(flags, settings), *shared_out(settings, accelerator)]
+        print(formula(settings, layers), *told, sep="\n  ", file=sys.stderr)
     share = {"parts": accumulate, "rank": accelerator.process_index, "world": accelerator.num_processes}
+    share["passed"] = step - done * steps_per_epoch
+    todo = range(done + 1, settings["epochs"] + 1)
+    batches = data.batches(pretraining, settings["batch_size"], images.size, seed, todo, **share)
     seen, flat = {}, 0
 
     def save(done: int, sums: dict[str, Tensor]) -> None:
-        refuse_faults(seen, network, folder)
+        refuse_faults(seen, network, folder, accelerator)
         now = runs.capture(network, optimizer, sums, accelerator)
         if log:
             runs.save(folder, now, {**description, "epoch": done, "step": step}, accelerator.scaler)
@@ -191,12 +194,9 @@ def pretrain(
         runs.signals() as caught,
         tqdm(total=steps, initial=step, unit="step", disable=not log or step == steps) as bar,
     ):
-        for epoch in range(done + 1, settings["epochs"] + 1):
+        for epoch in todo:
             start, first = time.perf_counter(), step
-            passed = step - (epoch - 1) * steps_per_epoch
-            for crops, _, u in data.batches(
-                pretraining, settings["batch_size"], images.size, seed, epoch, passed=passed, **share
-            ):
+            for crops, _, u in islice(batches, (epoch * steps_per_epoch - step) * accumulate):
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(step, steps, warmup_steps, peak)
                 v1, v2 = two_views(crops, u, images.mean, images.std, settings["blur_p"], images.solarise)
@@ -213,34 +213,36 @@ def pretrain(
                     network.update_target(tau_at(step, steps, settings["tau"]))
                 step += 1
                 bar.update()
-                told = runs.told_to_stop(caught, accelerator)
+                told = runs.told_to_stop(caught, step, accelerator)
                 if told or (save_every and step % save_every == 0 and step < epoch * steps_per_epoch):
                     save(epoch - 1, sums)
                 if told:
                     stop(told, step, steps, folder)
             row = {name: accelerator.reduce(x, "mean").item() / steps_per_epoch for name, x in sums.items()}
             images_per_s = (step - first) * settings["batch_size"] / (time.perf_counter() - start)
-            refuse_faults(seen, network, folder)
-            if log:
-                if "energy" not in row:  # the objective has none: what the weights have come to
-                    row |= {name: x.item() for name, x in layer_energies(layers, settings).items()}
-                if method == "byol":
-                    row["tau"] = tau_at(step - 1, steps, settings["tau"])
-                where = {"stage": "pretrain", "epoch": epoch, "step": step}
-                rate = lr_at(step - 1, steps, warmup_steps, peak)
-                report({**where, **row, "lr": rate, "images_per_s": round(images_per_s, 1)}, log, accelerator)
-                flat = warn_of_collapse(row["std"] * settings["out_dim"] ** 0.5, flat)
-                if settings["eval_every"] and (epoch % settings["eval_every"] == 0 or epoch == settings["epochs"]):
-                    judged = {"of": "online", "split": "holdout" if holdout else "test"}
-                    for k, scores in nearest_neighbours(network.encoder, train, test, view).items():
-                        report({**where, **judged, "k": k, **scores}, log, accelerator)
-                    inner = representations(network.encoder, test, view)
-                    report({**where, "of": "representations", **inner}, log, accelerator)
+            refuse_faults(seen, network, folder, accelerator)
+            if "energy" not in row:  # the objective has none: what the weights have come to
+                row |= {name: x.item() for name, x in layer_energies(layers, settings).items()}
+            if method == "byol":
+                row["tau"] = tau_at(step - 1, steps, settings["tau"])
+            where = {"stage": "pretrain", "epoch": epoch, "step": step}
+            rate = lr_at(step - 1, steps, warmup_steps, peak)
+            report({**where, **row, "lr": rate, "images_per_s": round(images_per_s, 1)}, log, accelerator)
+            flat = warn_of_collapse(row["std"] * settings["out_dim"] ** 0.5, flat)
+            if settings["eval_every"] and (epoch % settings["eval_every"] == 0 or epoch == settings["epochs"]):
+                judged = {"of": "online", "split": "holdout" if holdout else "test"}
+                processes.same_buffers(network.encoder, accelerator)
+                for k, scores in nearest_neighbours(network.encoder, train, test, view, accelerator).items():
+                    report({**where, **judged, "k": k, **scores}, log, accelerator)
+                inner = representations(network.encoder, test, view)
+                report({**where, "of": "representations", **inner}, log, accelerator)
             sums = {}
             save(epoch, sums)
-            if step < steps and (told := runs.told_to_stop(caught, accelerator)):
+            if step < steps and (told := runs.told_to_stop(caught, 0, accelerator)):
                 stop(told, step, steps, folder)
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     if log:
         ckpt = shlex.quote(str(folder / runs.CKPT))
         judges = f"; judge it by\n    python knn_eval.py {ckpt}\n    python linear_eval.py {ckpt}"
@@ -284,15 +286,6 @@ def refuse(flags: dict, folder: Path) -> None:
         models.neurons(SimpleNamespace(encoder=encoder), ["encoder"])
 
 
-def refuse_launch(processes: int) -> None:
-    """UsageError for a launcher whose processes do not see each other: each would write to the run folder."""
-    if int(os.environ.get("WORLD_SIZE", 1)) != processes:
-        raise cli.UsageError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but Accelerate sees {processes} process; on a machine without "
-            "a GPU, set ACCELERATE_USE_CPU=true"
-        )
-
-
 def recipe_of(flags: dict) -> str:
     """The name of the recipe in force. UsageError for one that is another data set's."""
     dataset, name = flags["dataset"], flags["recipe"]
@@ -327,8 +320,20 @@ def in_force(flags: dict, images: data.Dataset, processes: int) -> dict:
         raise cli.UsageError(f"--batch_size {batch_size}: {flags['dataset']} has {n} images to train on; take fewer")
     if batch_size % share or batch_size < 2 * share:
         among = f"{settings['accumulate']} micro-batches of {processes} process{'es' * (processes > 1)}"
-        raise cli.UsageError(f"--batch_size {batch_size}: has to be a multiple of {share}, twice or more, for {among}")
+        near = sorted({max(2, batch_size // share + more) * share for more in (0, 1)})
+        told = f"has to be a multiple of {share}, twice or more, for {among}; take {' or '.join(map(str, near))}"
+        raise cli.UsageError(f"--batch_size {batch_size}: {told}")
     return settings
+
+
+def shared_out(settings: dict, accelerator: Accelerator) -> list[str]:
+    """How several processes share a batch."""
+    world, device = accelerator.num_processes, accelerator.device.type
+    if world == 1:
+        return []
+    of = {"cuda": "all processes"}.get(device, "each process alone, as torch cannot share them on this device")
+    norm = f"; statistics of BatchNorm: of {of}" if settings["norm"] == "bn" else ""
+    return [f"{world} processes: {settings['batch_size'] // world} images of each step a process{norm}"]
 
 
 def position(description: dict, was: dict | None, folder: Path) -> tuple[int, int]:
@@ -345,17 +350,11 @@ def position(description: dict, was: dict | None, folder: Path) -> tuple[int, in
     return was["epoch"], was["step"]
 
 
-def use_cores(accelerator: Accelerator) -> None:
-    """Share the cores among processes on the CPU: accelerate's launcher gives each one thread unless told not to."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if accelerator.device.type == "cpu" and launched:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // accelerator.num_processes))
-
-
 def build(settings: dict, accelerator: Accelerator) -> tuple[models.BYOL, nn.Module, Lars]:
     """The network on its device, the same as it runs on all processes, and LARS, Appendix B.2."""
     network = models.build(**settings)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        models.with_norm(network, "sync")
     optimizer = Lars(parameter_groups(network, settings["weight_decay"]), momentum=0.9, trust_coeff=1e-3)
     parallel, optimizer = accelerator.prepare(network, optimizer)
     return accelerator.unwrap_model(parallel, keep_torch_compile=False), parallel, optimizer
@@ -376,9 +375,10 @@ def watch(seen: dict, step: int, terms: dict, network: models.BYOL, accelerator:
     return {name: torch.where(finite, x, seen[name]) for name, x in latest.items()}
 
 
-def refuse_faults(seen: dict[str, Tensor], network: models.BYOL, folder: Path) -> None:
-    """UsageError for a step, or for weights, that are not finite: nothing of them is saved."""
-    numbers = {name: x.item() for name, x in seen.items()}
+def refuse_faults(seen: dict[str, Tensor], network: models.BYOL, folder: Path, accelerator: Accelerator) -> None:
+    """UsageError, in all processes, for a step or for weights that are not finite: nothing of them is saved."""
+    each = accelerator.gather(torch.stack(list(seen.values()))[None]) if seen else torch.empty(1, 0)
+    numbers = dict(zip(seen, min(each.tolist(), key=lambda row: all(map(math.isfinite, row)))))
     weights = torch.stack([x.isfinite().all() for x in network.state_dict().values()]).all().item()
     if weights and all(map(math.isfinite, numbers.values())):
         return
@@ -392,7 +392,7 @@ def refuse_faults(seen: dict[str, Tensor], network: models.BYOL, folder: Path) -
 def warn_of_collapse(spread: float, flat: int) -> int:
     """Epochs in a row in which projections were all but one point; spread is 1 where they fill the sphere."""
     flat = flat + 1 if spread < 0.1 else 0
-    if flat >= 3:
+    if flat >= 3 and cli.is_main():
         print(
             f"WARNING: collapse? For {flat} epochs all projections have been nearly one point, std {spread:.1e} of "
             "a full sphere's. Try a smaller --lr, a --tau nearer 1, a longer --warmup, or --reg uniform",
@@ -445,9 +445,12 @@ def objective(settings: dict, layers: dict[str, Tensor], z: Pair, p: Pair | None
     if settings["method"] == "byol":
         terms = {"loss": None, "byol": alignment(p[0], t[1]) + alignment(p[1], t[0])}
     else:
-        terms = {"loss": None, "simclr": info_nce(gather(z[0]), gather(z[1]), settings["temperature"])}
+        terms = {
+            "loss": None,
+            "simclr": info_nce(processes.gather(z[0]), processes.gather(z[1]), settings["temperature"]),
+        }
     with torch.set_grad_enabled(settings["reg"] == "uniform"):
-        terms["uniformity"] = sum(uniformity(gather(x)) for x in z) / 2
+        terms["uniformity"] = sum(uniformity(processes.gather(x)) for x in z) / 2
     with torch.no_grad():
         terms |= {"alignment": alignment(*z), "std": sum(unit(x).std(0).mean() for x in z) / 2}
     if settings["reg"] in ("mhe", "amhe"):
@@ -477,27 +480,6 @@ def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[st
     return {"g2": uniformity(features).exp().item()} | {
         f"block/{name}": mhe(x, s=0).item() for name, x in blocks.items()
     }
-
-
-def gather(x: Tensor) -> Tensor:
-    """The rows of all processes, with gradient: Eq. 2 speaks of the whole batch."""
-    return Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
-
-
-class Gather(torch.autograd.Function):
-    """all_gather of rows. Its backward sums over processes, so that DDP's mean is the gradient of one large batch."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def formula(settings: dict, layers: dict[str, Tensor]) -> str:
@@ -531,4 +513,4 @@ def in_use(flags: dict, settings: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(pretrain, data.DataError, models.ModelError, runs.RunError)
+    cli.run(pretrain, data.DataError, models.ModelError, processes.LaunchError, runs.RunError)

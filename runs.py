@@ -161,7 +161,7 @@ def provenance() -> dict:
 
 def start_log(folder: Path, description: dict, done: int, step: int, accelerator: Accelerator) -> Path:
     """The log of a run, with its first row, or up to where the run goes on from; what has changed since is told."""
-    hardware = {"device": str(accelerator.device), "precision": accelerator.mixed_precision}
+    hardware = {"device": accelerator.device.type, "precision": accelerator.mixed_precision}
     hardware |= {"processes": accelerator.num_processes}  # no part of a checkpoint's description
     log = folder / LOG
     rows = rewind(folder, done if step else -1)
@@ -222,9 +222,9 @@ def restore(
         accelerator.scaler.load_state_dict(was["scaler"])
     rank, same = accelerator.process_index, len(tensors["rng/cpu"]) == accelerator.num_processes
     if same:
-        torch.set_rng_state(tensors["rng/cpu"][rank])
+        torch.set_rng_state(tensors["rng/cpu"][rank].clone())  # torch crashes on a row within a tensor
     if same and accelerator.device.type == "cuda" and "rng/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng/cuda"][rank], accelerator.device)
+        torch.cuda.set_rng_state(tensors["rng/cuda"][rank].clone(), accelerator.device)
     sums = {name.removeprefix("sums/"): x for name, x in tensors.items() if name.startswith("sums/")}
     return {name: (x[rank] if same else x.mean(0)).to(accelerator.device) for name, x in sums.items()}
 
@@ -249,9 +249,11 @@ def signals() -> Iterator[list[signal.Signals]]:
         put_back()
 
 
-def told_to_stop(caught: list[signal.Signals], accelerator: Accelerator) -> signal.Signals | None:
-    """The signal that this or another process has caught. Called by all processes at the same step."""
+def told_to_stop(caught: list[signal.Signals], step: int, accelerator: Accelerator) -> signal.Signals | None:
+    """The signal that this or another process has caught. Several processes ask each other at every tenth step."""
     if accelerator.num_processes > 1:
+        if step % 10:
+            return None
         if caught:
             accelerator.set_trigger()
         return (caught or [signal.SIGTERM])[0] if accelerator.check_trigger() else None

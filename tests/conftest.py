@@ -9,6 +9,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 import cli
 import data
 import models
+import processes
 import runs
 
 
@@ -39,7 +40,7 @@ def shell(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, words)])
         code = 0
         try:
-            cli.run(stage, data.DataError, models.ModelError, runs.RunError)
+            cli.run(stage, data.DataError, models.ModelError, processes.LaunchError, runs.RunError)
         except SystemExit as e:
             code = e.code
         out, err = capsys.readouterr()

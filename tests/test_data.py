@@ -157,7 +157,7 @@ def test_stl10_in_its_format_on_disk(monkeypatch, tmp_path):
     assert (read.stem, read.size, len(read.classes)) == ("imagenet", 64, 10)
     judged = data.load("stl10", str(tmp_path))
     assert judged.pretraining is judged.train
-    ((crops, _, _),) = data.batches(read.pretraining, 3, 64, 0, 1)
+    ((crops, _, _),) = data.batches(read.pretraining, 3, 64, 0, [1])
     assert crops.shape == (2, 3, 3, 64, 64)
 
 
@@ -180,10 +180,10 @@ def test_imagenet_is_cropped_from_its_files(imagenet):
     read = data.load("imagenet", str(imagenet), pretraining=True)
     assert (read.size, read.stem, read.blur, read.solarise) == (224, "imagenet", (1, 0.1), (0, 0.2))
     assert read.train.labels.tolist() == [0] * 4 + [1] * 4 and read.pretraining is read.train
-    order = torch.cat([labels for _, labels, _ in data.batches(read.train, 4, 224, 0, 1)])
+    order = torch.cat([labels for _, labels, _ in data.batches(read.train, 4, 224, 0, [1])])
     assert order.bincount().tolist() == [4, 4]
     one = read.train.rows(torch.tensor([2]))
-    ((crops, _, u),) = data.batches(one, 1, 224, 0, 1)
+    ((crops, _, u),) = data.batches(one, 1, 224, 0, [1])
     image = F.pil_to_tensor(PIL.Image.open(one.images.paths[0]))
     for mine, v in zip(crops[:, 0], u):
         area, aspect, corner, flip = v.split(views.DRAWS, 1)[:4]
@@ -207,7 +207,7 @@ def test_a_file_that_a_worker_cannot_read_is_named(imagenet, tmp_path):
     (tmp_path / "broken" / "train" / "n01440764" / "1.png").write_bytes(b"no picture")
     read = data.load("imagenet", str(tmp_path / "broken"))
     with pytest.raises(data.DataError, match=r"^[^\n]*n01440764/1.png: not a picture that can be read[^\n]*$"):
-        list(data.batches(read.train, 8, 224, 0, 1))
+        list(data.batches(read.train, 8, 224, 0, [1]))
 
 
 def test_imagenet_without_its_folders(tmp_path):
@@ -235,8 +235,8 @@ def test_batches_are_functions_of_seed_and_epoch():
     colours = torch.arange(103, dtype=torch.uint8)
     split = data.Split(colours[:, None, None, None].expand(-1, 3, 2, 2), torch.arange(103))
 
-    def epoch(*args, **kwargs):
-        return list(data.batches(split, 10, 4, *args, **kwargs))
+    def epoch(seed, *epochs, **kwargs):
+        return list(data.batches(split, 10, 4, seed, epochs, **kwargs))
 
     labels = torch.cat([b[1] for b in epoch(0, 1)])
     assert len(epoch(0, 1)) == 10 and labels.unique().numel() == 100
@@ -249,12 +249,15 @@ def test_batches_are_functions_of_seed_and_epoch():
     for other in (epoch(0, 2), epoch(1, 1)):
         assert not torch.equal(torch.cat([b[1] for b in other]), labels)
         assert not torch.equal(other[0][2], epoch(0, 1)[0][2])
+    stream = epoch(0, 1, 2, passed=7)
+    assert len(stream) == 13
+    assert all(torch.equal(x, y) for a, b in zip(stream, epoch(0, 1)[7:] + epoch(0, 2)) for x, y in zip(a, b))
 
 
 def test_parts_and_shares_make_up_the_batch():
     split = data.Split(torch.zeros(24, 3, 2, 2, dtype=torch.uint8), torch.arange(24))
-    whole = list(data.batches(split, 12, 4, 0, 1))
-    shares = [list(data.batches(split, 12, 4, 0, 1, parts=3, rank=rank, world=2)) for rank in range(2)]
+    whole = list(data.batches(split, 12, 4, 0, [1]))
+    shares = [list(data.batches(split, 12, 4, 0, [1], parts=3, rank=rank, world=2)) for rank in range(2)]
     for step, (_, labels, u) in enumerate(whole):
         micro = [share[3 * step + part] for part in range(3) for share in shares]
         assert [len(x[1]) for x in micro] == [2] * 6

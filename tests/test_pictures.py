@@ -82,7 +82,7 @@ def test_several_sizes_stay_in_files(crowd):
     every = torch.cat([pictures.read(path).flatten(1) for path in read.train.images.paths], 1)
     expected = data.pixel_statistics(every[None, ..., None])
     assert (read.mean, read.std) == expected
-    crops, _, _ = next(data.batches(read.train, 4, read.size, 0, 1))
+    crops, _, _ = next(data.batches(read.train, 4, read.size, 0, [1]))
     assert crops.shape == (2, 4, 3, 40, 40)
 
 

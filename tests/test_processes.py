@@ -1,29 +1,195 @@
 """Two processes compute what one does."""
 
+import inspect
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pretrain import gather
-from regularizers import uniformity
+import cli
+import models
+import processes
+import runs
+from knn_eval import knn_eval
+from linear_eval import linear_eval
+from pretrain import pretrain
+from regularizers import info_nce, uniformity
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 16 --epochs 7".split()
+EQUAL = ["--norm", "none", "--lr", "0.1", "--eval_every", "7"]  # 21 steps of which BatchNorm makes no difference
+METHODS = ("--reg none", "--reg uniform --weight 1", "--reg amhe", "--method simclr")
+NORMED = ["--lr", "8", "--eval_every", "7", "--save_every", "2"]
 
 
-def share(rank, rendezvous, x, gradients):
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    mine = x.chunk(2)[rank].clone().requires_grad_()
-    value = uniformity(gather(mine))
-    value.backward()
-    gradients[rank, :-1], gradients[rank, -1] = mine.grad, value.detach()
-    dist.destroy_process_group()
+class Lost(BaseException):
+    """Ends a stage where it stands, as SIGKILL does."""
 
 
-def test_uniformity_over_processes_is_that_of_the_whole_batch(tmp_path):
-    """The mean over processes that DDP takes of parameters' gradients is the gradient of the large batch."""
+def call(stage, *words):
+    """A stage, with the flags of a command line."""
+    flags = cli.read([str(word) for word in words], inspect.signature(stage).parameters)
+    stage(*[flags.pop("ckpt")] if "ckpt" in flags else (), **flags)
+
+
+def one_of_two(rank, port, folder, place):
+    """What each of two processes does, one thing after the other, in runs of its own names."""
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    world |= {"OMP_NUM_THREADS": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    os.environ.update({name: str(x) for name, x in world.items()})
+    os.chdir(place)
+    sys.argv, sys.stdout, sys.stderr = ["pretrain.py"], open(os.devnull, "w"), open(f"told{rank}", "w")  # noqa: SIM115
+    torch.set_num_threads(1)
+    for i, method in enumerate(METHODS):
+        call(pretrain, "--dataset", folder, *method.split(), *SMALL, *EQUAL, "--out", f"two{i}")
+    call(knn_eval, "two0/ckpt.safetensors", "--k", 5)
+    call(linear_eval, "two0/ckpt.safetensors", "--epochs", 3, "--batch_size", 19)
+
+    call(pretrain, "--dataset", folder, *SMALL, *NORMED, "--out", "whole")
+    update, steps = models.BYOL.update_target, []
+
+    def losing(network, tau):
+        update(network, tau)
+        steps.append(tau)
+        if len(steps) == 12:
+            raise Lost
+
+    for out in ("resumed", "alone"):
+        models.BYOL.update_target, steps[:] = losing, []
+        try:
+            call(pretrain, "--dataset", folder, *SMALL, *NORMED, "--out", out)
+        except Lost:
+            models.BYOL.update_target = update
+    call(pretrain, "--dataset", folder, *SMALL, *NORMED, "--out", "resumed")
+
     x = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    gradients = torch.zeros(2, 7, 5, dtype=torch.float64).share_memory_()
-    mp.spawn(share, (tmp_path / "rendezvous", x, gradients), nprocs=2)
-    whole = x.clone().requires_grad_()
-    value = uniformity(whole)
+    for name, term in TERMS.items():
+        mine = x.chunk(2)[rank].clone().requires_grad_()
+        value = term(processes.gather(mine))
+        value.backward()
+        torch.save({"value": value.detach(), "grad": mine.grad}, f"{name}{rank}")
+    try:
+        processes.agree(processes.start(), steps=3, step=rank)
+    except processes.LaunchError as e:
+        Path(f"refused{rank}").write_text(str(e))
+    dist.barrier()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+TERMS = {"uniformity": uniformity, "info_nce": lambda z: info_nce(*z.chunk(2))}
+
+
+@pytest.fixture(scope="module")
+def two(folder, tmp_path_factory):
+    """The folder in which two processes have done all of that."""
+    place = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(one_of_two, (port, folder, place), nprocs=2)
+    return place
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("i", range(len(METHODS)), ids=METHODS)
+def test_twenty_steps_are_those_of_one_process(two, command, folder, tmp_path, i):
+    code, rows, _ = command(pretrain, "--dataset", folder, *METHODS[i].split(), *SMALL, *EQUAL, "--out", "one")
+    ours = [row for row in rows_of(two / f"two{i}") if row["stage"] == "pretrain"]
+    assert code == 0 and len(rows) == len(ours) == 10 and ours[0]["processes"] == 2
+    for mine, theirs in zip(ours[1:], rows[1:]):
+        for name in {"loss", "byol", "simclr", "uniformity", "alignment", "energy", "top1"} & theirs.keys():
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
+    (two_, _), (one, _) = (models.load(run / "ckpt.safetensors") for run in (two / f"two{i}", tmp_path / "one"))
+    networks = {name: x for name, x in one.items() if "/" not in name}
+    for name, x in networks.items():
+        torch.testing.assert_close(two_[name], x, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluations_are_those_of_one_process(two, command, folder):
+    """48 and 18 images, batches of 19: shares that do not divide, and not one image twice."""
+    theirs = [row for row in rows_of(two / "two0") if row["stage"] != "pretrain"]
+    _, knn, _ = command(knn_eval, two / "two0" / "ckpt.safetensors", "--k", 5)
+    _, probe, _ = command(linear_eval, two / "two0" / "ckpt.safetensors", "--epochs", 3, "--batch_size", 19)
+    assert len(theirs) == len(knn + probe) == 7
+    for mine, row in zip(knn + probe, theirs):
+        assert mine.pop("loss", 0) == pytest.approx(row.pop("loss", 0), rel=1e-4)
+        assert mine == row
+
+
+def test_a_run_of_two_processes_goes_on_to_the_same_bits(two):
+    (ours, told), (theirs, meant) = (models.load(two / run / "ckpt.safetensors") for run in ("resumed", "whole"))
+    assert told == meant and all(torch.equal(x, theirs[name]) for name, x in ours.items())
+    timeless = [[{**row, "images_per_s": 0} for row in rows_of(two / run)] for run in ("resumed", "whole")]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_run_of_two_processes_goes_on_with_one(two, command, folder):
+    code, rows, err = command(pretrain, "--dataset", folder, *SMALL, *NORMED, "--out", two / "alone")
+    assert code == 0 and "goes on after step 10" in err and "processes: 1 (it was 2)" in err
+    assert [row["epoch"] for row in rows if "loss" in row] == [4, 5, 6, 7]
+    assert rows_of(two / "alone")[-2]["of"] == "online"
+
+
+def test_only_the_first_process_speaks(two):
+    told, silent = (re.sub(r".*\r", "", (two / f"told{rank}").read_text()) for rank in (0, 1))
+    assert "2 processes: 8 images of each step a process; statistics of BatchNorm: of each process alone" in told
+    assert silent == ""
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_terms_over_processes_are_those_of_the_whole_batch(two, name):
+    """The mean over processes that DDP takes of parameters' gradients is the gradient of the large batch."""
+    x = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    value = TERMS[name](x)
     value.backward()
-    torch.testing.assert_close(gradients[:, :-1].flatten(0, 1) / 2, whole.grad)
-    torch.testing.assert_close(gradients[:, -1], value.detach().expand(2, 5))
+    halves = [torch.load(two / f"{name}{rank}", weights_only=True) for rank in (0, 1)]
+    torch.testing.assert_close(torch.cat([half["grad"] for half in halves]) / 2, x.grad, rtol=1e-6, atol=1e-12)
+    assert all(half["value"].item() == pytest.approx(value.item(), rel=1e-12) for half in halves)
+
+
+def test_processes_that_do_not_share_their_files_are_refused(two):
+    for rank in (0, 1):
+        told = (two / f"refused{rank}").read_text()
+        assert told == "step: not the same to process 1 as to process 0; do they share files?"
+
+
+@pytest.mark.parametrize("stage", [pretrain, knn_eval, linear_eval])
+def test_processes_that_do_not_see_each_other_are_refused(command, folder, monkeypatch, two, tmp_path, stage):
+    """torchrun, without ACCELERATE_USE_CPU, on a machine without a GPU."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cli, "leave", sys.exit)
+    what = ["--dataset", folder, *SMALL] if stage is pretrain else [two / "two0" / "ckpt.safetensors"]
+    code, rows, err = command(stage, *what)
+    assert code == 2 and rows == [] and "WORLD_SIZE is 2, but Accelerate sees 1" in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_shares_make_up_the_whole():
+    for n in range(1, 9):
+        for world in range(1, 6):
+            shares = [processes.share(n, rank, world) for rank in range(world)]
+            assert len({len(x) for x in shares}) == 1 and torch.cat(shares)[:n].tolist() == list(range(n))
+
+
+def test_two_processes_are_launched_and_leave_cleanly(folder, tmp_path):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= {"ACCELERATE_USE_CPU": "true"}
+    launch = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", str(ROOT / "pretrain.py")]
+    flags = ["--dataset", str(folder), *SMALL[:-1], "1", "--out", "run"]
+    done = subprocess.run([*launch, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line) for line in done.stdout.splitlines()] == rows_of(tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", *runs.FILES}
+    assert models.load(tmp_path / "run" / "ckpt.safetensors")[1]["epoch"] == 1

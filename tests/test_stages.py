@@ -110,7 +110,7 @@ def test_one_step_is_the_one_written_by_hand(command, folder, tmp_path):
     network = models.BYOL("resnet18", "imagenet", "bn", 32, 16)
     before = {name: x.clone() for name, x in network.state_dict().items()}
     pictures = data.load(str(folder))
-    ((crops, _, u),) = data.batches(pictures.train, 48, 32, 5, 1)
+    ((crops, _, u),) = data.batches(pictures.train, 48, 32, 5, [1])
     both = torch.cat(two_views(crops, u, pictures.mean, pictures.std))
     z1, z2 = (z := network.projector(network.encoder(both))).chunk(2)
     p1, p2 = network.predictor(z).chunk(2)
@@ -150,7 +150,7 @@ def test_accumulation_averages_gradients_over_micro_batches(command, folder, tmp
     network = models.BYOL("resnet18", "imagenet", "none", 32, 16)
     before = {name: x.clone() for name, x in network.named_parameters()}
     pictures, loss = data.load(str(folder)), 0
-    for crops, _, u in data.batches(pictures.train, 48, 32, 0, 1, parts=8):
+    for crops, _, u in data.batches(pictures.train, 48, 32, 0, [1], parts=8):
         z, p, t = network(*two_views(crops, u, pictures.mean, pictures.std))
         loss += (alignment(p[0], t[1]) + alignment(p[1], t[0])) / 8
         loss += 3 * (uniformity(z[0]) + uniformity(z[1])) / 2 / 8 if reg == "uniform" else 0
