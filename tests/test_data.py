@@ -238,20 +238,21 @@ def test_batches_are_functions_of_seed_and_epoch():
     def epoch(seed, *epochs, **kwargs):
         return list(data.batches(split, 10, 4, seed, epochs, **kwargs))
 
-    labels = torch.cat([b[1] for b in epoch(0, 1)])
-    assert len(epoch(0, 1)) == 10 and labels.unique().numel() == 100
-    for crops, labels_, u in epoch(0, 1):
+    first, second = epoch(0, 1), epoch(0, 2)
+    labels = torch.cat([b[1] for b in first])
+    assert len(first) == 10 and labels.unique().numel() == 100
+    for crops, labels_, u in first:
         assert crops.shape == (2, 10, 3, 4, 4) and u.shape == (2, 10, sum(views.DRAWS))
         torch.testing.assert_close(crops, (labels_ / 255)[:, None, None, None].expand(2, -1, 3, 4, 4))
     assert sum(len(b[1]) for b in epoch(0, 1, drop_last=False)) == 103
     assert epoch(0, 1, views=1)[0][0].shape == (1, 10, 3, 4, 4)
-    assert all(torch.equal(x, y) for a, b in zip(epoch(0, 1), epoch(0, 1)) for x, y in zip(a, b))
-    for other in (epoch(0, 2), epoch(1, 1)):
+    assert all(torch.equal(x, y) for a, b in zip(first, epoch(0, 1)) for x, y in zip(a, b))
+    for other in (second, epoch(1, 1)):
         assert not torch.equal(torch.cat([b[1] for b in other]), labels)
-        assert not torch.equal(other[0][2], epoch(0, 1)[0][2])
+        assert not torch.equal(other[0][2], first[0][2])
     stream = epoch(0, 1, 2, passed=7)
     assert len(stream) == 13
-    assert all(torch.equal(x, y) for a, b in zip(stream, epoch(0, 1)[7:] + epoch(0, 2)) for x, y in zip(a, b))
+    assert all(torch.equal(x, y) for a, b in zip(stream, first[7:] + second) for x, y in zip(a, b))
 
 
 def test_parts_and_shares_make_up_the_batch():

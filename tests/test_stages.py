@@ -36,16 +36,16 @@ def test_from_the_command_line_to_both_scores(tmp_path):
         return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    flags = "--reg amhe --s 2 --epochs 1 --batch_size 250".split()
+    flags = "--reg amhe --s 2 --epochs 1 --batch_size 250 --model test_resnet".split()
     rows, prose = launch("accelerate", "launch", str(ROOT / "pretrain.py"), *flags)
-    run = tmp_path / "runs" / "photos-amhe-epochs1-batch_size250"
+    run = tmp_path / "runs" / "photos-amhe-modeltest_resnet-epochs1-batch_size250"
     assert rows == rows_of(run) and "loss = byol + 10 energy" in prose
     settings, trained, online, inner = rows
     assert settings["settings"]["weight"] == 10 and settings["settings"]["hidden_dim"] == 512
     assert trained["step"] == 8 and trained["loss"] == pytest.approx(trained["byol"] + 10 * trained["energy"], rel=1e-5)
     assert 1.5 < trained["energy"] < 1.8 and 0 < trained["byol"] < 8
-    blocks = {f"block/layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)}
-    assert blocks < inner.keys() and 0 < inner["block/layer4.1"] < inner["block/layer1.0"] < 9 and 0 < inner["g2"] < 1
+    blocks = {f"block/layer{stage}.0" for stage in (1, 2, 3, 4)}
+    assert blocks < inner.keys() and 0 < inner["block/layer4.0"] < inner["block/layer1.0"] < 9 and 0 < inner["g2"] < 1
     ckpt = Path("runs") / run.name / "ckpt.safetensors"
     for stage in ("knn_eval.py", "linear_eval.py"):
         assert f"python {stage} {ckpt}" in prose
@@ -243,7 +243,7 @@ def test_a_checkpoint_elsewhere_is_judged_without_a_log(command, trained, tmp_pa
         ("--method simclr --reg uniform", "loss = simclr + 0.125 uniformity"),
         ("--norm none --reg amhe --reg_on projector", "projector.out (16 x 32)"),
         ("--blur_p 0.5 --holdout --eval_crop 1.0", "flag: epochs 2, batch_size 16, lr 8, hidden_dim 32, out_dim 16"),
-        ("--model alexnet --out_dim 2 --reg mhe --accumulate 2", "projector.out (2 x 32)"),
+        ("--model alexnet --out_dim 2 --reg mhe --accumulate 2 --epochs 1", "projector.out (2 x 32)"),
     ],
 )
 def test_every_method_and_regularizer_trains(command, folder, tmp_path, flags, term):
@@ -290,12 +290,6 @@ def test_energy_falls_when_it_is_all_that_counts(command, folder, tmp_path):
     plain, regularized = (models.load(tmp_path / reg / "ckpt.safetensors")[0] for reg in ("none", "mhe"))
     for layer in ("projector.out", "predictor.hidden"):
         assert mhe(regularized[f"{layer}.weight"]) < mhe(plain[f"{layer}.weight"])
-
-
-def test_processes_that_do_not_see_each_other_are_refused(command, folder, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, err = command(pretrain, "--dataset", folder, *SMALL)
-    assert code == 2 and "WORLD_SIZE is 2, but Accelerate sees 1" in err
 
 
 def test_a_batch_larger_than_the_set(command, trained):
