@@ -42,7 +42,7 @@ def knn_eval(
 
     Args:
         ckpt: ckpt.safetensors or encoder.safetensors of a run, or with --model a file of another project
-        k: numbers of neighbours, each at most the size of the bank
+        k: numbers of neighbours; where the bank holds fewer, all of it votes
         temperature: of the votes' weights exp(cosine / temperature); DINO's 0.07
         dataset: as in pretrain.py; None = the one the checkpoint was trained on
         data_dir: as in pretrain.py; None = as in training

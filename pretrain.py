@@ -180,8 +180,8 @@ def pretrain(
         print(formula(settings, layers), *told, sep="\n  ", file=sys.stderr)
     share = {"parts": accumulate, "rank": accelerator.process_index, "world": accelerator.num_processes}
     share["passed"] = step - done * steps_per_epoch
-    todo = range(done + 1, settings["epochs"] + 1)
-    batches = data.batches(pretraining, settings["batch_size"], images.size, seed, todo, **share)
+    ahead = range(done + 1, settings["epochs"] + 1)
+    batches = data.batches(pretraining, settings["batch_size"], images.size, seed, ahead, **share)
     seen, flat = {}, 0
 
     def save(done: int, sums: dict[str, Tensor]) -> None:
@@ -194,7 +194,7 @@ def pretrain(
         runs.signals() as caught,
         tqdm(total=steps, initial=step, unit="step", disable=not log or step == steps) as bar,
     ):
-        for epoch in todo:
+        for epoch in ahead:
             start, first = time.perf_counter(), step
             for crops, _, u in islice(batches, (epoch * steps_per_epoch - step) * accumulate):
                 for group in optimizer.param_groups:
