@@ -320,10 +320,11 @@ def batches(
             rows = rows.to(device)
             yield torch.stack([crop_flip(split.images[rows], v, size) for v in u]), split.labels[rows], u
     else:
-        keys = ([*zip(rows.tolist(), u.unbind(1))] for rows, u in plan())
-        for crops, rows, u in pictures.loader(pictures.Crops(split.images.paths, size), keys, device):
-            crops = crops.to(device, non_blocking=True).transpose(0, 1) / 255
-            yield crops, split.labels[rows.to(device)], u.transpose(0, 1)
+        ahead, now = itertools.tee(plan())
+        keys = ([*zip(rows.tolist(), u.transpose(0, 1).numpy())] for rows, u in ahead)
+        for (rows, u), crops in zip(now, pictures.loader(pictures.Crops(split.images.paths, size), keys, device)):
+            crops = crops.to(device, non_blocking=True).transpose(0, 1).float().div_(255)
+            yield crops, split.labels[rows.to(device)], u
 
 
 def evaluation_views(

@@ -89,13 +89,13 @@ def read(path: str) -> Tensor:
     """A picture as uint8 (3, h, w): RGB, upright as its EXIF says, 16 bits scaled to 8, alpha left out. DataError."""
     with opened(path) as picture:
         deep = picture.mode.startswith("I")  # 16 bits of grey, which Pillow would clip at 255
-        upright = ImageOps.exif_transpose(picture)
+        ImageOps.exif_transpose(picture, in_place=True)
         if deep:
-            grey = np.asarray(upright).astype(np.int64)
-            upright = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
-        elif "transparency" in upright.info:
-            upright = upright.convert("RGBA")
-        return F.pil_to_tensor(upright.convert("RGB"))
+            grey = np.asarray(picture).astype(np.int64)
+            picture = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+        elif "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+        return F.pil_to_tensor(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def shape(path: str) -> tuple[int, int]:
@@ -177,14 +177,14 @@ class Crops:
     paths: np.ndarray
     size: int
 
-    def __getitem__(self, key: tuple[int, Tensor]) -> tuple[Tensor, int, Tensor]:
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> Tensor:
         row, u = key
         image = read(self.paths[row])
-        area, aspect, corner, flip = u.split(DRAWS, 1)[:4]
+        area, aspect, corner, flip = torch.from_numpy(u).split(DRAWS, 1)[:4]
         boxes = torch.stack(crop_boxes(area, aspect, corner, *image.shape[1:]), 1).int().tolist()
         shape = [self.size, self.size]
         crops = [F.resized_crop(image, *box, shape, InterpolationMode.BICUBIC, antialias=True) for box in boxes]
-        return torch.stack([x.flip(2) if f < 0.5 else x for x, f in zip(crops, flip)]), row, u
+        return torch.stack([x.flip(2) if f < 0.5 else x for x, f in zip(crops, flip)])
 
 
 @dataclass

@@ -24,12 +24,15 @@ class LaunchError(ValueError):
 def start(**how) -> Accelerator:
     """An Accelerator, of which `how` are arguments, for processes that see each other and share the cores of a CPU.
 
-    LaunchError for a launcher whose processes do not: each would take itself for the one that writes.
+    LaunchError for a launcher whose processes do not, each would take itself for the one that writes, and for a
+    precision that there is not.
     """
     try:
         accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **how)
-    except ValueError as e:  # fp16 on a CPU
+    except (ValueError, ImportError) as e:  # a precision that the device, or what is installed, does not have
         raise LaunchError(f"accelerate launch: {e}") from e
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would take fp32
+        raise LaunchError("accelerate launch: --mixed_precision fp16 wants a GPU; on a CPU take bf16 or no")
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise LaunchError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but Accelerate sees {accelerator.num_processes} process; on a "

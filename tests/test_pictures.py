@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
 from torchvision.transforms.v2.functional import to_pil_image
@@ -59,6 +60,23 @@ def test_each_mode_is_read_as_rgb(picture, tmp_path):
     upright = picture.transpose(PIL.Image.Transpose.ROTATE_270)
     assert np.array_equal(pictures.read(str(tmp_path / "turned.png")).permute(1, 2, 0), np.asarray(upright))
     assert pictures.shape(str(tmp_path / "turned.png")) == (32, 24) == tuple(np.asarray(upright).shape[:2])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_have_pillows_pixels(photos, mode, tmp_path):
+    """Turned in each way that EXIF knows, baseline and progressive; a cut one is refused."""
+    path, picture = tmp_path / "some.jpg", to_pil_image(photos.train.images[0][:, :24]).resize((53, 40))
+    for orientation in range(1, 9):
+        exif = PIL.Image.Exif()
+        exif[0x0112] = orientation
+        picture.convert(mode).save(path, exif=exif, progressive=orientation % 2 == 0)
+        with PIL.Image.open(path) as stored:
+            meant = np.asarray(PIL.ImageOps.exif_transpose(stored).convert("RGB"))
+        assert np.array_equal(pictures.read(str(path)).permute(1, 2, 0), meant), orientation
+        assert pictures.shape(str(path)) == meant.shape[:2]
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(data.DataError, match="some.jpg: not a picture that can be read"):
+        pictures.read(str(path))
 
 
 @pytest.fixture

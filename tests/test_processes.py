@@ -176,6 +176,15 @@ def test_processes_that_do_not_see_each_other_are_refused(command, folder, monke
     assert not any(tmp_path.iterdir())
 
 
+def test_half_precision_on_a_cpu_is_refused(folder, tmp_path):
+    """In a process of its own: Accelerate keeps the precision of the first."""
+    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, str(ROOT / "pretrain.py"), "--dataset", str(folder), *SMALL, "--out", "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    assert "--mixed_precision fp16 wants a GPU; on a CPU take bf16 or no" in done.stderr and not (tmp_path / "run").exists()
+
+
 def test_shares_make_up_the_whole():
     for n in range(1, 9):
         for world in range(1, 6):
