@@ -102,7 +102,7 @@ def commands():
 
 @pytest.mark.parametrize("line", commands())
 def test_flags_of_every_command_exist(line):
-    words = shlex.split(line)
+    words = [word for part in shlex.split(line) for word in part.split()]  # a part may be a command of its own
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     stages = {f"{stage.__name__}.py": stage for stage in (pretrain, knn_eval, linear_eval, figures)}
     flags = cli.read(words[at + 1 :], inspect.signature(stages[words[at]]).parameters)
