@@ -7,10 +7,10 @@ All on batches of images, on their device, each image with draws of its own; tor
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 from torchvision.transforms.v2 import functional as F
 
 # How many of an image's uniform draws each choice of a view takes: area, aspect (a crop is tried ten times, as
@@ -31,16 +31,25 @@ def two_views(
     u: draws (2, b, sum(DRAWS)), uniform on [0, 1). After crop and flip come colour jitter, grey, blur and solarisation,
     the last two with a probability for each view, then normalisation by mean and std.
     """
-    views = []
-    for x, v, blurred, solarised in zip(crops, u, blur, solarise):
-        x = recolour(x, v)
-        *_, p, width, q = v.split(DRAWS, 1)
-        if len(rows := (p[:, 0] < blurred).nonzero()[:, 0].to(x.device)):
-            x[rows] = gaussian_blur(x[rows], (0.1 + 1.9 * width)[p < blurred].to(x.device))
-        if len(rows := (q[:, 0] < solarised).nonzero()[:, 0].to(x.device)):
-            x[rows] = torch.where(x[rows] >= 0.5, 1 - x[rows], x[rows])
-        views.append(normalise(x, mean, std))
-    return tuple(views)
+    how = zip(crops, u, blur, solarise)
+    return tuple(in_chunks(finish, x, v, mean, std, blurred, solarised) for x, v, blurred, solarised in how)
+
+
+def finish(x: Tensor, u: Tensor, mean: tuple, std: tuple, blurred: float, solarised: float) -> Tensor:
+    """A view of crops x (b, 3, size, size), with blur and solarisation of these probabilities; changes x in place."""
+    x = recolour(x, u)
+    *_, p, width, q = u.split(DRAWS, 1)
+    if len(rows := (p[:, 0] < blurred).nonzero()[:, 0].to(x.device)):
+        x[rows] = gaussian_blur(x[rows], (0.1 + 1.9 * width)[p < blurred].to(x.device))
+    if len(rows := (q[:, 0] < solarised).nonzero()[:, 0].to(x.device)):
+        x[rows] = torch.where(x[rows] >= 0.5, 1 - x[rows], x[rows])
+    return normalise(x, mean, std)
+
+
+def in_chunks(make: Callable, images: Tensor, u: Tensor, *how) -> Tensor:
+    """make(images, u, *how), of as many images at a time as stay in the cache of a CPU, or take 256 MB of a GPU."""
+    n = max(1, 2 ** (20 if images.device.type == "cpu" else 26) // images[0].numel())
+    return torch.cat([make(*part, *how) for part in zip(images.split(n), u.split(n))])
 
 
 def normalise(x: Tensor, mean: tuple, std: tuple) -> Tensor:
@@ -54,15 +63,17 @@ def crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
     uint8 (b, 3, h, w) to (b, 3, size, size) in [0, 1]. Crop, antialiased resize and flip of an image are together
     W_y @ image @ W_x^T, with one row of weights per output pixel.
     """
+    return in_chunks(_crop_flip, images, u, size)
+
+
+def _crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
     height, width = images.shape[2:]
     area, aspect, corner, flip = u.split(DRAWS, 1)[:4]
     top, left, h, w = (x.to(images.device) for x in crop_boxes(area, aspect, corner, height, width))
     w_y = _resampling(top, h, size, height)[:, None]
     w_x = _resampling(left, w, size, width)
     w_x = torch.where((flip < 0.5)[:, :, None].to(images.device), w_x.flip(1), w_x)[:, None]
-    parts = (x.split(max(1, 2**26 // images[0].numel())) for x in (w_y, images, w_x))  # 256 MB of pixels at a time
-    crops = [y @ (x.float() / 255) @ w.mT for y, x, w in zip(*parts)]
-    return torch.cat(crops).clamp_(0, 1)  # bicubic weights overshoot
+    return (w_y @ (images.float() / 255) @ w_x.mT).clamp_(0, 1)  # bicubic weights overshoot
 
 
 def crop_boxes(
@@ -88,10 +99,10 @@ def _resampling(start: Tensor, length: Tensor, size: int, full: int) -> Tensor:
     pixel = torch.arange(full, device=start.device) - start
     scale = length / size
     target = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
-    x = ((pixel + 0.5 - target) / scale.clamp_min(1)).abs()
-    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)  # a = -1/2
-    weight = weight.masked_fill((x >= 2) | (pixel < 0) | (pixel >= length), 0)
-    return weight / weight.sum(2, keepdim=True)
+    x = (pixel + 0.5 - target).abs_().div_(scale.clamp_min(1)).masked_fill_((pixel < 0) | (pixel >= length), 2)
+    far, near = (2 - x).clamp_min_(0), (1 - x).clamp_min_(0)  # Keys' kernel, a = -1/2: one cubic of each
+    weight = torch.addcmul((far - 1).mul_(far.square_()).div_(2), 1 - 2 * near, near.square())
+    return weight.div_(weight.sum(2, keepdim=True))
 
 
 def recolour(x: Tensor, u: Tensor) -> Tensor:
@@ -123,22 +134,30 @@ def brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
     """Images x (b, 3, h, w) in [0, 1], drawn to or from the mean of their luma."""
-    return (factor * x + (1 - factor) * luma(x).mean((2, 3), keepdim=True)).clamp_(0, 1)
+    return torch.lerp(luma(x.mean((2, 3), keepdim=True)), x, factor).clamp_(0, 1)
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
     """Images x (b, 3, h, w) in [0, 1], drawn to or from their luma."""
-    return (factor * x + (1 - factor) * luma(x)).clamp_(0, 1)
+    return torch.lerp(luma(x), x, factor).clamp_(0, 1)
 
 
 def hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Images x (b, 3, h, w) in [0, 1], with the hue of each pixel turned by `shift` of a full turn."""
-    high, low = x.amax(1), x.amin(1)
-    chroma = high - low
-    r, g, b = (x / chroma.clamp_min(1e-12)[:, None]).unbind(1)  # a grey pixel has no chroma to turn
-    sextant = torch.where(high == x[:, 0], g - b, torch.where(high == x[:, 1], 2 + b - r, 4 + r - g))
-    k = (sextant[:, None] + 6 * shift + torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]).remainder(6)
-    return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+    """Images x (b, 3, h, w) in [0, 1], with the hue of each pixel turned by `shift` of a full turn, up to 0.1.
+
+    All is in sextants times chroma, so that a grey pixel, which has no chroma, needs no division. Hue lies between -3
+    and 3, red at 0, green at 2, blue at -2; a channel is high within one sextant of its colour, low beyond two.
+    """
+    r, g, b = x.unbind(1)
+    upper, lower = torch.maximum(g, b), torch.minimum(g, b)
+    low = torch.minimum(r, lower)
+    chroma = torch.maximum(r, upper).sub_(low)
+    turned = (upper - lower).add_((upper - r).relu_()).add_((lower - r).relu_(), alpha=2).copysign_(g - b)
+    turned.addcmul_(chroma, 6 * shift[:, 0])
+    low, chroma, turned = low[:, None], chroma[:, None], turned[:, None]
+    colour = torch.tensor([0.0, 2.0, -2.0], device=x.device)[:, None, None]
+    near = torch.addcmul(turned, chroma, colour, value=-1).abs_().sub_(chroma, alpha=3).abs_().sub_(chroma).relu_()
+    return torch.minimum(near, chroma, out=near).add_(low)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
@@ -153,5 +172,5 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     source = (n - 1) - ((n - 1) - source.abs()).abs()
     kernel = torch.exp(-0.5 * (offset / sigma[:, None]).square())
     kernel = kernel / kernel.sum(1, keepdim=True)
-    w = torch.einsum("bk,ikj->bij", kernel, one_hot(source, n).to(x.dtype))[:, None]
-    return w @ x @ w.mT
+    w = x.new_zeros(len(x), n, n).scatter_add_(2, source.expand(len(x), -1, -1), kernel[:, None].expand(-1, n, -1))
+    return w[:, None] @ x @ w[:, None].mT
