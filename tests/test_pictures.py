@@ -75,7 +75,7 @@ def test_jpegs_have_pillows_pixels(photos, mode, tmp_path):
         assert np.array_equal(pictures.read(str(path)).permute(1, 2, 0), meant), orientation
         assert pictures.shape(str(path)) == meant.shape[:2]
     path.write_bytes(path.read_bytes()[:-60])
-    with pytest.raises(data.DataError, match="some.jpg: not a picture that can be read"):
+    with pytest.raises(data.DataError, match=r"some\.jpg: not a picture that can be read"):
         pictures.read(str(path))
 
 
