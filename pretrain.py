@@ -168,16 +168,16 @@ def pretrain(
     processes.agree(accelerator, settings=settings, view=view, steps=steps, step=step)
 
     set_seed(seed)
-    network, parallel, optimizer = build(settings, accelerator)
-    layers = models.neurons(network, settings["reg_on"])
-    sums = runs.restore(tensors, was, network, optimizer, accelerator) if tensors else {}
+    training = build(settings, images, accelerator)
+    network = training.network
+    sums = runs.restore(tensors, was, network, training.optimizer, accelerator) if tensors else {}
     del tensors  # as large as the network, thrice
     pretraining, train, test = (x.to(accelerator.device) for x in (images.pretraining, images.train, images.test))
     log = runs.start_log(folder, description, done, step, accelerator) if lock else None
     if log and step < steps:
         accelerator.init_trackers("pretrain", {name: str(x) for name, x in settings.items()})
         told = [*in_use(flags, settings), *shared_out(settings, accelerator)]
-        print(formula(settings, layers), *told, sep="\n  ", file=sys.stderr)
+        print(formula(settings, training.layers), *told, sep="\n  ", file=sys.stderr)
     share = {"parts": accumulate, "rank": accelerator.process_index, "world": accelerator.num_processes}
     share["passed"] = step - done * steps_per_epoch
     ahead = range(done + 1, settings["epochs"] + 1)
@@ -186,7 +186,7 @@ def pretrain(
 
     def save(done: int, sums: dict[str, Tensor]) -> None:
         refuse_faults(seen, network, folder, accelerator)
-        now = runs.capture(network, optimizer, sums, accelerator)
+        now = runs.capture(network, training.optimizer, sums, accelerator)
         if log:
             runs.save(folder, now, {**description, "epoch": done, "step": step}, accelerator.scaler)
 
@@ -197,20 +197,12 @@ def pretrain(
         for epoch in ahead:
             start, first = time.perf_counter(), step
             for crops, _, u in islice(batches, (epoch * steps_per_epoch - step) * accumulate):
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_at(step, steps, warmup_steps, peak)
-                v1, v2 = two_views(crops, u, images.mean, images.std, settings["blur_p"], images.solarise)
-                with accelerator.accumulate(parallel):
-                    terms = objective(settings, layers, *parallel(v1, v2))
-                    accelerator.backward(terms["loss"])
-                    seen = watch(seen, step, terms, network, accelerator)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                sums = {name: sums.get(name, 0) + term.detach() / accumulate for name, term in terms.items()}
+                rates = lr_at(step, steps, warmup_steps, peak), tau_at(step, steps, settings["tau"])
+                terms, norms = train_step(training, crops, u, *rates)
+                seen = watch(seen, {"step": step, **terms, **norms}, accelerator)
+                sums = {name: sums.get(name, 0) + term / accumulate for name, term in terms.items()}
                 if not accelerator.sync_gradients:
                     continue
-                if method == "byol" and not accelerator.optimizer_step_was_skipped:
-                    network.update_target(tau_at(step, steps, settings["tau"]))
                 step += 1
                 bar.update()
                 told = runs.told_to_stop(caught, step, accelerator)
@@ -222,7 +214,7 @@ def pretrain(
             images_per_s = (step - first) * settings["batch_size"] / (time.perf_counter() - start)
             refuse_faults(seen, network, folder, accelerator)
             if "energy" not in row:  # the objective has none: what the weights have come to
-                row |= {name: x.item() for name, x in layer_energies(layers, settings).items()}
+                row |= {name: x.item() for name, x in layer_energies(training.layers, settings).items()}
             if method == "byol":
                 row["tau"] = tau_at(step - 1, steps, settings["tau"])
             where = {"stage": "pretrain", "epoch": epoch, "step": step}
@@ -350,25 +342,66 @@ def position(description: dict, was: dict | None, folder: Path) -> tuple[int, in
     return was["epoch"], was["step"]
 
 
-def build(settings: dict, accelerator: Accelerator) -> tuple[models.BYOL, nn.Module, Lars]:
-    """The network on its device, the same as it runs on all processes, and LARS, Appendix B.2."""
+@dataclass(frozen=True)
+class Training:
+    """What a step works with."""
+
+    settings: dict
+    views: dict  # what `two_views` takes beside crops and draws
+    accelerator: Accelerator
+    network: models.BYOL | models.SimCLR
+    parallel: nn.Module  # the same network, as it runs on all processes
+    optimizer: Lars
+    layers: dict[str, Tensor]  # the weights that Eq. 7 sums over
+
+
+def build(settings: dict, images: data.Dataset, accelerator: Accelerator) -> Training:
+    """A network with fresh weights, on its device, and LARS, Appendix B.2."""
     network = models.build(**settings)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         models.with_norm(network, "sync")
     optimizer = Lars(parameter_groups(network, settings["weight_decay"]), momentum=0.9, trust_coeff=1e-3)
     parallel, optimizer = accelerator.prepare(network, optimizer)
-    return accelerator.unwrap_model(parallel, keep_torch_compile=False), parallel, optimizer
+    network = accelerator.unwrap_model(parallel, keep_torch_compile=False)
+    views = {"mean": images.mean, "std": images.std, "blur": settings["blur_p"], "solarise": images.solarise}
+    layers = models.neurons(network, settings["reg_on"])
+    return Training(settings, views, accelerator, network, parallel, optimizer, layers)
 
 
-def watch(seen: dict, step: int, terms: dict, network: models.BYOL, accelerator: Accelerator) -> dict[str, Tensor]:
-    """Terms and norms of the gradients of this step, or of the first at which one was not finite, on the device."""
-    latest = {"step": step, **terms}
-    for part in ("encoder", "projector", "predictor"):
-        latest[f"gradient of {part}"] = 0.0
+def train_step(training: Training, crops: Tensor, u: Tensor, lr: float, tau: float) -> tuple[dict, dict]:
+    """From crops of a micro-batch and their draws to gradients; behind the last of a batch, LARS and the target's step.
+
+    crops (2, b, 3, size, size) and u (2, b, sum(DRAWS)) are as `data.batches` yields them. Returns the terms of
+    `objective` and the norms of the gradients, on the device.
+    """
+    network, optimizer, accelerator = training.network, training.optimizer, training.accelerator
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    v1, v2 = two_views(crops, u, **training.views)
+    with accelerator.accumulate(training.parallel):
+        terms = objective(training.settings, training.layers, *training.parallel(v1, v2))
+        accelerator.backward(terms["loss"])
+        norms = gradient_norms(network, accelerator)
+        optimizer.step()
+        optimizer.zero_grad()
+    stepped = accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped
+    if training.settings["method"] == "byol" and stepped:
+        network.update_target(tau)
+    return {name: term.detach() for name, term in terms.items()}, norms
+
+
+def gradient_norms(network: models.BYOL | models.SimCLR, accelerator: Accelerator) -> dict[str, Tensor]:
+    """Norms of the gradients of encoder, projector and predictor; none in fp16, whose scaler skips infinite ones."""
+    norms = {}
+    for part in ("encoder", "projector", "predictor") if accelerator.scaler is None else ():
         grads = [p.grad for p in getattr(network, part, nn.Identity()).parameters() if p.grad is not None]
-        if grads and accelerator.scaler is None:  # fp16's scaler meets infinite gradients, and skips their step
-            latest[f"gradient of {part}"] = nn.utils.get_total_norm(grads)
-    latest = {name: torch.as_tensor(x, device=accelerator.device).detach() for name, x in latest.items()}
+        norms |= {f"gradient of {part}": nn.utils.get_total_norm(grads)} if grads else {}
+    return norms
+
+
+def watch(seen: dict, latest: dict, accelerator: Accelerator) -> dict[str, Tensor]:
+    """What is known of this step, or of the first in which some of it was not finite, on the device."""
+    latest = {name: torch.as_tensor(x, device=accelerator.device) for name, x in latest.items()}
     if not seen:
         return latest
     finite = torch.stack(list(seen.values())).isfinite().all()
