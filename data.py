@@ -293,12 +293,13 @@ def batches(
     world: int = 1,
     drop_last: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield crops (views, b, 3, size, size) in [0, 1], labels (b,) and draws u (views, b, sum(DRAWS)) of epochs.
+    """Yield crops (views, b, 3, size, size), labels (b,) and draws u (views, b, sum(DRAWS)) of epochs.
 
-    They come in one stream, in which files are read ahead, from one epoch into the next, by processes that stay. The
-    first `passed` batches are left out. Each batch comes in `parts` micro-batches, of which process `rank` of
-    `world` gets its share. The order of the images and the draws of a step are functions of (seed, epoch, step) alone,
-    whatever the device and the number of parts and processes. u is on the CPU. DataError: a file cannot be read.
+    Crops of images in memory are in [0, 1], those of files uint8. They come in one stream, in which files are read
+    ahead, from one epoch into the next, by processes that stay. The first `passed` batches are left out. Each batch
+    comes in `parts` micro-batches, of which process `rank` of `world` gets its share. The order of the images and the
+    draws of a step are functions of (seed, epoch, step) alone, whatever the device and the number of parts and
+    processes. u is on the CPU. DataError: a file cannot be read.
     """
 
     def plan() -> Iterator[tuple[Tensor, Tensor]]:
@@ -323,8 +324,7 @@ def batches(
         ahead, now = itertools.tee(plan())
         keys = ([*zip(rows.tolist(), u.transpose(0, 1).numpy())] for rows, u in ahead)
         for (rows, u), crops in zip(now, pictures.loader(pictures.Crops(split.images.paths, size), keys, device)):
-            crops = crops.to(device, non_blocking=True).transpose(0, 1).float().div_(255)
-            yield crops, split.labels[rows.to(device)], u
+            yield crops.to(device, non_blocking=True).transpose(0, 1), split.labels[rows.to(device)], u
 
 
 def evaluation_views(
@@ -345,7 +345,7 @@ def evaluation_views(
         rows = range(len(split.labels))
         keys = (rows[i : i + batch_size] for i in rows[::batch_size])
         for x in pictures.loader(pictures.Centres(split.images.paths, size, crop), keys, split.labels.device):
-            yield normalise(x.to(split.labels.device, non_blocking=True) / 255, mean, std)
+            yield normalise(x.to(split.labels.device, non_blocking=True), mean, std)
 
 
 def _generator(*key) -> torch.Generator:

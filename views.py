@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torchvision.transforms.v2 import functional as F
 
 # How many of an image's uniform draws each choice of a view takes: area, aspect (a crop is tried ten times, as
@@ -26,21 +27,21 @@ def two_views(
     blur: tuple[float, float] = (0.0, 0.0),
     solarise: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Tensor, Tensor]:
-    """The two views (b, 3, size, size) of crops (2, b, 3, size, size) in [0, 1], Appendix B.5; changes crops in place.
+    """The two views (b, 3, size, size) of crops (2, b, 3, size, size), Appendix B.5; changes crops in [0, 1] in place.
 
-    u: draws (2, b, sum(DRAWS)), uniform on [0, 1). After crop and flip come colour jitter, grey, blur and solarisation,
-    the last two with a probability for each view, then normalisation by mean and std.
+    crops: uint8, or in [0, 1]. u: draws (2, b, sum(DRAWS)), uniform on [0, 1). After crop and flip come colour jitter,
+    grey, blur and solarisation, the last two with a probability for each view, then normalisation by mean and std.
     """
     how = zip(crops, u, blur, solarise)
     return tuple(in_chunks(finish, x, v, mean, std, blurred, solarised) for x, v, blurred, solarised in how)
 
 
 def finish(x: Tensor, u: Tensor, mean: tuple, std: tuple, blurred: float, solarised: float) -> Tensor:
-    """A view of crops x (b, 3, size, size), with blur and solarisation of these probabilities; changes x in place."""
-    x = recolour(x, u)
+    """A view of crops x (b, 3, size, size), with blur and solarisation of these probabilities."""
+    x = recolour(F.to_dtype(x, scale=True), u)
     *_, p, width, q = u.split(DRAWS, 1)
     if len(rows := (p[:, 0] < blurred).nonzero()[:, 0].to(x.device)):
-        x[rows] = gaussian_blur(x[rows], (0.1 + 1.9 * width)[p < blurred].to(x.device))
+        x.index_copy_(0, rows, gaussian_blur(x.index_select(0, rows), (0.1 + 1.9 * width)[p < blurred].to(x.device)))
     if len(rows := (q[:, 0] < solarised).nonzero()[:, 0].to(x.device)):
         x[rows] = torch.where(x[rows] >= 0.5, 1 - x[rows], x[rows])
     return normalise(x, mean, std)
@@ -53,8 +54,8 @@ def in_chunks(make: Callable, images: Tensor, u: Tensor, *how) -> Tensor:
 
 
 def normalise(x: Tensor, mean: tuple, std: tuple) -> Tensor:
-    """x (b, 3, h, w) in [0, 1], less the mean and over the std of each channel."""
-    return F.normalize(x, list(mean), list(std))
+    """x (b, 3, h, w), uint8 or in [0, 1], less the mean and over the std of each channel."""
+    return F.normalize(F.to_dtype(x, scale=True), list(mean), list(std))
 
 
 def crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
@@ -71,9 +72,10 @@ def _crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
     area, aspect, corner, flip = u.split(DRAWS, 1)[:4]
     top, left, h, w = (x.to(images.device) for x in crop_boxes(area, aspect, corner, height, width))
     w_y = _resampling(top, h, size, height)[:, None]
-    w_x = _resampling(left, w, size, width)
-    w_x = torch.where((flip < 0.5)[:, :, None].to(images.device), w_x.flip(1), w_x)[:, None]
-    return (w_y @ (images.float() / 255) @ w_x.mT).clamp_(0, 1)  # bicubic weights overshoot
+    w_x = _resampling(left, w, size, width) / 255
+    w_x = torch.where((flip < 0.5)[:, :, None].to(images.device), w_x.flip(1), w_x)
+    rows = images.float().flatten(1, 2) @ w_x.mT  # one product for all three channels
+    return (w_y @ rows.unflatten(1, (3, height))).clamp_(0, 1)  # bicubic weights overshoot
 
 
 def crop_boxes(
@@ -117,8 +119,11 @@ def recolour(x: Tensor, u: Tensor) -> Tensor:
         for i, adjust in enumerate((brightness, contrast, saturation, hue)):
             if len(rows := (turn == i).nonzero()[:, 0]):
                 rows, factor = rows.to(x.device), factors[rows, i].to(x.device)
-                x[rows] = adjust(x[rows], factor[:, None, None, None])
-    return torch.where((grey < 0.2)[:, :, None, None].to(x.device), luma(x), x)
+                x.index_copy_(
+                    0, rows, adjust(x.index_select(0, rows), factor[:, None, None, None])
+                )  # not x[rows]: slow
+    rows = (grey[:, 0] < 0.2).nonzero()[:, 0].to(x.device)
+    return x.index_copy_(0, rows, luma(x.index_select(0, rows)).expand(-1, 3, -1, -1))
 
 
 def luma(x: Tensor) -> Tensor:
@@ -163,14 +168,16 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Images x (b, 3, n, n), each blurred with its sigma (b,), in pixels; 23x23 at 224 pixels, Appendix B.5.
 
-    The kernel has an odd side of about n / 10 and sees the image reflected at its edges. Both directions are one matrix
-    each, as in `crop_flip`.
+    The kernel has an odd side of about n / 10 and sees the image reflected at its edges. It is the same in both
+    directions, one after the other, and symmetric: a pass over the batch for each pair of pixels at equal distance.
     """
     n, r = x.shape[-1], x.shape[-1] // 20
-    offset = torch.arange(-r, r + 1, device=x.device)
-    source = torch.arange(n, device=x.device)[:, None] + offset  # of pixel i at each offset; -1 is 1, n is n - 2
-    source = (n - 1) - ((n - 1) - source.abs()).abs()
-    kernel = torch.exp(-0.5 * (offset / sigma[:, None]).square())
-    kernel = kernel / kernel.sum(1, keepdim=True)
-    w = x.new_zeros(len(x), n, n).scatter_add_(2, source.expand(len(x), -1, -1), kernel[:, None].expand(-1, n, -1))
-    return w[:, None] @ x @ w[:, None].mT
+    kernel = torch.exp(-0.5 * (torch.arange(r + 1, device=x.device) / sigma[:, None]).square())
+    kernel = kernel / (2 * kernel.sum(1, keepdim=True) - 1)  # of distance 0, which counts once, to r
+    kernel = kernel[:, :, None, None, None]
+    for direction, edges in ((2, (0, 0, r, r)), (3, (r, r, 0, 0))):
+        near = pad(x, edges, "reflect")
+        x = x * kernel[:, 0]
+        for d in range(1, r + 1):
+            x.addcmul_(near.narrow(direction, r - d, n) + near.narrow(direction, r + d, n), kernel[:, d])
+    return x
