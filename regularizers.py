@@ -161,7 +161,8 @@ def _sweep(rows: Tensor, w: Tensor, s: float, angular: bool, want_grad: bool) ->
             cosine = w[i] @ w[j].T
             if a == b:
                 cosine.fill_diagonal_(0)  # no pair: its share is removed below
-            near = _near(cosine)
+            if (near := _near(cosine)) is not None:
+                cosine.clamp_(-NEAR, NEAR)
             value, slope = _riesz(cosine, s, angular, want_grad)
             for x in (value, slope) if want_grad else (value,):
                 if a == b:
@@ -190,18 +191,18 @@ def _near(cosine: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _riesz(cosine: Tensor, s: float, angular: bool, want_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """f_s(z), z^-s or log(1 / z), and its derivative by the cosine, for pairs that are neither near nor opposite."""
-    cosine = cosine.clamp_(-NEAR, NEAR)
+    """f_s(z), z^-s or log(1 / z), and its derivative by the cosine, of cosines within NEAR, which are written over."""
     if angular:
         z = cosine.arccos()
-        value = z.pow(-s) if s > 0 else -z.log()
-        bend = z.mul_((1 - cosine.square_()).sqrt_()) if want_slope else None  # -z dz/dc, with dz/dc = -1 / sin z
+        value = z.pow(-s) if s > 0 else z.log().neg_()
+        sine = torch.addcmul(cosine.new_ones(()), cosine, cosine, value=-1, out=cosine).sqrt_()
+        bend = z.mul_(sine)  # dz/dc = -1 / sin z, so f' = s f / (z sin z)
     else:
-        bend = 2 - 2 * cosine  # z^2, and dz/dc = -1 / z
-        value = bend.pow(-s / 2) if s > 0 else bend.log() / -2
+        bend = cosine.mul_(-2).add_(2)  # z^2; dz/dc = -1 / z, so f' = s f / z^2
+        value = bend.pow(-s / 2) if s > 0 else bend.log().div_(-2)
     if not want_slope:
         return value, None
-    return value, bend.reciprocal_().mul_(s).mul_(value) if s > 0 else bend.reciprocal_()
+    return value, torch.div(value, bend, out=bend).mul_(s) if s > 0 else bend.reciprocal_()
 
 
 def _exact_pairs(
