@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 import data
 import models
+import processes
 from knn_eval import knn_eval, vote
 from linear_eval import linear_eval
-from pretrain import lr_at, parameter_groups, pretrain, tau_at
+from pretrain import Lars, lr_at, parameter_groups, pretrain, tau_at
 from regularizers import alignment, energy_by_definition, mhe, uniformity
 from views import two_views
 
@@ -341,6 +343,25 @@ def test_lars_leaves_biases_and_norms_alone():
     assert len(adapted["params"]) + len(plain["params"]) == len(online)
 
 
+def test_the_loss_scale_of_fp16_leaves_lars_alone():
+    """The scaler of Accelerate's fp16 divides gradients before the trust ratio is taken."""
+    x, weights = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), []
+    processes.start()
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**16)):
+        torch.manual_seed(0)
+        network = models.mlp(6, 5, 3)
+        optimizer = Lars(parameter_groups(network, 1e-2), lr=10.0, momentum=0.9, trust_coeff=1e-3)
+        optimizer = AcceleratedOptimizer(optimizer, scaler=scaler)
+        for _ in range(3):
+            loss = network(x).square().mean()
+            (scaler.scale(loss) if scaler else loss).backward()
+            optimizer.step()
+            assert not optimizer.step_was_skipped
+            optimizer.zero_grad()
+        weights.append(torch.cat([p.flatten() for p in network.parameters()]))
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-6, atol=1e-7)
+
+
 def test_vote_is_the_one_written_by_hand():
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(300, 8, generator=generator), torch.randn(40, 8, generator=generator)
@@ -360,6 +381,17 @@ def test_vote_is_the_one_written_by_hand():
                 for n in right:
                     right[n] += label in order[:n]
             assert score == {f"top{n}": pytest.approx(100 * right[n] / 40, abs=1e-3) for n in right}, (k, temperature)
+
+
+@pytest.mark.parametrize("tile", [(7, 9), (512, 30), (1, 1)])
+def test_vote_by_tiles_is_the_vote(monkeypatch, tile):
+    """Tiles that divide neither the bank nor the queries, smaller and larger than k."""
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (40, 25))
+    there = bank, torch.arange(40) % 4, queries, torch.arange(25) % 4
+    whole = vote(*there, (1, 15, 40), 0.07)
+    monkeypatch.setattr("knn_eval.TILE", tile)
+    assert vote(*there, (1, 15, 40), 0.07) == whole
 
 
 def test_vote_on_few_classes_and_images():
