@@ -12,10 +12,12 @@ import torch
 import cli
 import data
 import models
+from bench import bench
 from figures import figures
 from knn_eval import knn_eval
 from linear_eval import linear_eval
 from pretrain import RECIPES, pretrain
+from reproduce import reproduce
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 ROWS = re.findall(r"^\| (\S+, [^|]+) \| `(--dataset [^`]+)` \| ([\d.]+)", README, re.M)
@@ -104,6 +106,6 @@ def commands():
 def test_flags_of_every_command_exist(line):
     words = [word for part in shlex.split(line) for word in part.split()]  # a part may be a command of its own
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    stages = {f"{stage.__name__}.py": stage for stage in (pretrain, knn_eval, linear_eval, figures)}
+    stages = {f"{stage.__name__}.py": stage for stage in (pretrain, knn_eval, linear_eval, figures, bench, reproduce)}
     flags = cli.read(words[at + 1 :], inspect.signature(stages[words[at]]).parameters)
-    assert flags
+    assert flags or line == "python bench.py"
