@@ -52,6 +52,7 @@ from pretrain import Training, build, in_force, pretrain, train_step, watch
 from regularizers import alignment, amhe, energy_by_definition, mhe
 from views import DRAWS, crop_flip, normalise, two_views
 
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 HEADS = ((4096, 512), (256, 4096), (4096, 256), (256, 4096))  # projector and predictor of Section 3.6
 COLUMNS = ("row", "what", "ours", "against", "theirs", "ratio", "to reach", "MB ours", "MB theirs")
 
@@ -66,12 +67,13 @@ class Rival(NamedTuple):
 
 
 class Contest(NamedTuple):
-    """What is timed side by side; `memory` is the MB that ours may take beyond its inputs."""
+    """What is timed side by side."""
 
     what: str
     ours: Callable
     rivals: list[Rival]
-    memory: int | None = None
+    allowed: int | None = None  # MB that ours may take beyond its inputs
+    alone: bool = True  # this process does the work; the memory of others is not seen
 
 
 def bench(
@@ -93,6 +95,8 @@ def bench(
     if odd := [name for name in only or () if name not in rows]:
         raise cli.UsageError(f"--only {odd[0]}: no such row; there are {', '.join(rows)}")
     accelerator = processes.start()
+    if accelerator.num_processes > 1:
+        raise cli.UsageError(f"{accelerator.num_processes} processes would slow each other; launch one")
     columns = COLUMNS[:3] + COLUMNS[7:8] if scaling else COLUMNS
     if not json:
         print(f"{about(accelerator)}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
@@ -105,6 +109,7 @@ def bench(
                 else:
                     tqdm.write(f"| {' | '.join(shown(row, column) for column in columns)} |", file=sys.stdout)
                     sys.stdout.flush()
+        accelerator.free_memory()
 
 
 def about(accelerator: Accelerator) -> str:
@@ -140,11 +145,11 @@ def compare(contest: Contest, device: torch.device, seconds: float) -> Iterator[
     begun = time.perf_counter()
     for call in calls:
         call()
-    memory = [peak(call, device) for call in calls]
+    memory = [peak(call, device) if contest.alone else call() and None for call in calls]
     turns = min(31, max(3, round(2 * seconds / (time.perf_counter() - begun))))
     times = [[timed(call, device) for call in calls] for _ in range(turns)]
     ours, *theirs = zip(*times)
-    head = {"what": contest.what, "ours": statistics.median(ours), "MB ours": memory[0], "MB allowed": contest.memory}
+    head = {"what": contest.what, "ours": statistics.median(ours), "MB ours": memory[0], "MB allowed": contest.allowed}
     for rival, its, room in zip(found, theirs, memory[1:]):
         ratios = [a / b if rival.goal.startswith("<") else b / a for a, b in zip(ours, its)]
         told = {"against": rival.name, "theirs": statistics.median(its), "ratio": statistics.median(ratios)}
@@ -177,7 +182,8 @@ def peak(call: Callable, device: torch.device) -> float | None:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     except (OSError, AttributeError):
-        return call()
+        call()
+        return None
     before = resident("VmRSS")
     call()
     return (resident("VmHWM") - before) / 1e6
@@ -225,20 +231,20 @@ def energy_large(accelerator: Accelerator) -> Iterator[Contest]:
 
 
 def trainer(accelerator: Accelerator, batch_size: int, **flags) -> tuple[Training, Callable]:
-    """A training of `pretrain` on photos, and its next step: crops, views, both networks, LARS, target, log."""
+    """A training of `pretrain` on photos, and its next step: crops, views, both networks, LARS, target, watch."""
     defaults = {name: flag.default for name, flag in inspect.signature(pretrain).parameters.items()}
     images = data.load("photos", pretraining=True)
     settings = in_force({**defaults, "batch_size": batch_size, **flags}, images, accelerator.num_processes)
     training = build(settings, images, accelerator)
     split = images.pretraining.to(accelerator.device)
-    batches = data.batches(split, batch_size, images.size, 0, itertools.count(1))
+    batches, seen = data.batches(split, batch_size, images.size, 0, itertools.count(1)), {}
 
-    def step() -> None:
+    def call() -> None:
         crops, _, u = next(batches)
         terms, norms = train_step(training, crops, u, 0.1, 0.99)
-        watch({name: torch.zeros_like(x) for name, x in (terms | norms).items()}, terms | norms, accelerator)
+        seen.update(watch(seen, terms | norms))
 
-    return training, step
+    return training, call
 
 
 def paper(accelerator: Accelerator) -> dict:
@@ -262,9 +268,9 @@ def step(accelerator: Accelerator) -> Iterator[Contest]:
     v1, v2 = torch.randn(2, how["batch_size"], 3, 32, 32, device=accelerator.device)
 
     def bare() -> None:
-        training.optimizer.zero_grad()
         _, p, t = training.parallel(v1, v2)
         accelerator.backward(alignment(p[0], t[1]) + alignment(p[1], t[0]))
+        training.optimizer.zero_grad()
 
     rivals = [Rival("its networks' passes alone", bare, "<= 1.10")]
     yield Contest(f"step of {how['batch_size']}, from uint8 to the updated target", whole, rivals)
@@ -273,14 +279,15 @@ def step(accelerator: Accelerator) -> Iterator[Contest]:
 def step_peer(accelerator: Accelerator) -> Iterator[Contest]:
     """lightly's example of BYOL: ResNet-18 as it is, heads of 1024, its own transform and loader."""
     batch_size = 256
-    _, ours = trainer(accelerator, batch_size, stem="imagenet", hidden_dim=1024)
-    theirs = lightly_step(accelerator, batch_size) if find_spec("lightly") else None
-    goal = ">= 3" if accelerator.device.type == "cuda" else ">= 1"
-    yield Contest(f"step of {batch_size}, 32 pixels", ours, [Rival("lightly's BYOL", theirs, goal, "lightly")])
+    _, step = trainer(accelerator, batch_size, stem="imagenet", hidden_dim=1024)
+    steps = len(data.load("photos").train.labels) // batch_size
+    theirs = lightly_epoch(accelerator, batch_size) if find_spec("lightly") else None
+    rivals = [Rival("lightly's BYOL", theirs, ">= 3" if accelerator.device.type == "cuda" else ">= 1", "lightly")]
+    yield Contest(f"{steps} steps of {batch_size}, 32 pixels", lambda: [step() for _ in range(steps)], rivals)
 
 
-def lightly_step(accelerator: Accelerator, batch_size: int) -> Callable:
-    """The next step of lightly's BYOL on photos, in the precision that Accelerate was launched with."""
+def lightly_epoch(accelerator: Accelerator, batch_size: int) -> Callable:
+    """An epoch of lightly's BYOL on photos, in the precision that Accelerate was launched with."""
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
     from lightly.models.utils import deactivate_requires_grad, update_momentum
@@ -297,18 +304,18 @@ def lightly_step(accelerator: Accelerator, batch_size: int) -> Callable:
     ]
     how = {"num_workers": processes.cores(), "persistent_workers": True, "drop_last": True, "shuffle": True}
     loader = torch.utils.data.DataLoader(_Made(pairs), batch_size, **how)
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))
 
     def call() -> None:
-        x0, x1 = (x.to(accelerator.device) for x in next(batches))
-        update_momentum(online, target, 0.99)
-        with accelerator.autocast():
-            p0, p1 = predictor(online(x0)), predictor(online(x1))
-            z0, z1 = target(x0).detach(), target(x1).detach()
-            loss = 0.5 * (criterion(p0, z1) + criterion(p1, z0))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for x0, x1 in loader:
+            x0, x1 = x0.to(accelerator.device), x1.to(accelerator.device)
+            update_momentum(online, target, 0.99)
+            with accelerator.autocast():
+                p0, p1 = predictor(online(x0)), predictor(online(x1))
+                z0, z1 = target(x0).detach(), target(x1).detach()
+                loss = 0.5 * (criterion(p0, z1) + criterion(p1, z0))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
     return call
 
@@ -335,42 +342,38 @@ def lightly_view(size: int, blur: float) -> Callable:
 
 def views(accelerator: Accelerator) -> Iterator[Contest]:
     """Two views of images in memory, on one core, or on the GPU."""
-    device, mean, std = accelerator.device, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-    patches = data.load("photos").train.images
+    gpu, patches = accelerator.device.type == "cuda", data.load("photos").train.images
     for side, size, n, blur in ((32, 32, 1000, 0.0), (96, 64, 200, 0.0), (256, 224, 20, 1.0)):
-        images = resize(patches[:: len(patches) // n], [side, side], antialias=True)
-        here, pictures = images.to(device), pil(images)
+        n = 1024 if gpu else n
+        images = resize(patches[:: len(patches) // n][:n], [side, side], antialias=True)
+        here = images.to(accelerator.device)
 
         def ours(here=here, size=size, blur=blur) -> None:
             u = torch.rand(2, len(here), sum(DRAWS))
-            two_views(torch.stack([crop_flip(here, v, size) for v in u]), u, mean, std, (blur, blur))
+            two_views(torch.stack([crop_flip(here, v, size) for v in u]), u, MEAN, STD, (blur, blur))
 
-        common = [
-            v2.RandomResizedCrop(size, (0.08, 1), interpolation=InterpolationMode.BICUBIC, antialias=True),
-            *[
-                v2.RandomHorizontalFlip(),
-                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
-                v2.RandomGrayscale(0.2),
-            ],
-            *[v2.GaussianBlur(size // 20 * 2 + 1, (0.1, 2))] * bool(blur),
-        ]
-        last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-        rivals = [
-            Rival("torchvision on Pillow", twice(v2.Compose([*common, v2.ToImage(), *last]), pictures), ">= 3"),
-            Rival("torchvision on tensors", twice(v2.Compose([*common, *last]), images), ">= 3"),
-            Rival(
-                "lightly",
-                twice(lightly_view(size, blur), pictures) if find_spec("lightly") else None,
-                ">= 3",
-                "lightly",
-            ),
-            Rival(
-                "kornia", kornia_views(here, size, blur, mean, std) if find_spec("kornia") else None, ">= 1.3", "kornia"
-            ),
-        ]
+        rivals = [] if gpu else views_one_by_one(images, size, blur)
+        rivals += [Rival("kornia", kornia_views(here, size, blur) if find_spec("kornia") else None, ">= 1.3", "kornia")]
+        if gpu and size == 32:
+            rivals += [Rival("a training step on them", trainer(accelerator, **paper(accelerator))[1], ">= 20")]
         with one_thread():
-            what = f"{side} to {size} pixels{', blurred' * bool(blur)}, {len(here)} images, on one core"
+            what = f"{side} to {size} pixels{', blurred' * bool(blur)}, {n} images{', on one core' * (not gpu)}"
             yield Contest(what, ours, rivals)
+
+
+def views_one_by_one(images: Tensor, size: int, blur: float) -> list[Rival]:
+    """Two views of each image by pipelines that take one at a time."""
+    pictures, flip, grey = pil(images), v2.RandomHorizontalFlip(), v2.RandomGrayscale(0.2)
+    crop = v2.RandomResizedCrop(size, (0.08, 1), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    first = [crop, flip, v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), grey]
+    first += [v2.GaussianBlur(size // 20 * 2 + 1, (0.1, 2))] * bool(blur)
+    last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    lightly = twice(lightly_view(size, blur), pictures) if find_spec("lightly") else None
+    return [
+        Rival("torchvision on Pillow", twice(v2.Compose([*first, v2.ToImage(), *last]), pictures), ">= 3"),
+        Rival("torchvision on tensors", twice(v2.Compose([*first, *last]), images), ">= 3"),
+        Rival("lightly", lightly, ">= 3", "lightly"),
+    ]
 
 
 @contextlib.contextmanager
@@ -389,7 +392,7 @@ def twice(transform: Callable, images: list | Tensor) -> Callable:
     return lambda: [torch.stack([transform(image) for image in images]) for _ in range(2)]
 
 
-def kornia_views(images: Tensor, size: int, blur: float, mean: tuple, std: tuple) -> Callable:
+def kornia_views(images: Tensor, size: int, blur: float) -> Callable:
     """Two views of a batch."""
     import kornia.augmentation as K
 
@@ -397,7 +400,7 @@ def kornia_views(images: Tensor, size: int, blur: float, mean: tuple, std: tuple
         K.RandomResizedCrop((size, size), (0.08, 1), resample="bicubic", cropping_mode="resample"),
         *[K.RandomHorizontalFlip(), K.ColorJiggle(0.4, 0.4, 0.2, 0.1, p=0.8), K.RandomGrayscale(p=0.2)],
         *[K.RandomGaussianBlur(size // 20 * 2 + 1, (0.1, 2.0), p=blur)] * bool(blur),
-        K.Normalize(torch.tensor(mean), torch.tensor(std)),
+        K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
     )
     return lambda: [transform(images.float() / 255) for _ in range(2)]
 
@@ -427,7 +430,8 @@ def stream(accelerator: Accelerator) -> Iterator[Contest]:
                 assert crops.shape == (batch_size, 2, 3, size, size)
 
         what = f"{n:,} JPEGs of about 500 x 375 pixels, two crops to {size}"
-        yield Contest(what, ours, [Rival("torchvision: decode, crop and flip twice", bare, ">= 0.9")])
+        rivals = [Rival("torchvision: decode, crop and flip twice", bare, ">= 0.9")]
+        yield Contest(what, ours, rivals, alone=False)
 
 
 def jpegs(folder: Path, n: int) -> list[str]:
@@ -527,7 +531,7 @@ def start(accelerator: Accelerator) -> Iterator[Contest]:
     def python(code: str) -> Callable:
         def call() -> None:
             with tempfile.TemporaryDirectory() as folder:
-                environment = {**os.environ, "PYTHONPATH": str(here)}
+                environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
                 subprocess.run(
                     [sys.executable, "-c", code], cwd=folder, env=environment, check=True, capture_output=True
                 )
@@ -536,7 +540,7 @@ def start(accelerator: Accelerator) -> Iterator[Contest]:
 
     first = "import os, pretrain; pretrain.train_step = lambda *_: os._exit(0); pretrain.pretrain(reg='amhe')"
     rivals = [Rival("importing torch, timm and accelerate", python("import torch, timm, accelerate"), "<= 1.5")]
-    yield Contest("from launch to the first step on photos", python(first), rivals)
+    yield Contest("from launch to the first step on photos", python(first), rivals, alone=False)
 
 
 def energy_scaling(accelerator: Accelerator) -> Iterator[Contest]:

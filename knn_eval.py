@@ -108,18 +108,15 @@ def vote(
     """Accuracy in percent, {k: {"top1": ..., "top5": ...}}, of the vote of the k rows of the bank nearest by cosine.
 
     bank (n, d), queries (m, d): features, rows of any length; bank_labels (n,), labels (m,): classes from 0. k is
-    clipped to n. The similarity matrix is taken in tiles of at most 128 MB.
+    clipped to n.
     """
     classes = int(max(bank_labels.max(), labels.max())) + 1
-    bank, queries = (nn.functional.normalize(x) for x in (bank, queries))
     ks = list(dict.fromkeys(min(n, len(bank)) for n in k))
     ranks, index = {n: [] for n in ks}, torch.arange(classes, device=bank.device)
-    tile = bank.new_empty(TILE[0] * min(TILE[1], len(bank)))  # one for all: new pages cost a CPU a fifth of the time
-    for some, truth in zip(queries.split(TILE[0]), labels.split(TILE[0])):
-        similarity, nearest = _nearest(some, bank, max(ks), tile)
+    for similarity, nearest, truth in zip(*(x.split(TILE[0]) for x in (*neighbours(queries, bank, max(ks)), labels))):
         weight = ((similarity - similarity[:, :1]).double() / temperature).exp()  # the nearest weighs 1
         for n in ks:
-            votes = weight.new_zeros(len(some), classes).scatter_add_(1, bank_labels[nearest[:, :n]], weight[:, :n])
+            votes = weight.new_zeros(len(truth), classes).scatter_add_(1, bank_labels[nearest[:, :n]], weight[:, :n])
             won = votes.gather(1, truth[:, None])
             # of equal votes the lower class comes first; a class without a vote has no rank
             before = (votes > won) | ((votes == won) & (index < truth[:, None]))
@@ -128,15 +125,23 @@ def vote(
     return {n: {f"top{t}": round(100 * share, 4) for t, share in shares.items()} for n, shares in within.items()}
 
 
-def _nearest(queries: Tensor, bank: Tensor, k: int, tile: Tensor) -> tuple[Tensor, Tensor]:
-    """The k largest products of each query (m, d) with rows of the bank (n, d), and which rows: (m, k) both."""
-    best, rows = [], []
+def neighbours(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines (m, k) of each query (m, d) with the k nearest rows of the bank (n, d), in falling order, and which rows.
+
+    Beyond one tile of cosines, there is a normalised copy of the queries and of a part of the bank.
+    """
+    queries = nn.functional.normalize(queries)
+    best, rows = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long, device=bank.device)
+    tile = queries.new_empty(TILE[0] * min(TILE[1], len(bank)))  # one for all: new pages cost a CPU a fifth of the time
     for start, part in zip(range(0, len(bank), TILE[1]), bank.split(TILE[1])):
-        products = tile[: len(queries) * len(part)].view(len(queries), len(part))
-        values, found = torch.mm(queries, part.T, out=products).topk(min(k, len(part)))
-        best, rows = [*best, values], [*rows, found + start]
-    values, order = torch.cat(best, 1).topk(k)
-    return values, torch.cat(rows, 1).gather(1, order)
+        part, found = nn.functional.normalize(part), []
+        for some in queries.split(TILE[0]):
+            cosines = torch.mm(some, part.T, out=tile[: len(some) * len(part)].view(len(some), len(part)))
+            found.append(cosines.topk(min(k, len(part))))
+        values, at = (torch.cat(x) for x in zip(*found))
+        best, order = torch.cat([best, values], 1).topk(min(k, best.shape[1] + values.shape[1]))
+        rows = torch.cat([rows, at + start], 1).gather(1, order)
+    return best, rows
 
 
 if __name__ == "__main__":

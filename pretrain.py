@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from timm.optim import Lars
 from torch import Tensor, nn
@@ -199,7 +200,7 @@ def pretrain(
             for crops, _, u in islice(batches, (epoch * steps_per_epoch - step) * accumulate):
                 rates = lr_at(step, steps, warmup_steps, peak), tau_at(step, steps, settings["tau"])
                 terms, norms = train_step(training, crops, u, *rates)
-                seen = watch(seen, {"step": step, **terms, **norms}, accelerator)
+                seen = watch(seen, {"step": torch.full((), step, device=accelerator.device), **terms, **norms})
                 sums = {name: sums.get(name, 0) + term / accumulate for name, term in terms.items()}
                 if not accelerator.sync_gradients:
                     continue
@@ -351,7 +352,7 @@ class Training:
     accelerator: Accelerator
     network: models.BYOL | models.SimCLR
     parallel: nn.Module  # the same network, as it runs on all processes
-    optimizer: Lars
+    optimizer: AcceleratedOptimizer  # of Lars
     layers: dict[str, Tensor]  # the weights that Eq. 7 sums over
 
 
@@ -371,8 +372,8 @@ def build(settings: dict, images: data.Dataset, accelerator: Accelerator) -> Tra
 def train_step(training: Training, crops: Tensor, u: Tensor, lr: float, tau: float) -> tuple[dict, dict]:
     """From crops of a micro-batch and their draws to gradients; behind the last of a batch, LARS and the target's step.
 
-    crops (2, b, 3, size, size) and u (2, b, sum(DRAWS)) are as `data.batches` yields them. Returns the terms of
-    `objective` and the norms of the gradients, on the device.
+    crops (2, b, 3, size, size), which are changed, and u (2, b, sum(DRAWS)) are as `data.batches` yields them; lr and
+    tau are those of this step. Returns the terms of `objective` and the norms of the gradients so far, on the device.
     """
     network, optimizer, accelerator = training.network, training.optimizer, training.accelerator
     for group in optimizer.param_groups:
@@ -399,9 +400,8 @@ def gradient_norms(network: models.BYOL | models.SimCLR, accelerator: Accelerato
     return norms
 
 
-def watch(seen: dict, latest: dict, accelerator: Accelerator) -> dict[str, Tensor]:
+def watch(seen: dict[str, Tensor], latest: dict[str, Tensor]) -> dict[str, Tensor]:
     """What is known of this step, or of the first in which some of it was not finite, on the device."""
-    latest = {name: torch.as_tensor(x, device=accelerator.device) for name, x in latest.items()}
     if not seen:
         return latest
     finite = torch.stack(list(seen.values())).isfinite().all()

@@ -2,13 +2,16 @@
 
     python reproduce.py --precision bf16                          # 100 to 300 epochs a run; wants a GPU
     python reproduce.py --dataset path/to/pictures --precision bf16
-    python reproduce.py --dataset path/to/a/few --trial           # that the list runs through
+    python reproduce.py --dataset path/to/pictures --trial --folder runs/trial --results runs/trial/table
 
 Runs come in the order in which they tell most. Each command is printed before it starts. What is done is not done
 again, and a run that was stopped goes on: stop it at any time, and give the same command. After each run, `results`
 holds the logs of all and the table that figures.py makes of them; checkpoints stay in the folder of runs.
 """
 
+import contextlib
+import inspect
+import json
 import os
 import shlex
 import signal
@@ -17,16 +20,19 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from safetensors import SafetensorError, safe_open
+
 import cli
 import models
 import runs
+from pretrain import HOW, pretrain
 
 HERE = Path(__file__).parent
 ALL = "--reg_on encoder,projector,predictor"
 FIVE = ("", "--reg uniform", "--reg mhe", "--reg amhe", "--method simclr")
 CIRCLE = "--model alexnet --out_dim 2 --epochs 100"
 PLAN = [
-    *["--epochs 2 --eval_every 0"],  # images a second, in the log's last row; with --compile in another folder
+    *["--epochs 2 --eval_every 0"],  # images a second, in the log's last row
     *[f"{method} --epochs 100" for method in FIVE],  # Table 3's methods, at a third of Appendix B.2's 300 epochs
     *[f"{method} --epochs 300" for method in ("", "--reg amhe")],  # Table C.7's first and last row
     *[f"{method} --epochs 100 --seed {seed}" for seed in (1, 2) for method in FIVE],
@@ -35,7 +41,7 @@ PLAN = [
     *[f"{CIRCLE} {method}" for method in ("--method simclr", "", "--reg uniform", "--reg mhe")],  # Figure 3
     *[f"{CIRCLE} --norm none {reg}" for reg in ("", f"--reg mhe {ALL}")],  # Figure 7
 ]
-TRIAL = {"epochs": "1", "model": "test_resnet", "hidden_dim": "32", "batch_size": "32", "lr": "0.5"}
+TRIAL = {"model": "test_resnet", "hidden_dim": "32", "batch_size": "32", "lr": "0.5"}  # where the list says nothing
 SHORT = ["--epochs=1", "--batch_size=32"]  # of a trial's linear evaluation
 
 
@@ -56,34 +62,35 @@ def reproduce(
         data_dir: as in pretrain.py
         folder: the folder of the run folders
         results: the folder that logs and table are copied to
-        precision: of pre-training, that of accelerate launch --mixed_precision
-        compile: pre-train with accelerate launch --dynamo_backend inductor
-        trial: one epoch of a tiny network a run, to see that the list runs through on this machine and data set
+        precision: of pre-training, as in accelerate launch --mixed_precision
+        compile: pre-train as with accelerate launch --dynamo_backend inductor
+        trial: runs of 1 to 3 epochs of a tiny network, to see that the list runs through on this machine and data set
     """
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--mixed_precision", precision]
-    launch += ["--dynamo_backend", "inductor"] if compile else []
+    environment = {"ACCELERATE_MIXED_PRECISION": precision} | (
+        {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"} if compile else {}
+    )
     failed = []
     for number, words in enumerate(PLAN, 1):
-        flags = {"dataset": dataset, "data_dir": data_dir, **pairs(words), **(TRIAL if trial else {})}
+        flags = {"dataset": dataset, "data_dir": data_dir, **(TRIAL if trial else {}), **pairs(words)}
+        if trial:
+            flags["epochs"] = str(int(flags["epochs"]) // 100 or flags["epochs"])
         run = Path(folder, name_of(words))
-        typed = [f"--{name}={value}" for name, value in flags.items()]
-        stages = [[*launch, HERE / "pretrain.py", *typed, f"--out={run}"]]
-        stages += [[sys.executable, HERE / "knn_eval.py", run / runs.CKPT]]
-        stages += [[sys.executable, HERE / "linear_eval.py", run / runs.CKPT, *SHORT * trial]]
-        missing = [stage for stage, done in zip(stages, progress(run)) if not done]
-        if "--eval_every 0" in words:
-            missing = [stage for stage in missing if stage is stages[0]]
-        for stage in missing:
-            print(f"[{number} of {len(PLAN)}] {shlex.join(map(str, stage))}", file=sys.stderr, flush=True)
-            if code := child(stage):
+        done = progress(run, flags)
+        stages = {"pretrain": ["pretrain.py", *(f"--{name}={x}" for name, x in flags.items()), f"--out={run}"]}
+        if "eval_every" not in flags:
+            stages["knn_eval"] = ["knn_eval.py", run / runs.CKPT]
+            stages["linear_eval"] = ["linear_eval.py", run / runs.CKPT, *SHORT * trial]
+        for name, command in stages.items():
+            if name in done:
+                continue
+            print(f"[{number} of {len(PLAN)}] python {shlex.join(map(str, command))}", file=sys.stderr, flush=True)
+            if code := child(command, environment if name == "pretrain" else {}):
                 failed.append(f"{run} (exit code {code})")
                 break
-        if missing:
-            collect(Path(folder), Path(results))
+        if not stages.keys() <= done and (code := collect(Path(folder), Path(results))):
+            failed.append(f"{results}/table.md (exit code {code})")
     if failed:
-        raise cli.UsageError(
-            f"{len(failed)} of {len(PLAN)} runs failed, the same command tries again: {', '.join(failed)}"
-        )
+        raise cli.UsageError(f"failed, and tried again by the same command: {', '.join(failed)}")
     print(f"all {len(PLAN)} runs are done; {results}/table.md is their table", file=sys.stderr)
 
 
@@ -98,46 +105,63 @@ def name_of(words: str) -> str:
     return "-".join(f"{name}-{value}".replace(",", "+") for name, value in pairs(words).items())
 
 
-def progress(run: Path) -> tuple[bool, bool, bool]:
-    """Whether a run is trained to its end, judged by k-NN, and by the linear probe."""
+def progress(run: Path, flags: dict[str, str]) -> set[str]:
+    """The stages that a run with these flags has behind it; none of a folder with others, which pretrain.py refuses."""
     try:
-        done = runs.read(run)
-    except runs.RunError:
-        return False, False, False
-    trained = any(row.get("epoch") == done.settings["epochs"] for row in done.rows if row["stage"] == "pretrain")
-    judged = {row["stage"] for row in done.rows if row.get("of") == "trained" or "train" in row}
-    return trained and (run / runs.CKPT).exists(), "knn_eval" in judged, "linear_eval" in judged
+        log = runs.read(run)
+        with safe_open(run / runs.CKPT, "pt") as file:
+            trained = json.loads(file.metadata()["description"])["epoch"] == log.settings["epochs"]
+    except (runs.RunError, SafetensorError, OSError, ValueError, LookupError, TypeError):
+        return set()
+    parameters = inspect.signature(pretrain).parameters
+    meant = {name: flag.default for name, flag in parameters.items() if flag.default is not None and name not in HOW}
+    meant |= cli.read([f"--{name}={x}" for name, x in flags.items()], parameters)
+    if not trained or any(log.settings.get(name) != json.loads(json.dumps(x)) for name, x in meant.items()):
+        return set()
+    voted = any(r["stage"] == "knn_eval" and r.get("trained_epochs") == log.settings["epochs"] for r in log.rows)
+    probed = log.score("linear_eval") is not None
+    return {"pretrain", *["knn_eval"] * voted, *["linear_eval"] * probed}
 
 
-def child(command: list) -> int:
-    """Run a command to its end; its exit code. A signal is passed on to all of its processes, and awaited."""
-    process = subprocess.Popen(list(map(str, command)), start_new_session=True)
+def child(command: list, environment: dict[str, str]) -> int:
+    """Run a stage to its end, with these variables of the environment beside those of this process; its exit code.
 
-    def stop(number: int, _) -> None:
-        os.killpg(process.pid, number)
-        process.wait()
-        raise cli.Stopped(f"{signal.Signals(number).name}; the same command goes on", 128 + number)
+    A signal is passed on to it, and Stopped is raised once it has ended.
+    """
+    caught, children = [], []
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    def pass_on(number: int, _) -> None:  # and not wait here: whoever waits below holds a lock
+        caught.append(signal.Signals(number))
+        for process in children:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return process.wait()
+        typed = [sys.executable, HERE / command[0], *command[1:]]
+        children.append(
+            subprocess.Popen(list(map(str, typed)), env={**os.environ, **environment}, start_new_session=True)
+        )
+        code = children[0].wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if caught:
+        raise cli.Stopped(f"{caught[0].name}; the same command goes on", 128 + caught[0])
+    return code
 
 
-def collect(folder: Path, results: Path) -> None:
-    """Copy the logs of all runs that have an epoch behind them, and make their table."""
+def collect(folder: Path, results: Path) -> int:
+    """Copy the logs of all runs that have an epoch behind them, and make their table; the exit code of figures.py."""
     found = []
     for log in sorted(folder.glob(f"*/{runs.LOG}")):
-        if any("loss" in row for row in runs.read(log.parent).rows):
-            copy = results / log.parent.name / runs.LOG
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            with models.whole(copy) as file:
-                file.write(log.read_bytes())
-            found.append(copy.parent)
-    if found:
-        child([sys.executable, HERE / "figures.py", "table", *found, f"--out={results}"])
+        with contextlib.suppress(runs.RunError):
+            if any("loss" in row for row in runs.read(log.parent).rows):
+                copy = results / log.parent.name / runs.LOG
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                with models.whole(copy) as file:
+                    file.write(log.read_bytes())
+                found.append(copy.parent)
+    return child(["figures.py", "table", *found, f"--out={results}"], {}) if found else 0
 
 
 if __name__ == "__main__":

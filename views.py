@@ -33,22 +33,34 @@ def two_views(
     grey, blur and solarisation, the last two with a probability for each view, then normalisation by mean and std.
     """
     how = zip(crops, u, blur, solarise)
-    return tuple(in_chunks(finish, x, v, mean, std, blurred, solarised) for x, v, blurred, solarised in how)
+    return tuple(in_chunks(one_view, x, v, mean, std, blurred, solarised) for x, v, blurred, solarised in how)
 
 
-def finish(x: Tensor, u: Tensor, mean: tuple, std: tuple, blurred: float, solarised: float) -> Tensor:
-    """A view of crops x (b, 3, size, size), with blur and solarisation of these probabilities."""
+def one_view(x: Tensor, u: Tensor, mean: tuple, std: tuple, blurred: float, solarised: float) -> Tensor:
+    """One view of crops x (b, 3, size, size), u (b, sum(DRAWS)), normalised; changes an x in [0, 1] in place.
+
+    blurred, solarised: the probabilities of either.
+    """
     x = recolour(F.to_dtype(x, scale=True), u)
     *_, p, width, q = u.split(DRAWS, 1)
-    if len(rows := (p[:, 0] < blurred).nonzero()[:, 0].to(x.device)):
-        x.index_copy_(0, rows, gaussian_blur(x.index_select(0, rows), (0.1 + 1.9 * width)[p < blurred].to(x.device)))
-    if len(rows := (q[:, 0] < solarised).nonzero()[:, 0].to(x.device)):
-        x[rows] = torch.where(x[rows] >= 0.5, 1 - x[rows], x[rows])
+    if len(rows := (p[:, 0] < blurred).nonzero()[:, 0]):
+        change(x, rows, gaussian_blur, (0.1 + 1.9 * width)[p < blurred])
+    if len(rows := (q[:, 0] < solarised).nonzero()[:, 0]):
+        change(x, rows, lambda some: torch.where(some >= 0.5, 1 - some, some))
     return normalise(x, mean, std)
 
 
+def change(x: Tensor, rows: Tensor, how: Callable, *numbers: Tensor) -> None:
+    """Put how(images, *numbers) in place of some rows of x. rows and numbers are on the CPU: a GPU waits for none.
+
+    Rows are copied, as x[rows] = ... takes a CPU twice as long.
+    """
+    rows, *numbers = (t.to(x.device, non_blocking=True) for t in (rows, *numbers))
+    x.index_copy_(0, rows, how(x.index_select(0, rows), *numbers))
+
+
 def in_chunks(make: Callable, images: Tensor, u: Tensor, *how) -> Tensor:
-    """make(images, u, *how), of as many images at a time as stay in the cache of a CPU, or take 256 MB of a GPU."""
+    """make(images, u, *how), of as many images at a time as a CPU's cache holds, or as are 256 MB in fp32 on a GPU."""
     n = max(1, 2 ** (20 if images.device.type == "cpu" else 26) // images[0].numel())
     return torch.cat([make(*part, *how) for part in zip(images.split(n), u.split(n))])
 
@@ -70,10 +82,11 @@ def crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
 def _crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
     height, width = images.shape[2:]
     area, aspect, corner, flip = u.split(DRAWS, 1)[:4]
-    top, left, h, w = (x.to(images.device) for x in crop_boxes(area, aspect, corner, height, width))
+    boxes = crop_boxes(area, aspect, corner, height, width)
+    top, left, h, w, flip = (x.to(images.device, non_blocking=True) for x in (*boxes, flip[:, :, None] < 0.5))
     w_y = _resampling(top, h, size, height)[:, None]
     w_x = _resampling(left, w, size, width) / 255
-    w_x = torch.where((flip < 0.5)[:, :, None].to(images.device), w_x.flip(1), w_x)
+    w_x = torch.where(flip, w_x.flip(1), w_x)
     rows = images.float().flatten(1, 2) @ w_x.mT  # one product for all three channels
     return (w_y @ rows.unflatten(1, (3, height))).clamp_(0, 1)  # bicubic weights overshoot
 
@@ -118,12 +131,9 @@ def recolour(x: Tensor, u: Tensor) -> Tensor:
     for turn in order.unbind(1):
         for i, adjust in enumerate((brightness, contrast, saturation, hue)):
             if len(rows := (turn == i).nonzero()[:, 0]):
-                rows, factor = rows.to(x.device), factors[rows, i].to(x.device)
-                x.index_copy_(
-                    0, rows, adjust(x.index_select(0, rows), factor[:, None, None, None])
-                )  # not x[rows]: slow
-    rows = (grey[:, 0] < 0.2).nonzero()[:, 0].to(x.device)
-    return x.index_copy_(0, rows, luma(x.index_select(0, rows)).expand(-1, 3, -1, -1))
+                change(x, rows, adjust, factors[rows, i][:, None, None, None])
+    change(x, (grey[:, 0] < 0.2).nonzero()[:, 0], lambda some: luma(some).expand(-1, 3, -1, -1))
+    return x
 
 
 def luma(x: Tensor) -> Tensor:
@@ -160,7 +170,7 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     turned = (upper - lower).add_((upper - r).relu_()).add_((lower - r).relu_(), alpha=2).copysign_(g - b)
     turned.addcmul_(chroma, 6 * shift[:, 0])
     low, chroma, turned = low[:, None], chroma[:, None], turned[:, None]
-    colour = torch.tensor([0.0, 2.0, -2.0], device=x.device)[:, None, None]
+    colour = torch.tensor([0.0, 2.0, -2.0]).to(x.device, non_blocking=True)[:, None, None]
     near = torch.addcmul(turned, chroma, colour, value=-1).abs_().sub_(chroma, alpha=3).abs_().sub_(chroma).relu_()
     return torch.minimum(near, chroma, out=near).add_(low)
 

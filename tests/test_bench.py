@@ -1,6 +1,7 @@
 """The table says what was measured, and of what."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,8 +43,15 @@ def test_table_and_rows(shell, command, monkeypatch):
     assert all(row["stage"] == "bench" and row["ours"] > 0 and row["ratio"] > 0 for row in rows)
 
 
-def test_steps_are_those_of_pretrain(monkeypatch):
-    """A step of the table trains: each of its parts moves."""
+def test_memory_that_cannot_be_read_is_none(monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert bench.peak(lambda: 1, torch.device("cpu")) is None
+
+
+def test_every_part_of_a_step_moves():
     training, step = bench.trainer(bench.processes.start(), 8, model="test_resnet", hidden_dim=16, reg="amhe")
     before = {name: x.clone() for name, x in training.network.state_dict().items()}
     step()

@@ -97,7 +97,9 @@ def test_the_judges_take_such_a_checkpoint(command, substitutes):
 
 
 def commands():
-    blocks = re.findall(r"^```\n(.*?)^```", README, re.M | re.S) + re.findall(r"`(python figures.py [^`]*)`", README)
+    blocks = re.findall(r"^```\n(.*?)^```", README, re.M | re.S) + re.findall(
+        r"`(?:\S+=\S+ )?(python (?:figures|bench|reproduce)\.py[^`]*)`", README
+    )
     lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [part for line in lines for part in line.split(" && ") if ".py" in part]
 

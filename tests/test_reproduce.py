@@ -2,6 +2,9 @@
 
 import inspect
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from knn_eval import knn_eval
 from linear_eval import linear_eval
 from pretrain import pretrain, refuse
 
+ROOT = Path(__file__).parent.parent
 STAGES = {stage.__name__: stage for stage in (pretrain, knn_eval, linear_eval, figures)}
 
 
@@ -21,12 +25,11 @@ def typed(monkeypatch):
     """Stages are called in this process; the commands in order, each the name of its stage and its words."""
     commands = []
 
-    def child(words):
-        words = [str(word) for word in words]
-        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        stage = STAGES[Path(words[at]).stem]
-        commands.append((stage.__name__, words[at + 1 :]))
-        flags = cli.read(words[at + 1 :], inspect.signature(stage).parameters)
+    def child(command, how):
+        script, *words = map(str, command)
+        stage = STAGES[Path(script).stem]
+        commands.append((stage.__name__, words, how))
+        flags = cli.read(words, inspect.signature(stage).parameters)
         places = [flags.pop(name) for name in ("ckpt", "name") if name in flags] + [*flags.pop("runs", ())]
         try:
             stage(*places, **flags)
@@ -38,28 +41,55 @@ def typed(monkeypatch):
     return commands
 
 
+def stages(typed):
+    return [name for name, *_ in typed]
+
+
 def test_list_goes_on_where_it_stopped(typed, shell, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "PLAN", ["--epochs 2 --eval_every 0", "--reg amhe --epochs 100", "--warmup 5"])
-    words = ["--dataset", folder, "--trial", "--folder", "r", "--results", "out"]
+    monkeypatch.setattr(reproduce, "PLAN", ["--epochs 2 --eval_every 0", "--epochs 100", "--epochs 300 --warmup 5"])
+    words = ["--dataset", folder, "--precision", "bf16", "--trial", "--folder", "r", "--results", "out"]
     code, _, err = shell(reproduce.reproduce, *words)
-    assert code == 2 and "1 of 3 runs failed, the same command tries again: r/warmup-5 (exit code 2)" in err
-    stages = ["pretrain", "figures", "pretrain", "knn_eval", "linear_eval", "figures", "pretrain", "figures"]
-    assert [stage for stage, _ in typed] == stages
-    assert {path.parent.name for path in Path("out").glob("*/metrics.jsonl")} == {
-        "epochs-2-eval_every-0",
-        "reg-amhe-epochs-100",
-    }
-    rows = [json.loads(line) for line in Path("out/reg-amhe-epochs-100/metrics.jsonl").read_text().splitlines()]
+    assert code == 2 and err.splitlines()[-1].endswith("by the same command: r/epochs-300-warmup-5 (exit code 2)")
+    expected = ["pretrain", "figures", "pretrain", "knn_eval", "linear_eval", "figures", "pretrain", "figures"]
+    assert stages(typed) == expected
+    assert all((how == {"ACCELERATE_MIXED_PRECISION": "bf16"}) == (name == "pretrain") for name, _, how in typed)
+    assert {path.parent.name for path in Path("out").glob("*/metrics.jsonl")} == {"epochs-2-eval_every-0", "epochs-100"}
+    rows = [json.loads(line) for line in Path("out/epochs-100/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["settings"]["epochs"] == 1 and rows[-1]["stage"] == "linear_eval" and rows[-1]["epoch"] == 1
-    assert "| BYOL-aMHE, s = 2 | pictures" in Path("out/table.md").read_text()
+    assert Path("out/table.md").read_text().count("| BYOL, epochs ") == 2
 
     typed.clear()
-    log = Path("r/reg-amhe-epochs-100/metrics.jsonl")
+    log = Path("r/epochs-100/metrics.jsonl")
     log.write_text("".join(json.dumps(row) + "\n" for row in rows if row["stage"] != "linear_eval"))
     monkeypatch.setattr(reproduce, "PLAN", reproduce.PLAN[:2])
     code, _, err = shell(reproduce.reproduce, *words)
-    assert code == 0 and [stage for stage, _ in typed] == ["linear_eval", "figures"]
+    assert code == 0 and stages(typed) == ["linear_eval", "figures"]
     assert err.splitlines()[-1] == "all 2 runs are done; out/table.md is their table"
+
+    typed.clear()
+    code, _, err = shell(reproduce.reproduce, *(word for word in words if word != "--trial"))
+    assert code == 2 and set(stages(typed)) == {"pretrain", "figures"}  # a trial's runs are not those of the list
+    assert "failed, and tried again by the same command: r/epochs-2-eval_every-0 (exit code 2), r/epochs-100" in err
+
+
+def test_a_signal_is_passed_on_and_awaited(tmp_path):
+    stage, ended = tmp_path / "stage.py", tmp_path / "ended"
+    stage.write_text(
+        "import pathlib, signal, sys, time\n"
+        "def finish(*_):\n"
+        "    time.sleep(0.5)\n"
+        f"    pathlib.Path({str(ended)!r}).touch()\n"
+        "    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, finish)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    code = f"import cli, reproduce\ndef stage():\n    reproduce.child([{str(stage)!r}], {{}})\ncli.run(stage)"
+    driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert driver.stdout.readline() == b"ready\n"
+    driver.send_signal(signal.SIGTERM)
+    _, err = driver.communicate(timeout=30)
+    assert driver.returncode == 143 and ended.exists() and b"SIGTERM; the same command goes on" in err
 
 
 def test_every_run_of_the_list_is_one_of_pretrain():

@@ -358,7 +358,10 @@ def test_the_loss_scale_of_fp16_leaves_lars_alone():
             optimizer.step()
             assert not optimizer.step_was_skipped
             optimizer.zero_grad()
-        weights.append(torch.cat([p.flatten() for p in network.parameters()]))
+        weights.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
+        torch.manual_seed(0)
+        fresh = torch.cat([p.detach().flatten() for p in models.mlp(6, 5, 3).parameters()])
+        assert (weights[-1] - fresh).norm() > 1e-2 * fresh.norm()
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-6, atol=1e-7)
 
 

@@ -109,3 +109,15 @@ def test_two_views(photos):
     torch.testing.assert_close(alone[0], v1[5], rtol=0, atol=1e-5)  # a view depends on its own image and draws alone
     lowest, highest = ((x - torch.tensor(photos.mean)) / torch.tensor(photos.std) for x in (0, 1))
     assert (v1.amin((0, 2, 3)) >= lowest - 1e-5).all() and (v1.amax((0, 2, 3)) <= highest + 1e-5).all()
+
+
+def test_chunks_and_types_make_no_difference(photos):
+    """400 images pass in two chunks on a CPU; crops of files come as uint8."""
+    u = torch.stack([draws(400), draws(400, seed=1)])
+    crops = (255 * torch.stack([views.crop_flip(photos.train.images[:400], v, 32) for v in u])).round().byte()
+    whole = views.two_views(crops, u, photos.mean, photos.std)
+    floats = views.two_views(crops / 255, u, photos.mean, photos.std)
+    last = views.two_views(crops[:, 399:], u[:, 399:], photos.mean, photos.std)
+    for mine, same, alone in zip(whole, floats, last):
+        torch.testing.assert_close(mine, same, rtol=0, atol=1e-5)
+        torch.testing.assert_close(mine[399:], alone, rtol=0, atol=1e-5)
