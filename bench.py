@@ -539,7 +539,11 @@ def start(accelerator: Accelerator) -> Iterator[Contest]:
         return call
 
     first = "import os, pretrain; pretrain.train_step = lambda *_: os._exit(0); pretrain.pretrain(reg='amhe')"
-    rivals = [Rival("importing torch, timm and accelerate", python("import torch, timm, accelerate"), "<= 1.5")]
+    rivals = [
+        Rival(
+            "importing torch, timm and accelerate", python("import os, torch, timm, accelerate; os._exit(0)"), "<= 1.5"
+        )
+    ]
     yield Contest("from launch to the first step on photos", python(first), rivals, alone=False)
 
 

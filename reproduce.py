@@ -86,6 +86,8 @@ def reproduce(
             print(f"[{number} of {len(PLAN)}] python {shlex.join(map(str, command))}", file=sys.stderr, flush=True)
             if code := child(command, environment if name == "pretrain" else {}):
                 failed.append(f"{run} (exit code {code})")
+                if not (run / runs.LOG).exists():  # it never began, and no other would
+                    raise cli.UsageError(f"the list stops at {failed[-1]}, for the reason above")
                 break
         if not stages.keys() <= done and (code := collect(Path(folder), Path(results))):
             failed.append(f"{results}/table.md (exit code {code})")

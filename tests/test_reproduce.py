@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cli
+import data
 import reproduce
 from figures import figures
 from knn_eval import knn_eval
@@ -33,9 +34,9 @@ def typed(monkeypatch):
         places = [flags.pop(name) for name in ("ckpt", "name") if name in flags] + [*flags.pop("runs", ())]
         try:
             stage(*places, **flags)
-        except cli.UsageError:
+        except (cli.UsageError, data.DataError):
             return 2
-        return 0
+        return 1 if "--seed=1" in words else 0  # a run that diverged, say
 
     monkeypatch.setattr(reproduce, "child", child)
     return commands
@@ -46,14 +47,15 @@ def stages(typed):
 
 
 def test_list_goes_on_where_it_stopped(typed, shell, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "PLAN", ["--epochs 2 --eval_every 0", "--epochs 100", "--epochs 300 --warmup 5"])
+    monkeypatch.setattr(reproduce, "PLAN", ["--epochs 2 --eval_every 0", "--epochs 100 --seed 1", "--epochs 100"])
     words = ["--dataset", folder, "--precision", "bf16", "--trial", "--folder", "r", "--results", "out"]
     code, _, err = shell(reproduce.reproduce, *words)
-    assert code == 2 and err.splitlines()[-1].endswith("by the same command: r/epochs-300-warmup-5 (exit code 2)")
-    expected = ["pretrain", "figures", "pretrain", "knn_eval", "linear_eval", "figures", "pretrain", "figures"]
+    assert code == 2 and err.splitlines()[-1].endswith("by the same command: r/epochs-100-seed-1 (exit code 1)")
+    expected = ["pretrain", "figures", "pretrain", "figures", "pretrain", "knn_eval", "linear_eval", "figures"]
     assert stages(typed) == expected
     assert all((how == {"ACCELERATE_MIXED_PRECISION": "bf16"}) == (name == "pretrain") for name, _, how in typed)
-    assert {path.parent.name for path in Path("out").glob("*/metrics.jsonl")} == {"epochs-2-eval_every-0", "epochs-100"}
+    found = {path.parent.name for path in Path("out").glob("*/metrics.jsonl")}
+    assert found == {"epochs-2-eval_every-0", "epochs-100-seed-1", "epochs-100"}
     rows = [json.loads(line) for line in Path("out/epochs-100/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["settings"]["epochs"] == 1 and rows[-1]["stage"] == "linear_eval" and rows[-1]["epoch"] == 1
     assert Path("out/table.md").read_text().count("| BYOL, epochs ") == 2
@@ -61,7 +63,7 @@ def test_list_goes_on_where_it_stopped(typed, shell, folder, tmp_path, monkeypat
     typed.clear()
     log = Path("r/epochs-100/metrics.jsonl")
     log.write_text("".join(json.dumps(row) + "\n" for row in rows if row["stage"] != "linear_eval"))
-    monkeypatch.setattr(reproduce, "PLAN", reproduce.PLAN[:2])
+    monkeypatch.setattr(reproduce, "PLAN", reproduce.PLAN[::2])
     code, _, err = shell(reproduce.reproduce, *words)
     assert code == 0 and stages(typed) == ["linear_eval", "figures"]
     assert err.splitlines()[-1] == "all 2 runs are done; out/table.md is their table"
@@ -70,6 +72,11 @@ def test_list_goes_on_where_it_stopped(typed, shell, folder, tmp_path, monkeypat
     code, _, err = shell(reproduce.reproduce, *(word for word in words if word != "--trial"))
     assert code == 2 and set(stages(typed)) == {"pretrain", "figures"}  # a trial's runs are not those of the list
     assert "failed, and tried again by the same command: r/epochs-2-eval_every-0 (exit code 2), r/epochs-100" in err
+
+    typed.clear()
+    code, _, err = shell(reproduce.reproduce, "--dataset", "nowhere", "--folder", "new", "--results", "new/table")
+    assert code == 2 and stages(typed) == ["pretrain"] and not Path("new").exists()
+    assert "the list stops at new/epochs-2-eval_every-0 (exit code 2), for the reason above" in err
 
 
 def test_a_signal_is_passed_on_and_awaited(tmp_path):
