@@ -313,7 +313,7 @@ def batches(
                 u = torch.rand(views, len(rows), sum(DRAWS), generator=_generator(seed, epoch, step))
                 for part, draws in zip(rows.tensor_split(parts), u.tensor_split(parts, 1)):
                     own = processes.share(len(part), rank, world)
-                    yield part[own], draws[:, own]
+                    yield part[own], draws.index_select(1, own)  # draws[:, own] wakes threads, for which workers wait
 
     device = split.labels.device
     if isinstance(split.images, Tensor):

@@ -181,7 +181,7 @@ class Crops:
         row, u = key
         image = read(self.paths[row])
         area, aspect, corner, flip = torch.from_numpy(u).split(DRAWS, 1)[:4]
-        boxes = torch.stack(crop_boxes(area, aspect, corner, *image.shape[1:]), 1).int().tolist()
+        boxes = crop_boxes(area, aspect, corner, *image.shape[1:]).tolist()
         shape = [self.size, self.size]
         crops = [F.resized_crop(image, *box, shape, InterpolationMode.BICUBIC, antialias=True) for box in boxes]
         return torch.stack([x.flip(2) if f < 0.5 else x for x, f in zip(crops, flip)])

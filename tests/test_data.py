@@ -187,7 +187,7 @@ def test_imagenet_is_cropped_from_its_files(imagenet):
     image = F.pil_to_tensor(PIL.Image.open(one.images.paths[0]))
     for mine, v in zip(crops[:, 0], u):
         area, aspect, corner, flip = v.split(views.DRAWS, 1)[:4]
-        box = [int(x) for x in views.crop_boxes(area, aspect, corner, *image.shape[1:])]
+        (box,) = views.crop_boxes(area, aspect, corner, *image.shape[1:]).tolist()
         theirs = F.resized_crop(image / 255, *box, [224, 224], BICUBIC, antialias=True).clamp(0, 1)
         torch.testing.assert_close(mine / 255, theirs.flip(2) if flip < 0.5 else theirs, rtol=0, atol=4 / 255)
 
