@@ -123,6 +123,20 @@ def load(name: str, data_dir: str = "data", pretraining: bool = False, skip_brok
     return Dataset(classes, own, train, test, **facts)
 
 
+def judged(
+    description: dict, dataset: str | None, data_dir: str | None, skip_broken: bool, eval_crop: float | None
+) -> tuple[Dataset, dict]:
+    """The data set that a network is judged on and its evaluation view: None = as in training, by its description.
+
+    A description without a view, of another project's file, gets the data set's own. Raises DataError as `load` does.
+    """
+    settings = description["settings"]
+    name, place = dataset or settings["dataset"], data_dir or settings["data_dir"]
+    images = load(name, place, skip_broken=skip_broken or settings["skip_broken"])
+    view = description.get("view") or images.view(EVAL_CROP)
+    return images, view | ({"crop": eval_crop} if eval_crop else {})
+
+
 def hold_out(dataset: Dataset) -> Dataset:
     """The same with images of the training set, always the same ones, in place of the test set, Appendix B.4.
 

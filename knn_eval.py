@@ -58,10 +58,9 @@ def knn_eval(
     encoder, description = models.load_encoder(ckpt, net, model, stem, dataset)
     settings = description["settings"]
     name = dataset or settings["dataset"]
-    judged = data.load(name, data_dir or settings["data_dir"], skip_broken=skip_broken or settings["skip_broken"])
-    view = description.get("view") or judged.view(data.EVAL_CROP)
-    view |= {"crop": eval_crop} if eval_crop else {}
-    train, test = judged.train.to(accelerator.device), judged.test.to(accelerator.device)
+    with accelerator.main_process_first():  # the others find what it has downloaded
+        images, view = data.judged(description, dataset, data_dir, skip_broken, eval_crop)
+    train, test = images.train.to(accelerator.device), images.test.to(accelerator.device)
     if floors and isinstance(train.images, data.Files):
         raise cli.UsageError(f"--floors: pixels of {name} do not fit into memory; take --nofloors")
     log = cli.log_of(ckpt, settings)

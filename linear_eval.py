@@ -74,10 +74,9 @@ def linear_eval(
     encoder.to(accelerator.device).requires_grad_(False)
     settings = description["settings"]
     name = dataset or settings["dataset"]
-    judged = data.load(name, data_dir or settings["data_dir"], skip_broken=skip_broken or settings["skip_broken"])
-    view = description.get("view") or judged.view(data.EVAL_CROP)
-    view |= {"crop": eval_crop} if eval_crop else {}
-    halves = data.hold_out(judged) if sweep else judged
+    with accelerator.main_process_first():  # the others find what it has downloaded
+        images, view = data.judged(description, dataset, data_dir, skip_broken, eval_crop)
+    halves = data.hold_out(images) if sweep else images
     if batch_size > (n := len(halves.train.labels)):
         raise cli.UsageError(f"--batch_size {batch_size}: {name} has {n} images to train on; take fewer")
     frozen = {key: x.clone() for key, x in encoder.state_dict().items()}
@@ -97,20 +96,20 @@ def linear_eval(
     if sweep:
         sweeps = {rate: {**row, "sweep": rate} for rate in RATES}
         train, held, tops = ready(halves.train, cached), ready(halves.test, True), {}
-        classifiers = fit(encoder, train, len(judged.classes), view, how, sweeps, log, accelerator)
+        classifiers = fit(encoder, train, len(images.classes), view, how, sweeps, log, accelerator)
         for rate, classifier in classifiers.items():
             tops[rate] = accuracy(classifier(held.images), held.labels)
             cli.emit({**sweeps[rate], "epoch": epochs, **tops[rate], "split": "holdout"}, log)
         lr = max(tops, key=lambda rate: tops[rate]["top1"])
     how["lr"] = lr = lr or 0.2
-    train = ready(judged.train, cached)
-    classifier = fit(encoder, train, len(judged.classes), view, how, {lr: row}, log, accelerator)[lr]
-    test = ready(judged.test, True)
+    train = ready(images.train, cached)
+    classifier = fit(encoder, train, len(images.classes), view, how, {lr: row}, log, accelerator)[lr]
+    test = ready(images.test, True)
     if any(not torch.equal(x, frozen[key]) for key, x in encoder.state_dict().items()):
         raise RuntimeError("the frozen encoder has changed")
     how |= {"net": net, "eval_crop": view["crop"], "swept": sweep}
     how["trained_epochs"] = description.get("epoch")
-    where = {"dataset": name, "split": "test", "train": len(judged.train.labels), "test": len(test.labels)}
+    where = {"dataset": name, "split": "test", "train": len(images.train.labels), "test": len(test.labels)}
     cli.emit({**row, "epoch": epochs, **accuracy(classifier(test.images), test.labels), **how, **where}, log)
 
 

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import cli
+import data
 import models
 import processes
 import runs
@@ -48,10 +50,20 @@ def one_of_two(rank, port, folder, place):
     os.chdir(place)
     sys.argv, sys.stdout, sys.stderr = ["pretrain.py"], open(os.devnull, "w"), open(f"told{rank}", "w")  # noqa: SIM115
     torch.set_num_threads(1)
+    load, loads = data.load, []
+
+    def timed(*args, **flags):
+        loads.append([time.monotonic()])
+        images = load(*args, **flags)
+        loads[-1].append(time.monotonic())
+        return images
+
+    data.load = timed
     for i, method in enumerate(METHODS):
         call(pretrain, "--dataset", folder, *method.split(), *SMALL, *EQUAL, "--out", f"two{i}")
     call(knn_eval, "two0/ckpt.safetensors", "--k", 5)
     call(linear_eval, "two0/ckpt.safetensors", "--epochs", 3, "--batch_size", 19)
+    Path(f"loads{rank}").write_text(json.dumps(loads))
 
     call(pretrain, "--dataset", folder, *SMALL, *NORMED, "--out", "whole")
     update, steps = models.BYOL.update_target, []
@@ -126,6 +138,13 @@ def test_evaluations_are_those_of_one_process(two, command, folder):
     for mine, row in zip(knn + probe, theirs):
         assert mine.pop("loss", 0) == pytest.approx(row.pop("loss", 0), rel=1e-4)
         assert mine == row
+
+
+def test_data_are_loaded_by_the_first_process_first(two):
+    """It alone downloads them, whatever the stage."""
+    first, second = (json.loads((two / f"loads{rank}").read_text()) for rank in (0, 1))
+    assert len(first) == len(second) == len(METHODS) + 2
+    assert all(ended <= begun for (_, ended), (begun, _) in zip(first, second))
 
 
 def test_a_run_of_two_processes_goes_on_to_the_same_bits(two):
