@@ -26,6 +26,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import fire
 from tqdm import tqdm
 
+import processes
+
 SWITCH = ("true", "false", "none")  # what may follow the name of a switch
 RULES = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
@@ -63,7 +65,7 @@ def run(stage: Callable, *errors: type[Exception]) -> None:
     except (UsageError, *errors) as e:
         fail(e, 2)
     except Stopped as e:
-        fail(*e.args) if is_main() else leave(e.args[1])
+        fail(*e.args) if processes.is_main() else leave(e.args[1])
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except RuntimeError as e:
@@ -81,7 +83,7 @@ def fail(why: object, code: int, told_by_another: bool = False) -> None:
 
     Of several processes the first speaks for all: once it has ended the launcher ends the others, before they do.
     """
-    if told_by_another or not is_main():
+    if told_by_another or not processes.is_main():
         time.sleep(2)
     print(f"{Path(sys.argv[0]).name}: {' '.join(str(why).split())}", file=sys.stderr)
     leave(code)
@@ -90,16 +92,13 @@ def fail(why: object, code: int, told_by_another: bool = False) -> None:
 def leave(code: int) -> None:
     """End the program. One of several processes does so at once: gloo's threads would abort some at the end."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not code:
+            processes.end()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     if code:
         sys.exit(code)
-
-
-def is_main() -> bool:
-    """Whether this is the one process, or the first of several, which alone prints and writes."""
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def read(argv: list[str], flags: dict[str, inspect.Parameter]) -> dict[str, Any]:
@@ -216,7 +215,7 @@ def emit(row: dict, log: Path | None = None) -> None:
 
     ValueError for a NaN; UsageError if the log cannot be written to.
     """
-    if not is_main():
+    if not processes.is_main():
         return
     line = json.dumps(row, allow_nan=False)
     tqdm.write(line, file=sys.stdout)

@@ -237,7 +237,7 @@ def _folder(
     if why and (facts or not pretraining or not parts[0][0]):
         raise DataError(f"{what} {root}: {why}")
     if why:
-        print(f"{what} {root}: {len(parts[0][0])} pictures to train on, none to judge by ({why})", file=sys.stderr)
+        processes.say(f"{what} {root}: {len(parts[0][0])} pictures to train on, none to judge by ({why})")
 
     def look(how: Callable, workers: int = 0) -> list[list]:
         said = []
@@ -332,13 +332,17 @@ def batches(
     device = split.labels.device
     if isinstance(split.images, Tensor):
         for rows, u in plan():
-            rows = rows.to(device)
+            rows = rows.to(device, non_blocking=True)
             yield torch.stack([crop_flip(split.images[rows], v, size) for v in u]), split.labels[rows], u
     else:
         ahead, now = itertools.tee(plan())
         keys = ([*zip(rows.tolist(), u.transpose(0, 1).numpy())] for rows, u in ahead)
         for (rows, u), crops in zip(now, pictures.loader(pictures.Crops(split.images.paths, size), keys, device)):
-            yield crops.to(device, non_blocking=True).transpose(0, 1), split.labels[rows.to(device)], u
+            yield (
+                crops.to(device, non_blocking=True).transpose(0, 1),
+                split.labels[rows.to(device, non_blocking=True)],
+                u,
+            )
 
 
 def evaluation_views(

@@ -102,9 +102,8 @@ def linear_eval(
             cli.emit({**sweeps[rate], "epoch": epochs, **tops[rate], "split": "holdout"}, log)
         lr = max(tops, key=lambda rate: tops[rate]["top1"])
     how["lr"] = lr = lr or 0.2
-    train = ready(images.train, cached)
+    train, test = ready(images.train, cached), ready(images.test, True)
     classifier = fit(encoder, train, len(images.classes), view, how, {lr: row}, log, accelerator)[lr]
-    test = ready(images.test, True)
     if any(not torch.equal(x, frozen[key]) for key, x in encoder.state_dict().items()):
         raise RuntimeError("the frozen encoder has changed")
     how |= {"net": net, "eval_crop": view["crop"], "swept": sweep}
@@ -174,7 +173,8 @@ def inputs(
     sizes = [min(batch_size, n - start) for start in range(0, n, batch_size)]  # a share has rows beyond these
     crops = data.batches(train, batch_size, view["size"], how["seed"], epochs, **share)
     for (x, labels, _), size in zip(crops, cycle(sizes)):
-        features = models.embed(encoder, [normalise(x[0], view["mean"], view["std"])])
+        with torch.no_grad():
+            features = encoder(normalise(x[0], view["mean"], view["std"])).float()
         yield accelerator.gather(features)[:size], accelerator.gather(labels)[:size]
 
 

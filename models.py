@@ -14,7 +14,6 @@ import difflib
 import hashlib
 import json
 import os
-import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -28,6 +27,8 @@ from safetensors.torch import save as to_bytes
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+import processes
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".tar")  # how files of other projects end
 # what other projects put before an encoder's names: DataParallel, then SimSiam, MoCo, Barlow Twins, lightly
@@ -119,10 +120,11 @@ NORMS = {"bn": ViewNorm, "sync": SyncViewNorm, "none": nn.Identity}
 
 
 def with_norm(network: nn.Module, norm: str) -> nn.Module:
-    """The network with a new layer of NORMS in place of each BatchNorm."""
+    """The network with a new layer of NORMS in place of each BatchNorm, frozen where that is."""
     for layer, module in list(network.named_modules()):
         if isinstance(module, _BatchNorm):
-            network.set_submodule(layer, NORMS[norm](module.num_features))
+            new = NORMS[norm](module.num_features).requires_grad_(module.weight.requires_grad)
+            network.set_submodule(layer, new)
     return network
 
 
@@ -375,7 +377,7 @@ def adopt(path: str | Path, model: str, stem: str) -> nn.Module:
     left = [name for name in tensors if name.removeprefix(prefix) not in found or not name.startswith(prefix)]
     rest = f"; left out: {', '.join(left[:4])}{f' and {len(left) - 4} more' if len(left) > 4 else ''}" if left else ""
     under = f" under {prefix}" if prefix else ""
-    print(f"{path}: {len(found)} tensors of {model}{under}{rest}; no digest, so unchecked", file=sys.stderr)
+    processes.say(f"{path}: {len(found)} tensors of {model}{under}{rest}; no digest, so unchecked")
     return encoder.to(memory_format=torch.channels_last).eval()
 
 

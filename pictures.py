@@ -7,7 +7,6 @@ large set stays in files: `loader` reads its crops ahead.
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +119,8 @@ def sound(paths: Sequence[str], how: Callable, skip_broken: bool, workers: int =
     rows, said, broken = [], [], []
     tried = _Tried(paths, how)
     looks = DataLoader(tried, batch_size=None, collate_fn=tuple, num_workers=workers, worker_init_fn=_patient)
-    for row, (answer, why) in enumerate(tqdm(looks, desc=f"{how.__name__} of pictures", delay=2, leave=False)):
+    bar = {"desc": f"{how.__name__} of pictures", "delay": 2, "leave": False, "disable": not processes.is_main()}
+    for row, (answer, why) in enumerate(tqdm(looks, **bar)):
         if why and not skip_broken:
             raise DataError(f"{why}; --skip_broken leaves such pictures out")
         if why:
@@ -129,7 +129,7 @@ def sound(paths: Sequence[str], how: Callable, skip_broken: bool, workers: int =
             rows.append(row)
             said.append(answer)
     if broken:
-        print(f"skipped {len(broken)} of {len(paths)} pictures:", *broken, sep="\n  ", file=sys.stderr)
+        processes.say("\n  ".join([f"skipped {len(broken)} of {len(paths)} pictures:", *broken]))
     return rows, said
 
 

@@ -173,7 +173,8 @@ def pretrain(
     network = training.network
     sums = runs.restore(tensors, was, network, training.optimizer, accelerator) if tensors else {}
     del tensors  # as large as the network, thrice
-    pretraining, train, test = (x.to(accelerator.device) for x in (images.pretraining, images.train, images.test))
+    train, test = images.train.to(accelerator.device), images.test.to(accelerator.device)
+    pretraining = train if images.pretraining is images.train else images.pretraining.to(accelerator.device)
     log = runs.start_log(folder, description, done, step, accelerator) if lock else None
     if log and step < steps:
         accelerator.init_trackers("pretrain", {name: str(x) for name, x in settings.items()})
@@ -210,7 +211,7 @@ def pretrain(
                 if told or (save_every and step % save_every == 0 and step < epoch * steps_per_epoch):
                     save(epoch - 1, sums)
                 if told:
-                    stop(told, step, steps, folder)
+                    stop(told, step, steps, folder, accelerator)
             row = {name: accelerator.reduce(x, "mean").item() / steps_per_epoch for name, x in sums.items()}
             images_per_s = (step - first) * settings["batch_size"] / (time.perf_counter() - start)
             refuse_faults(seen, network, folder, accelerator)
@@ -232,7 +233,7 @@ def pretrain(
             sums = {}
             save(epoch, sums)
             if step < steps and (told := runs.told_to_stop(caught, 0, accelerator)):
-                stop(told, step, steps, folder)
+                stop(told, step, steps, folder, accelerator)
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -288,7 +289,7 @@ def recipe_of(flags: dict) -> str:
     return name or (own or ["cifar10-300"])[0]
 
 
-def in_force(flags: dict, images: data.Dataset, processes: int) -> dict:
+def in_force(flags: dict, images: data.Dataset, world: int) -> dict:
     """Every setting with its value in force. Raises UsageError where they do not go together."""
     name = recipe_of(flags)
     recipe, n = RECIPES[name], len(images.pretraining.labels)
@@ -306,13 +307,13 @@ def in_force(flags: dict, images: data.Dataset, processes: int) -> dict:
         if flags["eval_every"]:
             raise cli.UsageError(f"--eval_every {flags['eval_every']}: {flags['dataset']} has no classes to judge by")
         settings["eval_every"] = 0
-    batch_size, warmup, share = settings["batch_size"], settings["warmup"], processes * settings["accumulate"]
+    batch_size, warmup, share = settings["batch_size"], settings["warmup"], world * settings["accumulate"]
     if warmup >= epochs:
         raise cli.UsageError(f"--warmup {warmup}: has to be shorter than the training, {epochs} epochs")
     if batch_size > n:
         raise cli.UsageError(f"--batch_size {batch_size}: {flags['dataset']} has {n} images to train on; take fewer")
     if batch_size % share or batch_size < 2 * share:
-        among = f"{settings['accumulate']} micro-batches of {processes} process{'es' * (processes > 1)}"
+        among = f"{settings['accumulate']} micro-batches of {world} process{'es' * (world > 1)}"
         near = sorted({max(2, batch_size // share + more) * share for more in (0, 1)})
         told = f"has to be a multiple of {share}, twice or more, for {among}; take {' or '.join(map(str, near))}"
         raise cli.UsageError(f"--batch_size {batch_size}: {told}")
@@ -408,15 +409,17 @@ def watch(seen: dict[str, Tensor], latest: dict[str, Tensor]) -> dict[str, Tenso
     return {name: torch.where(finite, x, seen[name]) for name, x in latest.items()}
 
 
-def refuse_faults(seen: dict[str, Tensor], network: models.BYOL, folder: Path, accelerator: Accelerator) -> None:
+def refuse_faults(
+    seen: dict[str, Tensor], network: models.BYOL | models.SimCLR, folder: Path, accelerator: Accelerator
+) -> None:
     """UsageError, in all processes, for a step or for weights that are not finite: nothing of them is saved."""
-    each = accelerator.gather(torch.stack(list(seen.values()))[None]) if seen else torch.empty(1, 0)
+    finite = torch.stack([x.isfinite().all() for x in network.state_dict().values()]).all()
+    seen = {**seen, "weights": torch.where(finite, 0.0, math.nan)}
+    each = accelerator.gather(torch.stack(list(seen.values()))[None])
     numbers = dict(zip(seen, min(each.tolist(), key=lambda row: all(map(math.isfinite, row)))))
-    weights = torch.stack([x.isfinite().all() for x in network.state_dict().values()]).all().item()
-    if weights and all(map(math.isfinite, numbers.values())):
+    if all(map(math.isfinite, numbers.values())):
         return
     step = int(numbers.pop("step", -1)) + 1
-    numbers |= {} if weights else {"weights": math.nan}
     told = ", ".join(f"{name} {x}" for name, x in numbers.items() if not math.isfinite(x))
     kept = f"{folder / runs.CKPT} is as it was" if (folder / runs.CKPT).exists() else "no checkpoint is written"
     raise cli.UsageError(f"step {step}: not finite: {told}; {kept}; a smaller --lr or --weight may help")
@@ -425,17 +428,17 @@ def refuse_faults(seen: dict[str, Tensor], network: models.BYOL, folder: Path, a
 def warn_of_collapse(spread: float, flat: int) -> int:
     """Epochs in a row in which projections were all but one point; spread is 1 where they fill the sphere."""
     flat = flat + 1 if spread < 0.1 else 0
-    if flat >= 3 and cli.is_main():
-        print(
+    if flat >= 3:
+        processes.say(
             f"WARNING: collapse? For {flat} epochs all projections have been nearly one point, std {spread:.1e} of "
-            "a full sphere's. Try a smaller --lr, a --tau nearer 1, a longer --warmup, or --reg uniform",
-            file=sys.stderr,
+            "a full sphere's. Try a smaller --lr, a --tau nearer 1, a longer --warmup, or --reg uniform"
         )
     return flat
 
 
-def stop(told: signal.Signals, step: int, steps: int, folder: Path) -> None:
-    """Raise Stopped."""
+def stop(told: signal.Signals, step: int, steps: int, folder: Path, accelerator: Accelerator) -> None:
+    """Raise Stopped, once the first process has written: the launcher ends all behind the first that leaves."""
+    accelerator.wait_for_everyone()
     why = f"{told.name} after step {step} of {steps}; {folder / runs.CKPT} holds it, and the same command goes on"
     raise cli.Stopped(why, 128 + told)
 
@@ -447,7 +450,7 @@ def report(row: dict, log: Path, accelerator: Accelerator) -> None:
     accelerator.log({of + name: x for name, x in row.items() if isinstance(x, float)}, step=row["step"])
 
 
-def parameter_groups(network: models.BYOL, weight_decay: float) -> list[dict]:
+def parameter_groups(network: models.BYOL | models.SimCLR, weight_decay: float) -> list[dict]:
     """Weights, which LARS adapts and decays, and biases and norms, which it does neither, Appendix B.2."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     return [

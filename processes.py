@@ -5,6 +5,7 @@ Each has its share of a batch, or of a set that is embedded; the numbers are tho
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -42,6 +43,23 @@ def start(**how) -> Accelerator:
     if accelerator.device.type == "cpu" and launched:  # the launcher gives each one thread unless told not to
         torch.set_num_threads(cores())
     return accelerator
+
+
+def is_main() -> bool:
+    """Whether this is the one process, or the first of several, which alone prints and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(text: str) -> None:
+    """Tell it on standard error, once."""
+    if is_main():
+        print(text, file=sys.stderr)
+
+
+def end() -> None:
+    """Have GPUs send what other processes still wait for. gloo sends at once, and some processes abort at its end."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        dist.destroy_process_group()
 
 
 def cores() -> int:

@@ -105,7 +105,7 @@ def claim(folder: Path) -> TextIO:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115  # open as long as this process lives
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would be its workers', too
         except BlockingIOError:
             raise RunError(f"--out {folder}: another process is training in it; name another folder") from None
         except OSError as e:  # some network file systems have no locks

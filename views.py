@@ -68,7 +68,8 @@ def in_chunks(make: Callable, images: Tensor, u: Tensor, *how) -> Tensor:
 
 def normalise(x: Tensor, mean: tuple, std: tuple) -> Tensor:
     """x (b, 3, h, w), uint8 or in [0, 1], less the mean and over the std of each channel."""
-    return F.normalize(F.to_dtype(x, scale=True), list(mean), list(std))
+    mean, std = (torch.tensor(t).to(x.device, non_blocking=True)[:, None, None] for t in (mean, std))
+    return F.to_dtype(x, scale=True).sub(mean).div_(std)  # F.normalize has a GPU finish all before
 
 
 def crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:

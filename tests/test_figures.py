@@ -219,6 +219,6 @@ def test_rows_of_the_paper_are_those_of_the_readme(photos):
         given = {name: flag.default for name, flag in flags.items()} | cli.read(shlex.split(words), flags)
         facts = {k: x for k, x in data.FACTS[given["dataset"]].items() if k not in ("mean", "std")}
         many = data.Split(torch.zeros(1), torch.zeros(10_000))
-        settings = in_force(given, dataclasses.replace(photos, pretraining=many, **facts), processes=1)
+        settings = in_force(given, dataclasses.replace(photos, pretraining=many, **facts), world=1)
         settings = json.loads(json.dumps(settings))
         assert is_row(settings, paper) and not is_row({**settings, "epochs": 1}, paper), (row, settings)

@@ -151,6 +151,16 @@ def test_pictures_without_classes_train_and_are_not_judged(command, picture, tmp
         assert code == 2 and why in err and not (tmp_path / "other").exists()
 
 
+def test_of_several_processes_one_names_what_is_skipped(monkeypatch, capsys, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"")
+    told = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert pictures.sound([str(tmp_path / "broken.png")], pictures.read, skip_broken=True) == ([], [])
+        told.append(capsys.readouterr().err)
+    assert "skipped 1 of 1 pictures" in told[0] and told[1] == ""
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_a_folder_that_may_not_be_read_is_named(crowd):
     (crowd / "train" / "a b").chmod(0)

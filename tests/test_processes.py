@@ -22,7 +22,7 @@ import processes
 import runs
 from knn_eval import knn_eval
 from linear_eval import linear_eval
-from pretrain import pretrain
+from pretrain import pretrain, refuse_faults
 from regularizers import info_nce, uniformity
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +88,12 @@ def one_of_two(rank, port, folder, place):
         value = term(processes.gather(mine))
         value.backward()
         torch.save({"value": value.detach(), "grad": mine.grad}, f"{name}{rank}")
+    network = torch.nn.Linear(1, 1)
+    network.weight.data += torch.nan if rank else 0
+    try:
+        refuse_faults({}, network, Path("run"), processes.start())
+    except cli.UsageError as e:
+        Path(f"faulty{rank}").write_text(str(e))
     try:
         processes.agree(processes.start(), steps=3, step=rank)
     except processes.LaunchError as e:
@@ -182,6 +188,11 @@ def test_processes_that_do_not_share_their_files_are_refused(two):
     for rank in (0, 1):
         told = (two / f"refused{rank}").read_text()
         assert told == "step: not the same to process 1 as to process 0; do they share files?"
+
+
+def test_weights_that_are_not_finite_in_one_process_end_all(two):
+    told = {(two / f"faulty{rank}").read_text() for rank in (0, 1)}
+    assert len(told) == 1 and "not finite: weights nan" in told.pop()
 
 
 @pytest.mark.parametrize("stage", [pretrain, knn_eval, linear_eval])

@@ -1,6 +1,5 @@
 """A run that is stopped, killed, or cannot write goes on and ends in the bits of one that never stopped."""
 
-import fcntl
 import json
 import math
 import os
@@ -156,10 +155,28 @@ def picture_folder(folder, tmp_path):
 
 
 def test_a_folder_in_use_is_refused(command, folder, whole):
-    with open(whole / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    holds = "import runs, pathlib, sys; lock = runs.claim(pathlib.Path(sys.argv[1])); print('held'); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holds, whole], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
         code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", whole)
+        other.communicate("\n")
     assert code == 2 and rows == [] and "another process is training in it" in err and err.count("\n") == 1
+
+
+def test_a_run_that_was_killed_does_not_hold_its_folder_by_its_workers(tmp_path):
+    """Workers that read pictures are forked, and notice some seconds later that their parent is gone."""
+    held = "import os, pathlib, runs, signal, sys, time; lock = runs.claim(pathlib.Path(sys.argv[1])); pid = os.fork()"
+    fate = "time.sleep(60) if not pid else (print(pid, flush=True), os.kill(os.getpid(), signal.SIGKILL))"
+    command = [sys.executable, "-c", f"{held}; {fate}", tmp_path / "run"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as killed:
+        worker = int(killed.stdout.readline())
+        killed.wait()
+    try:
+        runs.claim(tmp_path / "run").close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_a_checkpoint_that_is_gone_or_is_no_state_is_not_written_over(command, folder, whole, tmp_path):
