@@ -48,7 +48,7 @@ import linear_eval
 import models
 import processes
 from knn_eval import vote
-from pretrain import Training, build, in_force, pretrain, train_step, watch
+from pretrain import Training, build, in_force, of_images, pretrain, train_step, watch
 from regularizers import alignment, amhe, energy_by_definition, mhe
 from views import DRAWS, crop_flip, normalise, two_views
 
@@ -234,7 +234,9 @@ def trainer(accelerator: Accelerator, batch_size: int, **flags) -> tuple[Trainin
     """A training of `pretrain` on photos, and its next step: crops, views, both networks, LARS, target, watch."""
     defaults = {name: flag.default for name, flag in inspect.signature(pretrain).parameters.items()}
     images = data.load("photos", pretraining=True)
-    settings = in_force({**defaults, "batch_size": batch_size, **flags}, images, accelerator.num_processes)
+    flags = {**defaults, "batch_size": batch_size, **flags}
+    settings = in_force(flags, accelerator.num_processes)
+    settings |= of_images(settings, flags, images)
     training = build(settings, images, accelerator)
     split = images.pretraining.to(accelerator.device)
     batches, seen = data.batches(split, batch_size, images.size, 0, itertools.count(1)), {}

@@ -67,7 +67,7 @@ def run(stage: Callable, *errors: type[Exception]) -> None:
     except Stopped as e:
         fail(*e.args) if processes.is_main() else leave(e.args[1])
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        fail("interrupted", 130) if processes.is_main() else leave(130)
     except RuntimeError as e:
         if "gloo" not in str(e):
             raise
@@ -91,7 +91,7 @@ def fail(why: object, code: int, told_by_another: bool = False) -> None:
 
 def leave(code: int) -> None:
     """End the program. One of several processes does so at once: gloo's threads would abort some at the end."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         if not code:
             processes.end()
         sys.stdout.flush()

@@ -132,8 +132,17 @@ def judged(
     """
     settings = description["settings"]
     name, place = dataset or settings["dataset"], data_dir or settings["data_dir"]
-    images = load(name, place, skip_broken=skip_broken or settings["skip_broken"])
-    view = description.get("view") or images.view(EVAL_CROP)
+    try:
+        images = load(name, place, skip_broken=skip_broken or settings["skip_broken"])
+    except DataError as e:
+        where = "" if dataset else "; the checkpoint was trained on it; --dataset or --data_dir say where it is now"
+        raise DataError(f"{e}{where}") from e
+    own = images.view(EVAL_CROP)
+    view = description.get("view") or own
+    if not dataset and any(list(view[x]) != list(own[x]) for x in ("mean", "std")):
+        processes.say(
+            f"dataset {name}: other images than in training, by their mean and std, which stay the training's"
+        )
     return images, view | ({"crop": eval_crop} if eval_crop else {})
 
 
@@ -285,11 +294,12 @@ def _layout(what: str, root: Path, tests: tuple[str, ...]) -> tuple[tuple[str, .
     if not why:
         (classes, *own), (others, *test) = pictures.find_classes(train), pictures.find_classes(held)
         if odd := sorted(set(classes) ^ set(others)):
-            raise DataError(f"{what} {root}: train and {held.name} do not hold the same classes: {', '.join(odd[:5])}")
+            alone = ", ".join(f"{name} in {'train' if name in classes else held.name} alone" for name in odd[:5])
+            raise DataError(f"{what} {root}: train and {held.name} do not hold the same classes: {alone}")
         if len(classes) > 1:
             return classes, [own, test], ""
         why = f"{' '.join(['one class,', *classes] if classes else ['no class'])}; {layout}, two or more"
-    top = train if train.is_dir() else root
+    top = train if train.is_dir() or held.is_dir() else root  # pictures to judge by are not trained on
     paths = pictures.find(top) if top.is_dir() else []
     return (), [(paths, [-1] * len(paths)), ([], [])], why
 

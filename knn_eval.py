@@ -62,7 +62,7 @@ def knn_eval(
         images, view = data.judged(description, dataset, data_dir, skip_broken, eval_crop)
     train, test = images.train.to(accelerator.device), images.test.to(accelerator.device)
     if floors and isinstance(train.images, data.Files):
-        raise cli.UsageError(f"--floors: pixels of {name} do not fit into memory; take --nofloors")
+        raise cli.UsageError(f"--floors: pictures of {name} are not in memory and of one size; take --nofloors")
     log = cli.log_of(ckpt, settings)
 
     judges = {"trained": encoder}

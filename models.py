@@ -305,8 +305,9 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         try:
             held = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:  # torch raises errors of many types on what is no file of tensors
-            why = f"{' '.join(str(e).split())[:150]} ..."
-            raise ModelError(f"{path}: not a file of tensors alone, and nothing of it was run ({why})") from e
+            raise ModelError(
+                f"{path}: not a file of tensors alone, and nothing of it was run; save the network's state_dict() in it"
+            ) from e
         while isinstance(held, dict) and (inner := next((k for k in ("state_dict", "model") if k in held), None)):
             held = held[inner]
         if not isinstance(held, dict):

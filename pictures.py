@@ -61,13 +61,16 @@ def find(folder: Path) -> list[str]:
 
 
 def find_classes(folder: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
-    """The sub-folders of a folder, as classes, their pictures, and the class of each. DataError for an empty one."""
-    classes = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
+    """The sub-folders of a folder but hidden ones, as classes, their pictures, and the class of each.
+
+    DataError for one without a picture.
+    """
+    classes = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."))
     paths, labels = [], []
     for label, name in enumerate(classes):
         found = find(folder / name)
         if not found:
-            raise DataError(f"{folder / name}: holds no picture; a class without any is no class")
+            raise DataError(f"{folder / name}: holds no picture ({', '.join(IMG_EXTENSIONS)}), and is no class")
         paths, labels = paths + found, labels + [label] * len(found)
     return classes, paths, labels
 
@@ -179,7 +182,7 @@ class Crops:
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Tensor:
         row, u = key
-        image = read(self.paths[row])
+        image = read(str(self.paths[row]))
         area, aspect, corner, flip = torch.from_numpy(u).split(DRAWS, 1)[:4]
         boxes = crop_boxes(area, aspect, corner, *image.shape[1:]).tolist()
         shape = [self.size, self.size]
@@ -196,6 +199,6 @@ class Centres:
     crop: float
 
     def __getitem__(self, row: int) -> Tensor:
-        image = read(self.paths[row])
+        image = read(str(self.paths[row]))
         image = F.resize(image, [round(self.size / self.crop)], InterpolationMode.BICUBIC, antialias=True)
         return F.center_crop(image, [self.size, self.size])

@@ -10,6 +10,7 @@ metrics.jsonl (the rows that were printed).
 import inspect
 import json
 import math
+import os
 import re
 import shlex
 import signal
@@ -153,10 +154,11 @@ def pretrain(
     refuse(flags, folder)
     log_with = None if tracker == "none" else tracker
     accelerator = processes.start(gradient_accumulation_steps=accumulate, log_with=log_with, project_dir=folder)
+    settings = in_force(flags, accelerator.num_processes)
     with accelerator.main_process_first():  # the others find what it has downloaded
         images = data.load(dataset, data_dir, pretraining=True, skip_broken=skip_broken)
     images = data.hold_out(images) if holdout else images
-    settings = in_force(flags, images, accelerator.num_processes)
+    settings |= of_images(settings, flags, images)
     view = images.view(eval_crop)
     steps_per_epoch = len(images.pretraining.labels) // settings["batch_size"]
     steps, warmup_steps = steps_per_epoch * settings["epochs"], round(steps_per_epoch * settings["warmup"])
@@ -166,7 +168,7 @@ def pretrain(
         lock = runs.claim(folder) if accelerator.is_main_process else None
         tensors, was = runs.saved(folder)
     done, step = position(description, was, folder)
-    processes.agree(accelerator, settings=settings, view=view, steps=steps, step=step)
+    processes.agree(accelerator, **settings, view=view, steps=steps, step=step)
 
     set_seed(seed)
     training = build(settings, images, accelerator)
@@ -274,6 +276,11 @@ def refuse(flags: dict, folder: Path) -> None:
     if flags["tracker"] != "none" and find_spec(flags["tracker"]) is None:
         raise cli.UsageError(f"--tracker {flags['tracker']}: is not installed; pip install {flags['tracker']}")
     recipe_of(flags)
+    near = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+    if not near.is_dir() or not os.access(near, os.W_OK | os.X_OK):
+        raise cli.UsageError(
+            f"--out {folder}: cannot be written ({near} is {'read-only' if near.is_dir() else 'a file'})"
+        )
     with torch.device("meta"):
         encoder = models.build_encoder(model, "imagenet")
     if "encoder" in (flags["reg_on"] or ()):
@@ -289,35 +296,39 @@ def recipe_of(flags: dict) -> str:
     return name or (own or ["cifar10-300"])[0]
 
 
-def in_force(flags: dict, images: data.Dataset, world: int) -> dict:
-    """Every setting with its value in force. Raises UsageError where they do not go together."""
+def in_force(flags: dict, world: int) -> dict:
+    """Every setting with its value in force, but for those `of_images` adds. UsageError if they do not go together."""
     name = recipe_of(flags)
-    recipe, n = RECIPES[name], len(images.pretraining.labels)
-    epochs, term = flags["epochs"] or recipe.epochs, TERMS[flags["reg"]]
+    recipe, epochs = RECIPES[name], flags["epochs"] or RECIPES[name].epochs
     weights = {None: 0.0, "energy": float(recipe.energy_weight), "uniformity": recipe.uniformity_weight}
-    derived = {"recipe": name, "stem": images.stem, "weight": weights[term], "blur_p": images.blur}
-    derived |= {"warmup": recipe.warmup * epochs / recipe.epochs, "reg_on": ("projector", "predictor")}
+    derived = {"recipe": name, "weight": weights[TERMS[flags["reg"]]], "reg_on": ("projector", "predictor")}
+    derived |= {"warmup": recipe.warmup * epochs / recipe.epochs}
     defaults = asdict(recipe) | derived
     settings = {name: defaults.get(name) if x is None else x for name, x in flags.items() if name not in HOW}
     parts = ("encoder", "projector", *["predictor"] * (flags["method"] == "byol"))
     settings["reg_on"] = [part for part in parts if part in settings["reg_on"]]
-    if flags["blur_p"] is not None:
-        settings["blur_p"] = (flags["blur_p"],) * 2
-    if not images.classes:
-        if flags["eval_every"]:
-            raise cli.UsageError(f"--eval_every {flags['eval_every']}: {flags['dataset']} has no classes to judge by")
-        settings["eval_every"] = 0
     batch_size, warmup, share = settings["batch_size"], settings["warmup"], world * settings["accumulate"]
     if warmup >= epochs:
         raise cli.UsageError(f"--warmup {warmup}: has to be shorter than the training, {epochs} epochs")
-    if batch_size > n:
-        raise cli.UsageError(f"--batch_size {batch_size}: {flags['dataset']} has {n} images to train on; take fewer")
     if batch_size % share or batch_size < 2 * share:
         among = f"{settings['accumulate']} micro-batches of {world} process{'es' * (world > 1)}"
         near = sorted({max(2, batch_size // share + more) * share for more in (0, 1)})
         told = f"has to be a multiple of {share}, twice or more, for {among}; take {' or '.join(map(str, near))}"
         raise cli.UsageError(f"--batch_size {batch_size}: {told}")
     return settings
+
+
+def of_images(settings: dict, flags: dict, images: data.Dataset) -> dict:
+    """The settings that a data set gives where no flag does. UsageError for what it is too small for, or has not."""
+    dataset, batch_size, n = flags["dataset"], settings["batch_size"], len(images.pretraining.labels)
+    if batch_size > n:
+        own = "" if flags["batch_size"] else f" (recipe {settings['recipe']})"
+        raise cli.UsageError(f"--batch_size {batch_size}{own}: {dataset} has {n} images to train on; take fewer")
+    if not images.classes and flags["eval_every"]:
+        raise cli.UsageError(f"--eval_every {flags['eval_every']}: {dataset} has no classes to judge by")
+    blur = images.blur if flags["blur_p"] is None else (flags["blur_p"],) * 2
+    every = settings["eval_every"] if images.classes else 0
+    return {"stem": flags["stem"] or images.stem, "blur_p": blur, "eval_every": every}
 
 
 def shared_out(settings: dict, accelerator: Accelerator) -> list[str]:
@@ -338,8 +349,9 @@ def position(description: dict, was: dict | None, folder: Path) -> tuple[int, in
         raise cli.UsageError(
             f"--out {folder}: holds a run with other settings, {', '.join(told)}; take these, or name another folder"
         )
-    if told := [x for x in ("view", "steps") if json.loads(json.dumps(description[x])) != was.get(x)]:
-        differs = ", ".join(f"{x} {description[x]} (it was {was.get(x)})" for x in told)
+    now, then = ({**x["view"], "steps": x["steps"]} for x in (json.loads(json.dumps(description)), was))
+    if told := [f"{name} {x} (it was {then.get(name)})" for name, x in now.items() if x != then.get(name)]:
+        differs = ", ".join(told)
         raise cli.UsageError(f"--out {folder}: holds a run on other images, {differs}; name another folder")
     return was["epoch"], was["step"]
 

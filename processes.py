@@ -32,13 +32,16 @@ def start(**how) -> Accelerator:
         accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **how)
     except (ValueError, ImportError) as e:  # a precision that the device, or what is installed, does not have
         raise LaunchError(f"accelerate launch: {e}") from e
+    if accelerator.mixed_precision not in ("no", "bf16", "fp16"):
+        raise LaunchError(f"accelerate launch: --mixed_precision {accelerator.mixed_precision}: take no, bf16 or fp16")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would take fp32
         raise LaunchError("accelerate launch: --mixed_precision fp16 wants a GPU; on a CPU take bf16 or no")
-    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
-        raise LaunchError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but Accelerate sees {accelerator.num_processes} process; on a "
-            "machine without a GPU, set ACCELERATE_USE_CPU=true"
-        )
+    for name, seen in {"WORLD_SIZE": accelerator.num_processes, "RANK": accelerator.process_index}.items():
+        if (said := os.environ.get(name, str(seen))) != str(seen):
+            raise LaunchError(
+                f"{name} is {said}, but Accelerate sees {seen} (of {accelerator.num_processes} process); start several "
+                "by a launcher, on a machine without a GPU with ACCELERATE_USE_CPU=true"
+            )
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if accelerator.device.type == "cpu" and launched:  # the launcher gives each one thread unless told not to
         torch.set_num_threads(cores())
@@ -47,7 +50,7 @@ def start(**how) -> Accelerator:
 
 def is_main() -> bool:
     """Whether this is the one process, or the first of several, which alone prints and writes."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:
@@ -70,10 +73,11 @@ def cores() -> int:
 
 def agree(accelerator: Accelerator, **facts) -> None:
     """LaunchError unless these are the same to all processes, as they are on machines that share their files."""
-    told = gather_object([json.dumps(facts, sort_keys=True)]) if accelerator.num_processes > 1 else []
-    for rank, text in enumerate(told):
-        if odd := [name for name, x in json.loads(told[0]).items() if json.loads(text)[name] != x]:
-            raise LaunchError(f"{', '.join(odd)}: not the same to process {rank} as to process 0; do they share files?")
+    told = gather_object([json.dumps(facts)]) if accelerator.num_processes > 1 else []
+    first, *others = map(json.loads, told or ["{}"])
+    for rank, own in enumerate(others, 1):
+        if odd := [f"{name} {own[name]} (process 0: {x})" for name, x in first.items() if own[name] != x]:
+            raise LaunchError(f"process {rank} has {', '.join(odd)}; give all the same flags and the same files")
 
 
 def same_buffers(network: nn.Module, accelerator: Accelerator) -> None:

@@ -121,11 +121,14 @@ def claim(folder: Path) -> TextIO:
 def saved(folder: Path) -> tuple[dict[str, Tensor], dict | None]:
     """The state that a folder holds: tensors, none before the first was saved, and description, None without a run.
 
-    ModelError if the checkpoint is damaged; RunError if there is none where there was one, or if it is no state.
+    RunError if the checkpoint is damaged, if there is none where there was one, or if it is no state.
     """
     ckpt = folder / CKPT
     if ckpt.exists():
-        tensors, description = models.load(ckpt)
+        try:
+            tensors, description = models.load(ckpt)
+        except models.ModelError as e:
+            raise RunError(f"{e}; name another --out, or remove it") from e
         if not {"settings", "epoch", "step"} <= description.keys() or "rng/cpu" not in tensors:
             raise RunError(f"{ckpt}: a network alone, without the momentum that a run goes on with; name another --out")
         return tensors, description

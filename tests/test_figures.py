@@ -19,7 +19,7 @@ from torch import nn
 import cli
 import data
 from figures import batch, dynamics, figures, gaussian_kde, is_row, knn, paper_rows, read, von_mises_fisher_kde
-from pretrain import RECIPES, in_force, pretrain, representations
+from pretrain import RECIPES, in_force, of_images, pretrain, representations
 
 SETTINGS = {"dataset": "photos", "data_dir": "data", "method": "byol", "norm": "bn", "reg": "none", "s": 2.0}
 SETTINGS |= {"weight": 0.0, "reg_on": ["projector", "predictor"], "batch_size": 64, "accumulate": 1, "out_dim": 256}
@@ -219,6 +219,7 @@ def test_rows_of_the_paper_are_those_of_the_readme(photos):
         given = {name: flag.default for name, flag in flags.items()} | cli.read(shlex.split(words), flags)
         facts = {k: x for k, x in data.FACTS[given["dataset"]].items() if k not in ("mean", "std")}
         many = data.Split(torch.zeros(1), torch.zeros(10_000))
-        settings = in_force(given, dataclasses.replace(photos, pretraining=many, **facts), world=1)
+        settings = in_force(given, world=1)
+        settings |= of_images(settings, given, dataclasses.replace(photos, pretraining=many, **facts))
         settings = json.loads(json.dumps(settings))
         assert is_row(settings, paper) and not is_row({**settings, "epochs": 1}, paper), (row, settings)

@@ -151,6 +151,33 @@ def test_pictures_without_classes_train_and_are_not_judged(command, picture, tmp
         assert code == 2 and why in err and not (tmp_path / "other").exists()
 
 
+def test_folders_that_are_no_two_halves_of_the_same_classes(picture, tmp_path):
+    """A hidden folder, as notebooks leave, is no class; pictures to judge by are not trained on."""
+    for place in ("train/a", "train/b", "train/.hidden", "test/a", "test/b"):
+        (tmp_path / place).mkdir(parents=True)
+        picture.save(tmp_path / place / "0.png")
+    assert data.load(str(tmp_path)).classes == ("a", "b")
+    (tmp_path / "test" / "b").rename(tmp_path / "test" / "c")
+    with pytest.raises(data.DataError, match="not hold the same classes: b in train alone, c in test alone"):
+        data.load(str(tmp_path), pretraining=True)
+    (tmp_path / "train").rename(tmp_path / "trian")
+    with pytest.raises(data.DataError, match=r"no folder .*train; train/ and test/ or val/ hold"):
+        data.load(str(tmp_path), pretraining=True)
+
+
+def test_a_set_that_is_not_the_trainings_is_told(command, crowd, picture, tmp_path):
+    assert command(pretrain, "--dataset", crowd, *TINY)[0] == 0
+    assert "other images" not in command(knn_eval, "run/ckpt.safetensors", "--k", 3)[2]
+    picture.rotate(90).point(lambda x: 255 - x).save(next((crowd / "train").glob("*/0.png")))
+    code, rows, err = command(knn_eval, "run/ckpt.safetensors", "--k", 3)
+    assert code == 0 and rows and err.count(f"dataset {crowd}: other images than in training") == 1
+    crowd.rename(tmp_path / "moved")
+    code, rows, err = command(knn_eval, "run/ckpt.safetensors", "--k", 3)
+    assert code == 2 and rows == [] and err.count("\n") == 1
+    assert "the checkpoint was trained on it; --dataset or --data_dir say where it is now" in err
+    assert command(knn_eval, "run/ckpt.safetensors", "--k", 3, "--dataset", "moved")[0] == 0
+
+
 def test_of_several_processes_one_names_what_is_skipped(monkeypatch, capsys, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"")
     told = []

@@ -184,10 +184,10 @@ def test_terms_over_processes_are_those_of_the_whole_batch(two, name):
     assert all(half["value"].item() == pytest.approx(value.item(), rel=1e-12) for half in halves)
 
 
-def test_processes_that_do_not_share_their_files_are_refused(two):
+def test_processes_that_differ_are_refused(two):
     for rank in (0, 1):
         told = (two / f"refused{rank}").read_text()
-        assert told == "step: not the same to process 1 as to process 0; do they share files?"
+        assert told == "process 1 has step 1 (process 0: 0); give all the same flags and the same files"
 
 
 def test_weights_that_are_not_finite_in_one_process_end_all(two):
@@ -196,23 +196,33 @@ def test_weights_that_are_not_finite_in_one_process_end_all(two):
 
 
 @pytest.mark.parametrize("stage", [pretrain, knn_eval, linear_eval])
-def test_processes_that_do_not_see_each_other_are_refused(command, folder, monkeypatch, two, tmp_path, stage):
-    """torchrun, without ACCELERATE_USE_CPU, on a machine without a GPU."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize(
+    "name, said, line",
+    [("WORLD_SIZE", "2", "sees 1 (of 1"), ("WORLD_SIZE", "two", "sees 1 (of 1"), ("RANK", "1", "sees 0 (of 1")],
+)
+def test_processes_that_do_not_see_each_other_are_refused(
+    command, folder, monkeypatch, two, tmp_path, stage, name, said, line
+):
+    """torchrun, without ACCELERATE_USE_CPU, on a machine without a GPU; variables that a launcher has left behind."""
+    monkeypatch.setenv(name, said)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     monkeypatch.setattr(cli, "leave", sys.exit)
     what = ["--dataset", folder, *SMALL] if stage is pretrain else [two / "two0" / "ckpt.safetensors"]
     code, rows, err = command(stage, *what)
-    assert code == 2 and rows == [] and "WORLD_SIZE is 2, but Accelerate sees 1" in err
+    assert code == 2 and rows == [] and f"{name} is {said}, but Accelerate {line} process)" in err
     assert not any(tmp_path.iterdir())
 
 
-def test_half_precision_on_a_cpu_is_refused(folder, tmp_path):
+@pytest.mark.parametrize(
+    "precision, line", [("fp16", "fp16 wants a GPU; on a CPU take bf16 or no"), ("bf61", "bf61: take no, bf16 or fp16")]
+)
+def test_a_precision_that_there_is_not_is_refused(folder, tmp_path, precision, line):
     """In a process of its own: Accelerate keeps the precision of the first."""
-    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": precision, "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, str(ROOT / "pretrain.py"), "--dataset", str(folder), *SMALL, "--out", "run"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
-    assert "--mixed_precision fp16 wants a GPU; on a CPU take bf16 or no" in done.stderr
+    assert f"--mixed_precision {line}" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

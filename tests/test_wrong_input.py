@@ -1,12 +1,14 @@
 """Every wrong turn ends in one line that names the culprit, with nothing written: all stages, one table."""
 
 import json
+import os
 import pickle
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import data
 import models
 from figures import figures
 from knn_eval import knn_eval
@@ -66,8 +68,8 @@ PRETRAIN = {
     "--model vit_tiny_patch16_224": "model vit_tiny_patch16_224: not a ResNet",
     "--model resnet18.no_tag": "model resnet18.no_tag: timm cannot make it",
     "--model resnext50_32x4d --reg amhe --reg_on encoder": "encoder.layer1.0.conv2 is a grouped convolution",
-    "--out occupied": "--out occupied: cannot be written (File exists)",
-    "--out occupied/run": "--out occupied/run: cannot be written (Not a directory)",
+    "--out occupied": "--out occupied: cannot be written (occupied is a file)",
+    "--out occupied/run": "--out occupied/run: cannot be written (occupied is a file)",
     "--out " + "x" * 300: "cannot be written (File name too long)",
     "--out foreign": "foreign/metrics.jsonl: line 1 is not one that a stage writes",
     "--out headless": "headless/metrics.jsonl: has no first row with a run's settings",
@@ -113,7 +115,6 @@ KNN = {
 }
 LINEAR = {
     "good.safetensors --epochs 0": "--epochs 0: expected a whole number >= 1",
-    "good.safetensors --batch_size 2001 --dataset photos": "--batch_size 2001: photos has 2000 images to train on",
     "good.safetensors --sweep --lr 1": "--lr 1.0: has no effect with --sweep",
 }
 FIGURES = {
@@ -199,6 +200,22 @@ def test_one_line_no_trace(shell, traps, monkeypatch, stage, words, line):
     assert code == 2 and lines == [], err
     assert err.startswith(f"{stage.__name__}.py: ") and line in err and err.count("\n") == 1, err
     assert everything(traps) == before
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ("--batch_size 15 --accumulate 2", "--batch_size 15: has to be a multiple of 2"),
+        ("--warmup 4 --epochs 3", "--warmup 4.0: has to be shorter than the training"),
+        ("--out locked/run", "--out locked/run: cannot be written (locked is read-only)"),
+    ],
+)
+def test_what_needs_no_image_is_found_before_one_is_read(shell, monkeypatch, tmp_path, words, line):
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda place, _: place.name != "locked")  # root writes everywhere
+    monkeypatch.setattr(data, "load", None)
+    code, lines, err = shell(pretrain, *words.split())
+    assert code == 2 and lines == [] and line in err and err.count("\n") == 1, err
 
 
 def test_they_are_many():
