@@ -2,7 +2,7 @@
 
     accelerate launch pretrain.py --reg amhe --s 2
 
-trains ResNet-18 on the embedded photographs (about three minutes on two CPU cores) and leaves a run folder with
+trains ResNet-18 on the embedded photographs (one to three minutes on two CPU cores) and leaves a run folder with
 ckpt.safetensors (online network and target), encoder.safetensors (the encoder alone, under timm's names) and
 metrics.jsonl (the rows that were printed).
 """
@@ -63,7 +63,7 @@ class Recipe:
 
 # Rates, batches, epochs, warm-up, tau, weight decay: Appendix B.2; the decay that it leaves out for CIFAR and STL-10 is
 # ImageNet's. Heads: Section 3.6. lambda of energies: Appendix C.1, for ImageNet Section 4; of uniformity: Section 4.
-# Temperatures, which the paper does not give: SimCLR's. photos is ours: three minutes on two cores; so few steps want a
+# Temperatures, which the paper does not give: SimCLR's. photos is ours: minutes on two cores; so few steps want a
 # large rate and a slow target.
 RECIPES = {
     #                     epochs batch   lr   decay warm-up  tau  hidden  out  lambdas   temp. eval
