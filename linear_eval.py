@@ -34,7 +34,7 @@ def linear_eval(
     ckpt: str,
     *,
     epochs: Annotated[int, ">= 1"] = 80,
-    batch_size: Annotated[int, ">= 1"] = 100,
+    batch_size: Annotated[int, ">= 1"] | None = None,
     lr: Annotated[float, "> 0", "< 1e6"] | None = None,
     sweep: bool = False,
     weight_decay: Annotated[float, ">= 0"] = 0.0,
@@ -53,7 +53,7 @@ def linear_eval(
     Args:
         ckpt: ckpt.safetensors or encoder.safetensors of a run, or with --model a file of another project
         epochs: length of the training
-        batch_size: images in one step; where the set holds fewer, all of them
+        batch_size: images in one step; None = 100, or all where the set holds fewer
         lr: learning rate per 256 images at the start; it falls to 0 by a cosine; None = 0.2
         sweep: take the best of 0.4, 0.3, 0.2, 0.1, 0.05 for lr, judged on images held out of the training set
         weight_decay: of the classifier
@@ -77,7 +77,9 @@ def linear_eval(
     with accelerator.main_process_first():  # the others find what it has downloaded
         images, view = data.judged(description, dataset, data_dir, skip_broken, eval_crop)
     halves = data.hold_out(images) if sweep else images
-    batch_size = min(batch_size, len(halves.train.labels))
+    if (batch_size or 0) > (n := len(halves.train.labels)):
+        raise cli.UsageError(f"--batch_size {batch_size}: {name} has {n} images to train on; take fewer")
+    batch_size = batch_size or min(100, n)
     frozen = {key: x.clone() for key, x in encoder.state_dict().items()}
     log = cli.log_of(ckpt, settings)
 

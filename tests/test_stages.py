@@ -295,11 +295,14 @@ def test_energy_falls_when_it_is_all_that_counts(command, folder, tmp_path):
 
 
 def test_a_batch_larger_than_the_set(command, trained):
-    """All of it is one batch, and the rate is that batch's."""
-    more, all_ = (
-        command(linear_eval, trained / "ckpt.safetensors", "--epochs", 2, "--batch_size", n)[1] for n in (49, 48)
+    """It is refused; without the flag all 48 images are one batch, and the rate is that batch's."""
+    code, rows, err = command(linear_eval, trained / "ckpt.safetensors", "--batch_size", 49)
+    assert code == 2 and rows == [] and "has 48 images to train on; take fewer" in err
+    given, own = (
+        command(linear_eval, trained / "ckpt.safetensors", "--epochs", 2, *flag)[1]
+        for flag in (["--batch_size", 48], [])
     )
-    assert more == all_ and more[-1]["batch_size"] == 48
+    assert given == own and own[-1]["batch_size"] == 48 and own[0]["lr"] == pytest.approx(0.2 * 48 / 256)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(command, folder, tmp_path, monkeypatch):

@@ -115,6 +115,7 @@ KNN = {
 }
 LINEAR = {
     "good.safetensors --epochs 0": "--epochs 0: expected a whole number >= 1",
+    "good.safetensors --batch_size 2001 --dataset photos": "--batch_size 2001: photos has 2000 images to train on",
     "good.safetensors --sweep --lr 1": "--lr 1.0: has no effect with --sweep",
 }
 FIGURES = {
