@@ -27,10 +27,9 @@ from torchvision import datasets
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-import pictures
-import processes
-from pictures import DataError, Files
-from views import DRAWS, crop_flip, normalise
+from harness import pictures, processes
+from harness.augment import DRAWS, crop_flip, normalise
+from harness.pictures import DataError, Files
 
 
 class Split(NamedTuple):

@@ -16,10 +16,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-import cli
 import data
 import models
-import processes
+from harness import cli, processes
 
 SMALL = 10_000  # images in the bank: up to here the floors come unasked
 TILE = 2**9, 2**16  # queries and rows of the bank whose similarities are looked at together: 128 MB

@@ -21,11 +21,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import cli
 import data
 import models
-import processes
-from views import normalise
+from harness import cli, processes
+from harness.augment import normalise
 
 RATES = (0.4, 0.3, 0.2, 0.1, 0.05)  # BYOL's list, per 256 images
 

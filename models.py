@@ -28,7 +28,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import processes
+from harness import processes
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".tar")  # how files of other projects end
 # what other projects put before an encoder's names: DataParallel, then SimSiam, MoCo, Barlow Twins, lightly

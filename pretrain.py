@@ -31,14 +31,13 @@ from timm.optim import Lars
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import cli
 import data
 import models
-import processes
-import runs
+from harness import cli, processes
+from harness import run as runs
+from harness.augment import two_views
 from knn_eval import nearest_neighbours
 from regularizers import alignment, amhe, info_nce, mhe, uniformity, unit
-from views import two_views
 
 Pair = tuple[Tensor, Tensor]  # of both views
 

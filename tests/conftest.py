@@ -6,11 +6,10 @@ import sys
 import pytest
 from torchvision.transforms.v2.functional import to_pil_image
 
-import cli
 import data
 import models
-import processes
-import runs
+from harness import cli, processes
+from harness import run as runs
 
 
 @pytest.fixture(scope="session")

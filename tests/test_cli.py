@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-import cli
+from harness import cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -140,7 +140,7 @@ def test_rows_go_to_standard_output_and_the_log(tmp_path, capsys):
 
 
 def test_a_reader_that_leaves_ends_the_stage_quietly():
-    script = "import cli\ndef stage():\n    for i in range(9999): cli.emit({'i': i})\ncli.run(stage)"
+    script = "from harness import cli\ndef stage():\n    for i in range(9999): cli.emit({'i': i})\ncli.run(stage)"
     done = subprocess.run(
         f"{sys.executable} -c {shlex.quote(script)} | head -1", shell=True, capture_output=True, text=True, cwd=ROOT
     )

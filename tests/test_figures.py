@@ -16,10 +16,10 @@ import torch
 from test_readme import ROWS
 from torch import nn
 
-import cli
 import data
-from figures import batch, dynamics, figures, gaussian_kde, is_row, knn, paper_rows, read, von_mises_fisher_kde
+from harness import cli
 from pretrain import RECIPES, in_force, of_images, pretrain, representations
+from tools.figures import batch, dynamics, figures, gaussian_kde, is_row, knn, paper_rows, read, von_mises_fisher_kde
 
 SETTINGS = {"dataset": "photos", "data_dir": "data", "method": "byol", "norm": "bn", "reg": "none", "s": 2.0}
 SETTINGS |= {"weight": 0.0, "reg_on": ["projector", "predictor"], "batch_size": 64, "accumulate": 1, "out_dim": 256}

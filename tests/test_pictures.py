@@ -10,7 +10,7 @@ import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
 import data
-import pictures
+from harness import pictures
 from knn_eval import knn_eval
 from pretrain import pretrain
 

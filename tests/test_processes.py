@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import cli
 import data
 import models
-import processes
-import runs
+from harness import cli, processes
+from harness import run as runs
 from knn_eval import knn_eval
 from linear_eval import linear_eval
 from pretrain import pretrain, refuse_faults

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import cli
 import data
 import models
-from bench import bench
-from figures import figures
+from harness import cli
 from knn_eval import knn_eval
 from linear_eval import linear_eval
 from pretrain import RECIPES, pretrain
-from reproduce import reproduce
+from tools.bench import bench
+from tools.figures import figures
+from tools.reproduce import reproduce
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 ROWS = re.findall(r"^\| (\S+, [^|]+) \| `(--dataset [^`]+)` \| ([\d.]+)", README, re.M)
@@ -98,16 +98,17 @@ def test_the_judges_take_such_a_checkpoint(command, substitutes):
 
 def commands():
     blocks = re.findall(r"^```\n(.*?)^```", README, re.M | re.S) + re.findall(
-        r"`(?:\S+=\S+ )?(python (?:figures|bench|reproduce)\.py[^`]*)`", README
+        r"`(?:\S+=\S+ )?(python -m tools\.(?:figures|bench|reproduce)[^`]*)`", README
     )
     lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [part for line in lines for part in line.split(" && ") if ".py" in part]
+    return [part for line in lines for part in line.split(" && ") if ".py" in part or "-m tools." in part]
 
 
 @pytest.mark.parametrize("line", commands())
 def test_flags_of_every_command_exist(line):
     words = [word for part in shlex.split(line) for word in part.split()]  # a part may be a command of its own
-    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    stages = {f"{stage.__name__}.py": stage for stage in (pretrain, knn_eval, linear_eval, figures, bench, reproduce)}
+    at = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith("tools."))
+    stages = {f"{stage.__name__}.py": stage for stage in (pretrain, knn_eval, linear_eval)}
+    stages |= {f"tools.{stage.__name__}": stage for stage in (figures, bench, reproduce)}
     flags = cli.read(words[at + 1 :], inspect.signature(stages[words[at]]).parameters)
-    assert flags or line == "python bench.py"
+    assert flags or line == "python -m tools.bench"

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import cli
 import data
-import reproduce
-from figures import figures
+from harness import cli
 from knn_eval import knn_eval
 from linear_eval import linear_eval
 from pretrain import pretrain, refuse
+from tools import reproduce
+from tools.figures import figures
 
 ROOT = Path(__file__).parent.parent
 STAGES = {stage.__name__: stage for stage in (pretrain, knn_eval, linear_eval, figures)}
@@ -91,7 +91,8 @@ def test_a_signal_is_passed_on_and_awaited(tmp_path):
         "print('ready', flush=True)\n"
         "time.sleep(60)\n"
     )
-    code = f"import cli, reproduce\ndef stage():\n    reproduce.child([{str(stage)!r}], {{}})\ncli.run(stage)"
+    code = "from harness import cli\nfrom tools import reproduce\n"
+    code += f"def stage():\n    reproduce.child([{str(stage)!r}], {{}})\ncli.run(stage)"
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert driver.stdout.readline() == b"ready\n"
     driver.send_signal(signal.SIGTERM)

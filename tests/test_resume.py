@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import models
-import runs
+from harness import run as runs
 from pretrain import Lars, pretrain
 
 ROOT = Path(__file__).parent.parent
@@ -155,7 +155,8 @@ def picture_folder(folder, tmp_path):
 
 
 def test_a_folder_in_use_is_refused(command, folder, whole):
-    holds = "import runs, pathlib, sys; lock = runs.claim(pathlib.Path(sys.argv[1])); print('held'); input()"
+    holds = "import pathlib, sys; from harness import run as runs; "
+    holds += "lock = runs.claim(pathlib.Path(sys.argv[1])); print('held'); input()"
     with subprocess.Popen(
         [sys.executable, "-c", holds, whole], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
@@ -167,7 +168,8 @@ def test_a_folder_in_use_is_refused(command, folder, whole):
 
 def test_a_run_that_was_killed_does_not_hold_its_folder_by_its_workers(tmp_path):
     """Workers that read pictures are forked, and notice some seconds later that their parent is gone."""
-    held = "import os, pathlib, runs, signal, sys, time; lock = runs.claim(pathlib.Path(sys.argv[1])); pid = os.fork()"
+    held = "import os, pathlib, signal, sys, time; from harness import run as runs; "
+    held += "lock = runs.claim(pathlib.Path(sys.argv[1])); pid = os.fork()"
     fate = "time.sleep(60) if not pid else (print(pid, flush=True), os.kill(os.getpid(), signal.SIGKILL))"
     command = [sys.executable, "-c", f"{held}; {fate}", tmp_path / "run"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as killed:

@@ -13,12 +13,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 import data
 import models
-import processes
+from harness import processes
+from harness.augment import two_views
 from knn_eval import knn_eval, vote
 from linear_eval import linear_eval
 from pretrain import Lars, lr_at, parameter_groups, pretrain, tau_at
 from regularizers import alignment, energy_by_definition, mhe, uniformity
-from views import two_views
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16".split()

@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-import views
+from harness import augment as views
 
 BICUBIC = InterpolationMode.BICUBIC
 

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 import data
 import models
-from figures import figures
 from knn_eval import knn_eval
 from linear_eval import linear_eval
 from pretrain import pretrain
+from tools.figures import figures
 
 PRETRAIN = {
     "--regg amhe": "--regg: no such flag; did you mean --reg?",

@@ -1,9 +1,9 @@
 """The paper's figures and tables from run folders; nothing is run again for them.
 
-    python figures.py table runs/photos-*
-    python figures.py knn runs/photos-byol runs/photos-byol-seed1 runs/photos-amhe runs/photos-amhe-seed1
-    python figures.py circle runs/photos-simclr-out_dim2 runs/photos-byol-out_dim2
-    python figures.py views --dataset photos
+    python -m tools.figures table runs/photos-*
+    python -m tools.figures knn runs/photos-byol runs/photos-byol-seed1 runs/photos-amhe runs/photos-amhe-seed1
+    python -m tools.figures circle runs/photos-simclr-out_dim2 runs/photos-byol-out_dim2
+    python -m tools.figures views --dataset photos
 
 circle: Figures 3 and 7. energy: Figure 4. dynamics: Figure 5. knn: Figure 6. batch: Figure 8. table: mean and sample
 standard deviation over seeds. views: what a data set's augmentations look like. Runs that differ in their seed alone
@@ -25,12 +25,12 @@ import matplotlib
 import torch
 from torch import Tensor
 
-import cli
 import data
 import models
+from harness import cli
+from harness.augment import two_views
+from harness.run import Run, RunError, read
 from pretrain import RECIPES
-from runs import Run, RunError, read
-from views import two_views
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -29,8 +29,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import cli
 import models
+from harness import cli
 
 FILES = LOG, CKPT, ENCODER = "metrics.jsonl", "ckpt.safetensors", "encoder.safetensors"
 PLACES = ("data_dir",)  # settings that a run may go on without: where the data lie, not what they are

@@ -1,6 +1,6 @@
 """Runs that are killed at random moments, and go on: a longer trial, by hand, of what tests/test_resume.py tests.
 
-    python tests/trial.py --runs 20 --signal_name SIGKILL
+    python -m tools.trial --runs 20 --signal_name SIGKILL
 
 Each run trains on photos by a process of its own, which is killed once to three times at moments drawn from the length
 of a run that nothing stops, the start of Python included, and started again with the same command. Every one has to end

@@ -21,8 +21,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-import processes
-from views import DRAWS, crop_boxes
+from harness import processes
+from harness.augment import DRAWS, crop_boxes
 
 
 class DataError(ValueError):

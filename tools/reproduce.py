@@ -1,8 +1,8 @@
 """The paper's claim on CIFAR-10, run after run: pre-train, judge by both judges, and make the table of what there is.
 
-    python reproduce.py --precision bf16                          # 100 to 300 epochs a run; wants a GPU
-    python reproduce.py --dataset path/to/pictures --precision bf16
-    python reproduce.py --dataset path/to/pictures --trial --folder runs/trial --results runs/trial/table
+    python -m tools.reproduce --precision bf16                          # 100 to 300 epochs a run; wants a GPU
+    python -m tools.reproduce --dataset path/to/pictures --precision bf16
+    python -m tools.reproduce --dataset path/to/pictures --trial --folder runs/trial --results runs/trial/table
 
 Runs come in the order in which they tell most. Each command is printed before it starts. What is done is not done
 again, and a run that was stopped goes on: stop it at any time, and give the same command. After each run, `results`
@@ -22,12 +22,12 @@ from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
-import cli
 import models
-import runs
+from harness import cli
+from harness import run as runs
 from pretrain import HOW, pretrain
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 ALL = "--reg_on encoder,projector,predictor"
 FIVE = ("", "--reg uniform", "--reg mhe", "--reg amhe", "--method simclr")
 CIRCLE = "--model alexnet --out_dim 2 --epochs 100"
@@ -76,10 +76,10 @@ def reproduce(
             flags["epochs"] = str(int(flags["epochs"]) // 100 or flags["epochs"])
         run = Path(folder, name_of(words))
         done = progress(run, flags)
-        stages = {"pretrain": ["pretrain.py", *(f"--{name}={x}" for name, x in flags.items()), f"--out={run}"]}
+        stages = {"pretrain": [HERE / "pretrain.py", *(f"--{name}={x}" for name, x in flags.items()), f"--out={run}"]}
         if "eval_every" not in flags:
-            stages["knn_eval"] = ["knn_eval.py", run / runs.CKPT]
-            stages["linear_eval"] = ["linear_eval.py", run / runs.CKPT, *SHORT * trial]
+            stages["knn_eval"] = [HERE / "knn_eval.py", run / runs.CKPT]
+            stages["linear_eval"] = [HERE / "linear_eval.py", run / runs.CKPT, *SHORT * trial]
         for name, command in stages.items():
             if name in done:
                 continue
@@ -139,10 +139,9 @@ def child(command: list, environment: dict[str, str]) -> int:
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        typed = [sys.executable, HERE / command[0], *command[1:]]
-        children.append(
-            subprocess.Popen(list(map(str, typed)), env={**os.environ, **environment}, start_new_session=True)
-        )
+        typed = [sys.executable, *command]
+        variables = {**os.environ, "PYTHONPATH": str(HERE), **environment}
+        children.append(subprocess.Popen(list(map(str, typed)), env=variables, start_new_session=True))
         code = children[0].wait()
     finally:
         for number, handler in before.items():
@@ -163,7 +162,7 @@ def collect(folder: Path, results: Path) -> int:
                 with models.whole(copy) as file:
                     file.write(log.read_bytes())
                 found.append(copy.parent)
-    return child(["figures.py", "table", *found, f"--out={results}"], {}) if found else 0
+    return child([HERE / "tools" / "figures.py", "table", *found, f"--out={results}"], {}) if found else 0
 
 
 if __name__ == "__main__":

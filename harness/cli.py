@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import fire
 from tqdm import tqdm
 
-import processes
+from harness import processes
 
 SWITCH = ("true", "false", "none")  # what may follow the name of a switch
 RULES = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}

@@ -1,9 +1,9 @@
 """How fast the parts are, each beside what a user would otherwise use, in one run.
 
-    python bench.py                          # all rows; about 20 minutes on two CPU cores
-    python bench.py --only energy,knn
-    python bench.py --scaling                # how cost grows with neurons, batch and bank
-    accelerate launch --mixed_precision bf16 bench.py
+    python -m tools.bench                          # all rows; about 20 minutes on two CPU cores
+    python -m tools.bench --only energy,knn
+    python -m tools.bench --scaling                # how cost grows with neurons, batch and bank
+    accelerate launch --mixed_precision bf16 -m tools.bench
 
 A row calls the project's own functions. Those that are compared take turns, so that a machine that slows down slows all
 of them; the first turn warms up, the second is for memory, times are medians of the others. Ratios, medians of those of
@@ -42,15 +42,14 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2.functional import resize, to_pil_image
 from tqdm import tqdm
 
-import cli
 import data
 import linear_eval
 import models
-import processes
+from harness import cli, processes
+from harness.augment import DRAWS, crop_flip, normalise, two_views
 from knn_eval import vote
 from pretrain import Training, build, in_force, of_images, pretrain, train_step, watch
 from regularizers import alignment, amhe, energy_by_definition, mhe
-from views import DRAWS, crop_flip, normalise, two_views
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 HEADS = ((4096, 512), (256, 4096), (4096, 256), (256, 4096))  # projector and predictor of Section 3.6
@@ -528,7 +527,7 @@ def linear(accelerator: Accelerator) -> Iterator[Contest]:
 
 def start(accelerator: Accelerator) -> Iterator[Contest]:
     """From the launch of pretrain.py to its first step."""
-    here = Path(__file__).parent
+    here = Path(__file__).parent.parent
 
     def python(code: str) -> Callable:
         def call() -> None:
