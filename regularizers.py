@@ -3,12 +3,12 @@
     alignment(x, y)     Eq. A.1; with alpha = 2 it is BYOL's loss, Eq. 3
     uniformity(x)       Eq. 2
     info_nce(x, y)      Eq. 1
-    mhe(weight)         Eq. 5, over the N (N - 1) ordered pairs of Eq. 7
-    amhe(weight)        Eq. A.3, likewise
+    mhe(weight)         Eq. 5, the mean over the N (N - 1) ordered pairs of Eq. 7
+    amhe(weight)        Eq. A.3, the same mean with angles
 
-Each projects its rows to the unit sphere itself, computes in fp32 (float64 stays float64) whatever autocast says,
-and gives a zero row the gradient 0. Equations are those of Durrant & Leontidis, "Hyperspherically Regularized Networks
-for Self-Supervision" (2022).
+Each function projects its rows to the unit sphere, computes in fp32 (float64 stays float64) even under autocast, and
+gives a zero row the gradient 0. This file imports torch alone, so that it can be copied into another project. The
+equations are those of Durrant & Leontidis, "Hyperspherically Regularized Networks for Self-Supervision" (2022).
 """
 
 import math
@@ -16,12 +16,11 @@ import math
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-ZERO = 1e-12  # a row no longer than this has no direction (torch.nn.functional.normalize draws the same line)
-SMALLEST = 1e-4  # distances count as at least this, so that coincident neurons have a finite energy and gradient
-NEAR = 0.99  # beyond this |cosine| a pair's distance is taken from the rows: their Gram matrix has lost its digits
-CPU_BLOCK = 512  # rows a block: one block of the Gram matrix is 1 MB in fp32 and stays in the cache
-GPU_BLOCK = 2048  # 16 MB, few launches
+Pairs = tuple[Tensor, Tensor]  # rows and columns of some entries of a block
+
+ZERO = 1e-12  # a row that is no longer than this has no direction; torch.nn.functional.normalize uses the same bound
 
 
 def alignment(x: Tensor, y: Tensor, alpha: float = 2) -> Tensor:
@@ -30,25 +29,28 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2) -> Tensor:
     x, y: (n, d), row i of both from the same image. ValueError unless the shapes agree and alpha > 0.
     """
     if x.shape != y.shape or x.ndim != 2 or alpha <= 0:
-        raise ValueError(
-            f"alignment takes two (n, d) tensors and alpha > 0, not {tuple(x.shape)}, {tuple(y.shape)}, {alpha}"
-        )
-    distance = torch.linalg.vector_norm(unit(x) - unit(y), dim=1).clamp_min(1e-30)  # no infinite slope for alpha < 1
+        shapes = f"{tuple(x.shape)}, {tuple(y.shape)}"
+        raise ValueError(f"alignment takes two (n, d) tensors and alpha > 0, not {shapes}, {alpha}")
+    distance = torch.linalg.vector_norm(unit(x) - unit(y), dim=1)
+    distance = distance.clamp_min(1e-30)  # at 0 the slope would be infinite for alpha < 1
     return distance.pow(alpha).mean()
 
 
 def uniformity(x: Tensor, t: float = 2) -> Tensor:
-    """Log of the mean Gaussian potential over all pairs i < j, Eq. 2: log E exp(-t ||x_i - x_j||^2), within [-4t, 0].
+    """Log of the mean Gaussian potential over pairs, Eq. 2: log E exp(-t ||x_i - x_j||^2) over i != j, within [-4t, 0].
 
-    x: (n, d), n >= 2, else ValueError. Eq. 2's expectation admits i = j; like its authors' estimator, this does not.
+    x: (n, d), n >= 2. ValueError for another shape or t <= 0. The expectation of Eq. 2 includes i = j; the estimator of
+    its authors leaves these pairs out, and so does this function.
     """
     if x.ndim != 2 or len(x) < 2 or t <= 0:
         raise ValueError(f"uniformity takes (n, d) with n >= 2 and t > 0, not {tuple(x.shape)}, {t}")
     with torch.autocast(x.device.type, enabled=False):
         x = unit(x)
         exponent = 2 * t * (x @ x.T - 1)  # = -t ||x_i - x_j||^2
-        others = exponent.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), -math.inf)
-        return others.flatten().logsumexp(0) - math.log(len(x) * (len(x) - 1))
+        itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+        others = exponent.masked_fill(itself, -math.inf)
+        pairs = len(x) * (len(x) - 1)
+        return others.flatten().logsumexp(0) - math.log(pairs)
 
 
 def info_nce(x: Tensor, y: Tensor, temperature: float = 0.5) -> Tensor:
@@ -64,7 +66,8 @@ def info_nce(x: Tensor, y: Tensor, temperature: float = 0.5) -> Tensor:
         z = unit(torch.cat([x, y]))
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
         similarity = (z @ z.T / temperature).masked_fill(itself, -math.inf)
-        return torch.nn.functional.cross_entropy(similarity, torch.arange(len(z), device=z.device).roll(len(x)))
+        other_view = torch.arange(len(z), device=z.device).roll(len(x))
+        return F.cross_entropy(similarity, other_view)
 
 
 def mhe(weight: Tensor, s: float = 2) -> Tensor:
@@ -72,41 +75,48 @@ def mhe(weight: Tensor, s: float = 2) -> Tensor:
 
     weight: (N, ...), one neuron a row of weight.flatten(1); N = 1 has no pair and the energy 0. s >= 0; s = 0 is the
     mean of log(1 / ||w_i - w_j||). Distances below 1e-4 count as 1e-4. ValueError for a weight below 2-d or s < 0.
-
-    The code of Liu et al. (2018), wy1iu/MHE, differs in constants alone: its s = 0 is log(1 / |.|^2), twice Eq. 5, and
-    its rows are divided by sqrt(|w|^2 + 1e-4).
+    The code of Liu et al. (2018), wy1iu/MHE, has log(1 / |.|^2) for s = 0, and divides rows by sqrt(|w|^2 + 1e-4).
     """
     return _energy(weight, s, angular=False)
 
 
 def amhe(weight: Tensor, s: float = 2) -> Tensor:
-    """Angular hyperspherical energy of a layer, Eq. A.3 over N (N - 1): `mhe` with the angle arccos(w_i . w_j), in
-    radians, in place of the chord.
+    """Angular hyperspherical energy of a layer, Eq. A.3 over N (N - 1): `mhe` with the angle arccos(w_i . w_j) in
+    radians in place of the chord.
 
     Shapes, errors and the smallest distance (1e-4 rad) are those of `mhe`. wy1iu/MHE divides the angle by pi, adds 1e-4
-    to it and hides a factor 0.1 in its a1 and a2.
+    to it, and multiplies its a1 and a2 by 0.1.
     """
     return _energy(weight, s, angular=True)
 
 
 def energy_by_definition(weight: Tensor, s: float, angular: bool) -> Tensor:
-    """Eq. 5 and Eq. A.3 as they are printed, over N (N - 1): what `mhe` and `amhe` are tested against, in float64.
+    """Eq. 5 and Eq. A.3 as they are printed, over N (N - 1): the reference that tests hold `mhe` and `amhe` to.
 
-    It keeps several N x N matrices for autograd, and in fp32 it loses close pairs' digits: 2 % at an angle of 1e-3.
+    Arguments as for `mhe`; angular chooses Eq. A.3. It keeps several N x N matrices for autograd, and in fp32 close
+    pairs lose their digits: the result is 2 % off at an angle of 1e-3.
     """
-    w = torch.nn.functional.normalize(weight.flatten(1))
+    w = F.normalize(weight.flatten(1))
     i, j = torch.triu_indices(len(w), len(w), 1, device=w.device)
-    z = (w @ w.T)[i, j].clamp(-1, 1).arccos() if angular else torch.cdist(w, w)[i, j]
-    return z.pow(-s).mean() if s > 0 else -z.log().mean()
+    if angular:
+        cosine = (w @ w.T)[i, j].clamp(-1, 1)
+        return riesz(cosine.arccos(), s).mean()
+    return riesz(torch.cdist(w, w)[i, j], s).mean()
+
+
+def riesz(z: Tensor, s: float) -> Tensor:
+    """f_s(z) of Eq. 5 for distances z > 0: z^-s, or log(1 / z) for s = 0."""
+    return z.pow(-s) if s > 0 else z.log().neg_()
 
 
 def unit(x: Tensor) -> Tensor:
     """Rows of x (n, d) projected to the unit sphere, in fp32 or float64; a zero row stays zero, with gradient 0."""
-    return x.to(_precision(x)) * _inverse_norm(x.to(_precision(x)))
+    x = x.to(_precision(x))
+    return x * _inverse_norm(x)
 
 
 def _precision(x: Tensor) -> torch.dtype:
-    """float64 for float64, else float32."""
+    """float64 for float64, float32 for any other type."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -116,33 +126,44 @@ def _inverse_norm(x: Tensor) -> Tensor:
     return (norm > ZERO) / norm.clamp_min(ZERO)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The same energies, fast and exact
+#
+# The gradient has a closed form: with the cosines c_ij = w_i . w_j, dE/dw_i = 2 / (N (N - 1)) sum_j f'(c_ij) w_j. This
+# is a product of a matrix and the rows, so one sweep over blocks of the symmetric Gram matrix yields the energy and its
+# gradient together, and forgets each block before the next. A cosine near 1 or -1 has lost the digits of its angle;
+# such pairs are few, and are computed from their rows.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SMALLEST = 1e-4  # smallest distance, so that two equal neurons have a finite energy and gradient
+NEAR = 0.99  # pairs beyond this |cosine| are computed from their rows
+CPU_BLOCK = 512  # rows in a block: 1 MB of cosines in fp32, which stays in the cache
+GPU_BLOCK = 2048  # rows in a block: 16 MB, so that a layer takes few kernel launches
+
+
 def _energy(weight: Tensor, s: float, angular: bool) -> Tensor:
     if weight.ndim < 2 or not 0 <= s < math.inf:
-        raise ValueError(
-            f"an energy takes a weight (N, ...) of 2 dimensions or more and s >= 0, not {tuple(weight.shape)}, {s}"
-        )
+        wrong = f"{tuple(weight.shape)}, {s}"
+        raise ValueError(f"an energy takes a weight (N, ...) of 2 dimensions or more and s >= 0, not {wrong}")
     return _Energy.apply(weight, s, angular)
 
 
 class _Energy(torch.autograd.Function):
-    """The mean of f_s over all pairs and its gradient, in one sweep over blocks of the Gram matrix.
-
-    With c_ij = w_i . w_j for unit rows, dE/dw_i = 2 / (N (N - 1)) sum_j f'(c_ij) w_j: again a product of a matrix and
-    rows, so a block of cosines yields its share of energy and gradient and is forgotten. f'(c_ij) is symmetric, so only
-    blocks on and above the diagonal are visited. Nothing of size N x N is kept.
-    """
+    """Mean of f_s(z) = z^-s, or log(1 / z) for s = 0, over all pairs of neurons; its gradient comes with the value."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, s: float, angular: bool) -> Tensor:
         rows = weight.flatten(1).to(_precision(weight))
-        scale = _inverse_norm(rows)
-        w = rows * scale
-        pairs = max(1, len(w) * (len(w) - 1))  # a single neuron has none, and the energy 0
+        inverse_norm = _inverse_norm(rows)
+        w = rows * inverse_norm
+        pairs = max(1, len(w) * (len(w) - 1))  # a single neuron has no pair and the energy 0
         with torch.autocast(weight.device.type, enabled=False):
             energy, grad = _sweep(rows, w, s, angular, want_grad=ctx.needs_input_grad[0])
         if grad is not None:
-            grad.addcmul_(w, (grad * w).sum(1, keepdim=True), value=-1)  # E does not change with a row's length
-            ctx.save_for_backward(grad.mul_(scale * (2 / pairs)).to(weight.dtype).view_as(weight))
+            along_row = (grad * w).sum(1, keepdim=True)
+            grad.addcmul_(w, along_row, value=-1)  # the energy does not change with the length of a row
+            grad.mul_(inverse_norm * (2 / pairs))
+            ctx.save_for_backward(grad.to(weight.dtype).view_as(weight))
         return energy / pairs
 
     @staticmethod
@@ -156,71 +177,104 @@ def _sweep(rows: Tensor, w: Tensor, s: float, angular: bool, want_grad: bool) ->
     """Sum of f_s over ordered pairs of unit rows w, and sum_j f'(c_ij) w_j for each row i, up to a multiple of w_i."""
     energy = w.new_zeros(())
     grad = torch.zeros_like(w) if want_grad else None
-    block = CPU_BLOCK if w.device.type == "cpu" else GPU_BLOCK
-    for a in range(0, len(w), block):
-        for b in range(a, len(w), block):
-            i, j = slice(a, a + block), slice(b, b + block)
+    size = CPU_BLOCK if w.device.type == "cpu" else GPU_BLOCK
+    potential = _potential_of_angle if angular else _potential_of_chord
+    for a in range(0, len(w), size):
+        for b in range(a, len(w), size):
+            i, j = slice(a, a + size), slice(b, b + size)
+            on_diagonal = a == b
+            times = 1 if on_diagonal else 2  # a block above the diagonal counts for its mirror image, too
             cosine = w[i] @ w[j].T
-            if a == b:
-                cosine.fill_diagonal_(0)  # no pair: its share is removed below
-            if (near := _near(cosine)) is not None:
+            if on_diagonal:
+                cosine.fill_diagonal_(0)  # i = j is not a pair; `_clear` removes its share
+            near = _near_pairs(cosine)
+            if near is not None:
                 cosine.clamp_(-NEAR, NEAR)
-            value, slope = _riesz(cosine, s, angular, want_grad)
-            for x in (value, slope) if want_grad else (value,):
-                if a == b:
-                    x.fill_diagonal_(0)
-                if near is not None:
-                    x[near] = 0
-            times = 1 if a == b else 2
-            energy += times * value.sum()
+            value, slope = potential(cosine, s, want_grad)
+            energy += times * _clear(value, on_diagonal, near).sum()
             if want_grad:
+                _clear(slope, on_diagonal, near)
                 grad[i].addmm_(slope, w[j])
-                if a != b:
+                if not on_diagonal:
                     grad[j].addmm_(slope.T, w[i])
             if near is not None:
-                chunks = (k.split(max(1, 2**22 // w.shape[1])) for k in near)
-                for p, q in zip(*chunks):
-                    energy += times * _exact_pairs(rows, grad, p + a, q + b, s, angular, both=a != b)
+                length = max(1, 2**22 // w.shape[1])  # rows of 32 MB in float64 at a time
+                for p, q in zip(near[0].split(length), near[1].split(length)):
+                    energy += times * _exact_pairs(rows, grad, p + a, q + b, s, angular, both=not on_diagonal)
     return energy, grad
 
 
-def _near(cosine: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Rows and columns of the pairs that are close or opposite, usually none."""
+def _near_pairs(cosine: Tensor) -> Pairs | None:
+    """Rows and columns of the pairs beyond NEAR; None, as a rule, where there are none."""
     low, high = cosine.aminmax()
     if torch.maximum(-low, high) <= NEAR:
         return None
     return (cosine.abs() > NEAR).nonzero(as_tuple=True)
 
 
-def _riesz(cosine: Tensor, s: float, angular: bool, want_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """f_s(z), z^-s or log(1 / z), and its derivative by the cosine, of cosines within NEAR, which are written over."""
-    if angular:
-        z = cosine.arccos()
-        value = z.pow(-s) if s > 0 else z.log().neg_()
-    else:
-        bend = cosine.mul_(-2).add_(2)  # z^2; dz/dc = -1 / z, so f' = s f / z^2
-        value = bend.pow(-s / 2) if s > 0 else bend.log().div_(-2)
+def _clear(block: Tensor, on_diagonal: bool, near: Pairs | None) -> Tensor:
+    """Set the entries of a block to zero that are not pairs, or that `_exact_pairs` adds."""
+    if on_diagonal:
+        block.fill_diagonal_(0)
+    if near is not None:
+        block[near] = 0
+    return block
+
+
+def _potential_of_angle(cosine: Tensor, s: float, want_slope: bool) -> tuple[Tensor, Tensor | None]:
+    """f_s of the angles and its derivative by the cosine, for cosines within NEAR, which are overwritten."""
+    angle = cosine.arccos()
+    value = riesz(angle, s)
     if not want_slope:
         return value, None
-    if angular:
-        sine = torch.addcmul(cosine.new_ones(()), cosine, cosine, value=-1, out=cosine).sqrt_()
-        bend = z.mul_(sine)  # dz/dc = -1 / sin z, so f' = s f / (z sin z)
-    return value, torch.div(value, bend, out=bend).mul_(s) if s > 0 else bend.reciprocal_()
+    one = cosine.new_ones(())
+    square_of_sine = torch.addcmul(one, cosine, cosine, value=-1, out=cosine)
+    sine = square_of_sine.sqrt_()
+    return value, _slope(value, angle.mul_(sine), s)  # d angle / d cosine = -1 / sine
+
+
+def _potential_of_chord(cosine: Tensor, s: float, want_slope: bool) -> tuple[Tensor, Tensor | None]:
+    """f_s of the chords and its derivative by the cosine, for cosines within NEAR, which are overwritten."""
+    square = cosine.mul_(-2).add_(2)  # |w_i - w_j|^2
+    value = square.pow(-s / 2) if s > 0 else square.log().div_(-2)
+    if not want_slope:
+        return value, None
+    return value, _slope(value, square, s)  # d chord / d cosine = -1 / chord
+
+
+def _slope(value: Tensor, bend: Tensor, s: float) -> Tensor:
+    """f'(c) = s f / bend, or 1 / bend for s = 0, with bend = z * |dc / dz|, which is overwritten."""
+    if s == 0:
+        return bend.reciprocal_()
+    return torch.div(value, bend, out=bend).mul_(s)
 
 
 def _exact_pairs(
     rows: Tensor, grad: Tensor | None, p: Tensor, q: Tensor, s: float, angular: bool, both: bool
 ) -> Tensor:
-    """Sum of f_s over the pairs (p, q), close or opposite, from the difference and the sum of their rows in float64."""
-    x, y = unit(rows[p].double()), unit(rows[q].double())
-    apart, across = (x - y).norm(dim=1), (x + y).norm(dim=1)
-    z = (2 * torch.atan2(apart, across) if angular else apart).clamp_min(SMALLEST)
-    value = z.pow(-s) if s > 0 else -z.log()
+    """Sum of f_s over the near pairs (p, q), in float64, from the difference and the sum of their unit rows.
+
+    Adds the pairs' share of the gradient to rows p of `grad` and, with `both`, to rows q.
+    """
+    x = unit(rows[p].double())
+    y = unit(rows[q].double())
+    apart = (x - y).norm(dim=1)
+    across = (x + y).norm(dim=1)
+    if angular:
+        z = 2 * torch.atan2(apart, across)
+        dc_dz = apart * across / 2  # the sine of the angle
+    else:
+        z = dc_dz = apart
+    z = z.clamp_min(SMALLEST)
+    value = riesz(z, s)
     if grad is not None:
-        bend = z * (apart * across / 2 if angular else apart).clamp_min(1e-30)  # sin z = apart across / 2
-        slope = ((s * value if s > 0 else 1) / bend)[:, None]
-        side = torch.where(apart < across, 1, -1)[:, None]  # y -+ x points along the sphere as y does, with all digits
-        grad.index_add_(0, p, (slope * (y - side * x)).to(grad.dtype))
+        bend = z * dc_dz.clamp_min(1e-30)
+        slope = (s * value if s > 0 else 1) / bend
+        slope = slope[:, None]
+        side = torch.where(apart < across, 1, -1)[:, None]
+        pull_p = slope * (y - side * x)  # along the sphere, y - side x is y, but it keeps all its digits
+        grad.index_add_(0, p, pull_p.to(grad.dtype))
         if both:
-            grad.index_add_(0, q, (slope * (x - side * y)).to(grad.dtype))
+            pull_q = slope * (x - side * y)
+            grad.index_add_(0, q, pull_q.to(grad.dtype))
     return value.sum().to(rows.dtype)
