@@ -3,14 +3,11 @@
     python knn_eval.py runs/photos-amhe/ckpt.safetensors
 
 The training set is the bank, the test set asks. Features are the encoder's pooled output, compared by cosine; each of
-the k nearest votes for its class with weight exp(cosine / temperature), as in Wu et al. (2018) and DINO. One row a k:
-
-    {"stage": "knn_eval", "of": "trained", "k": 20, "top1": 78.4, "top5": 99.2, ...}
-
-The same vote on an untrained network (the run's own initial weights) and on raw pixels: floors that a score stands on.
+the k nearest votes for its class with weight exp(cosine / temperature), as in Wu et al. (2018) and DINO. One row a k.
+The same vote on an untrained network (the run's own initial weights) and on raw pixels gives floors for the score.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from accelerate import Accelerator
@@ -18,85 +15,74 @@ from torch import Tensor, nn
 
 import data
 import models
-from harness import cli, processes
+from data import Split
+from harness import cli, judging, processes
+from harness.errors import InputError
+from harness.log import emit
+from harness.neighbours import nearest
 
-SMALL = 10_000  # images in the bank: up to here the floors come unasked
-TILE = 2**9, 2**16  # queries and rows of the bank whose similarities are looked at together: 128 MB
+DEFAULT_K = (10, 20, 100, 200)
+QUERIES_AT_ONCE = 512  # whose votes are counted together
+FLOORS_UP_TO = 10_000  # images in the bank up to which the floors come unasked
 
 
 def knn_eval(
-    ckpt: str,
+    ckpt: judging.Ckpt,
     *,
-    k: tuple[Annotated[int, ">= 1"], ...] = (10, 20, 100, 200),
-    temperature: Annotated[float, "> 0"] = 0.07,
-    dataset: str | None = None,
-    data_dir: str | None = None,
-    model: str | None = None,
-    stem: Literal["cifar", "imagenet"] | None = None,
-    net: Literal["online", "target"] = "online",
-    eval_crop: Annotated[float, "> 0", "<= 1"] | None = None,
-    skip_broken: bool = False,
-    floors: bool | None = None,
+    k: Annotated[tuple[Annotated[int, ">= 1"], ...], "numbers of neighbours, up to all of the bank"] = DEFAULT_K,
+    temperature: Annotated[float, "> 0", "of the votes' weights exp(cosine / temperature); DINO's 0.07"] = 0.07,
+    dataset: judging.DatasetName = None,
+    data_dir: judging.DataDir = None,
+    model: judging.Model = None,
+    stem: judging.Stem = None,
+    net: judging.Net = "online",
+    eval_crop: judging.EvalCrop = None,
+    skip_broken: judging.SkipBroken = False,
+    floors: Annotated[bool, "judge an untrained network and pixels, too; None = up to 10,000 images"] | None = None,
 ):
-    """Print the top-1 and top-5 accuracy (%) of a weighted k-NN vote on the features of a checkpoint.
-
-    Args:
-        ckpt: ckpt.safetensors or encoder.safetensors of a run, or with --model a file of another project
-        k: numbers of neighbours; where the bank holds fewer, all of it votes
-        temperature: of the votes' weights exp(cosine / temperature); DINO's 0.07
-        dataset: as in pretrain.py; None = the one the checkpoint was trained on
-        data_dir: as in pretrain.py; None = as in training
-        model: any ResNet of timm, for a checkpoint of another project (.pth, .safetensors); then --dataset is needed
-        stem: of such a checkpoint, cifar or imagenet; None = imagenet
-        net: the network that is judged, online or target
-        eval_crop: part of the side that the evaluation view keeps; None = as in training
-        skip_broken: leave out pictures that cannot be read, as in pretrain.py; it is done if it was done in training
-        floors: judge the untrained network and raw pixels, too; None = if the bank has at most 10,000 images
-    """
+    """Print the top-1 and top-5 accuracy (%) of a weighted k-NN vote on the features of a checkpoint."""
+    flags = dict(locals())
     accelerator = processes.start()
-    encoder, description = models.load_encoder(ckpt, net, model, stem, dataset)
-    settings = description["settings"]
-    name = dataset or settings["dataset"]
-    with accelerator.main_process_first():  # the others find what it has downloaded
-        images, view = data.judged(description, dataset, data_dir, skip_broken, eval_crop)
-    train, test = images.train.to(accelerator.device), images.test.to(accelerator.device)
-    if floors and isinstance(train.images, data.Files):
-        raise cli.UsageError(f"--floors: pictures of {name} are not in memory and of one size; take --nofloors")
-    log = cli.log_of(ckpt, settings)
+    judged = judging.open_judged(accelerator, flags)
+    train = judged.images.train.to(accelerator.device)
+    test = judged.images.test.to(accelerator.device)
+    in_memory = isinstance(train.images, Tensor)
+    if floors and not in_memory:
+        raise InputError(f"--floors: pictures of {judged.dataset} are not in memory and of one size; take --nofloors")
+    if floors is None:
+        floors = in_memory and len(train.labels) <= FLOORS_UP_TO
 
-    judges = {"trained": encoder}
-    if floors or (floors is None and len(train.labels) <= SMALL and isinstance(train.images, Tensor)):
-        torch.manual_seed(settings["seed"])
-        untrained = models.build_encoder(settings["model"], settings["stem"], settings["norm"])
-        judges |= {"untrained": untrained, "pixels": nn.Flatten()}
-    how = {"temperature": temperature, "net": net, "eval_crop": view["crop"]}
-    how["trained_epochs"] = description.get("epoch")
-    where = {"dataset": name, "split": "test", "bank": len(train.labels), "queries": len(test.labels)}
-    for of, judge in judges.items():
-        tops = nearest_neighbours(judge.to(accelerator.device), train, test, view, accelerator, k, temperature)
-        for n, scores in tops.items() if accelerator.is_main_process else ():
-            cli.emit({"stage": "knn_eval", "of": of, "k": n, **scores, **how, **where}, log)
+    encoders = {"trained": judged.encoder}
+    if floors:
+        torch.manual_seed(judged.settings["seed"])
+        architecture = [judged.settings[name] for name in ("model", "stem", "norm")]
+        encoders["untrained"] = models.build_encoder(*architecture)
+        encoders["pixels"] = nn.Flatten()
+    protocol = {"temperature": temperature, "net": net, "eval_crop": judged.view["crop"]}
+    protocol |= {"trained_epochs": judged.trained_epochs, "dataset": judged.dataset, "split": "test"}
+    protocol |= {"bank": len(train.labels), "queries": len(test.labels)}
+    for of, encoder in encoders.items():
+        encoder = encoder.to(accelerator.device)
+        scores_by_k = nearest_neighbours(encoder, train, test, judged.view, accelerator, k, temperature)
+        for neighbours, scores in scores_by_k.items():
+            row = {"stage": "knn_eval", "of": of, "k": neighbours}
+            emit(row | scores | protocol, judged.log)
 
 
 def nearest_neighbours(
-    encoder: nn.Module,
-    bank: data.Split,
-    queries: data.Split,
-    view: dict,
-    accelerator: Accelerator,
-    k: tuple[int, ...] = (20,),
-    temperature: float = 0.07,
+    encoder: nn.Module, bank: Split, queries: Split, view: dict, accelerator: Accelerator, k=(20,), temperature=0.07
 ) -> dict[int, dict[str, float]]:
-    """The `vote` on an encoder's features of the evaluation views of two splits; k and temperature are DINO's.
+    """Take the `vote` on an encoder's features of the evaluation views of two splits; k and temperature are DINO's.
 
     Each process embeds its share of the images, and takes the vote over all of them.
     """
 
-    def embed(split: data.Split) -> Tensor:
+    def embed(split: Split) -> Tensor:
         return models.embed(encoder, data.evaluation_views(split, **view))
 
-    features, asking = (processes.in_shares(embed, split, accelerator) for split in (bank, queries))
-    return vote(features, bank.labels, asking, queries.labels, k, temperature)
+    bank_features = processes.embed_in_shares(embed, bank, accelerator)
+    query_features = processes.embed_in_shares(embed, queries, accelerator)
+    return vote(bank_features, bank.labels, query_features, queries.labels, k, temperature)
 
 
 @torch.no_grad()
@@ -106,41 +92,42 @@ def vote(
     """Accuracy in percent, {k: {"top1": ..., "top5": ...}}, of the vote of the k rows of the bank nearest by cosine.
 
     bank (n, d), queries (m, d): features, rows of any length; bank_labels (n,), labels (m,): classes from 0. k is
-    clipped to n.
+    clipped to n. Of classes with equal votes the lower comes first; a class without a vote has no rank.
     """
     classes = int(max(bank_labels.max(), labels.max())) + 1
-    ks = list(dict.fromkeys(min(n, len(bank)) for n in k))
-    ranks, index = {n: [] for n in ks}, torch.arange(classes, device=bank.device)
-    for similarity, nearest, truth in zip(*(x.split(TILE[0]) for x in (*neighbours(queries, bank, max(ks)), labels))):
-        weight = ((similarity - similarity[:, :1]).double() / temperature).exp()  # the nearest weighs 1
-        for n in ks:
-            votes = weight.new_zeros(len(truth), classes).scatter_add_(1, bank_labels[nearest[:, :n]], weight[:, :n])
-            won = votes.gather(1, truth[:, None])
-            # of equal votes the lower class comes first; a class without a vote has no rank
-            before = (votes > won) | ((votes == won) & (index < truth[:, None]))
-            ranks[n].append(before.sum(1).masked_fill(won[:, 0] == 0, max(classes, 5)))
-    within = {n: {t: (torch.cat(rank) < t).double().mean().item() for t in (1, 5)} for n, rank in ranks.items()}
-    return {n: {f"top{t}": round(100 * share, 4) for t, share in shares.items()} for n, shares in within.items()}
+    clipped = [min(neighbours, len(bank)) for neighbours in k]
+    ks = list(dict.fromkeys(clipped))  # each once
+    cosines, rows = nearest(queries, bank, max(ks))
+    ranks = {neighbours: [] for neighbours in ks}
+    chunks = [x.split(QUERIES_AT_ONCE) for x in (cosines, rows, labels)]
+    for cosine, row, truth in zip(*chunks):
+        advantage = (cosine - cosine[:, :1]).double()
+        weight = (advantage / temperature).exp()  # that of the nearest is 1: only ratios count, and none overflows
+        for neighbours in ks:
+            votes = weight.new_zeros(len(truth), classes)
+            voted = bank_labels[row[:, :neighbours]]
+            votes.scatter_add_(1, voted, weight[:, :neighbours])
+            ranks[neighbours].append(rank_of(truth, votes))
+    return {neighbours: accuracy(torch.cat(parts)) for neighbours, parts in ranks.items()}
 
 
-def neighbours(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines (m, k) of each query (m, d) with the k nearest rows of the bank (n, d), in falling order, and which rows.
+def rank_of(truth: Tensor, votes: Tensor) -> Tensor:
+    """The rank from 0 of the true classes (b,) by their votes (b, classes); beyond 4 for a class without a vote."""
+    classes = votes.shape[1]
+    index = torch.arange(classes, device=votes.device)
+    won = votes.gather(1, truth[:, None])
+    is_tied_before = (votes == won) & (index < truth[:, None])
+    rank = ((votes > won) | is_tied_before).sum(1)
+    has_no_vote = won[:, 0] == 0
+    return rank.masked_fill(has_no_vote, max(classes, 5))
 
-    Beyond one tile of cosines, there is a normalised copy of the queries and of a part of the bank.
-    """
-    queries = nn.functional.normalize(queries)
-    best, rows = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long, device=bank.device)
-    tile = queries.new_empty(TILE[0] * min(TILE[1], len(bank)))  # one for all: new pages cost a CPU a fifth of the time
-    for start, part in zip(range(0, len(bank), TILE[1]), bank.split(TILE[1])):
-        part, found = nn.functional.normalize(part), []
-        for some in queries.split(TILE[0]):
-            cosines = torch.mm(some, part.T, out=tile[: len(some) * len(part)].view(len(some), len(part)))
-            found.append(cosines.topk(min(k, len(part))))
-        values, at = (torch.cat(x) for x in zip(*found))
-        best, order = torch.cat([best, values], 1).topk(min(k, best.shape[1] + values.shape[1]))
-        rows = torch.cat([rows, at + start], 1).gather(1, order)
-    return best, rows
+
+def accuracy(ranks: Tensor) -> dict[str, float]:
+    """Percent of the queries whose true class is first, or among the first five."""
+    top1 = 100 * (ranks < 1).double().mean().item()
+    top5 = 100 * (ranks < 5).double().mean().item()
+    return {"top1": round(top1, 4), "top5": round(top5, 4)}
 
 
 if __name__ == "__main__":
-    cli.run(knn_eval, data.DataError, models.ModelError, processes.LaunchError)
+    cli.run(knn_eval)

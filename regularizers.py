@@ -7,8 +7,7 @@
     amhe(weight)        Eq. A.3, the same mean with angles
 
 Each function projects its rows to the unit sphere, computes in fp32 (float64 stays float64) even under autocast, and
-gives a zero row the gradient 0. This file imports torch alone, so that it can be copied into another project. The
-equations are those of Durrant & Leontidis, "Hyperspherically Regularized Networks for Self-Supervision" (2022).
+gives a zero row the gradient 0. Equations: Durrant & Leontidis (2022). This file imports torch alone, to be copied.
 """
 
 import math
@@ -17,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-
-Pairs = tuple[Tensor, Tensor]  # rows and columns of some entries of a block
 
 ZERO = 1e-12  # a row that is no longer than this has no direction; torch.nn.functional.normalize uses the same bound
 
@@ -32,8 +29,7 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2) -> Tensor:
         shapes = f"{tuple(x.shape)}, {tuple(y.shape)}"
         raise ValueError(f"alignment takes two (n, d) tensors and alpha > 0, not {shapes}, {alpha}")
     distance = torch.linalg.vector_norm(unit(x) - unit(y), dim=1)
-    distance = distance.clamp_min(1e-30)  # at 0 the slope would be infinite for alpha < 1
-    return distance.pow(alpha).mean()
+    return distance.clamp_min(1e-30).pow(alpha).mean()  # at 0 the slope would be infinite for alpha < 1
 
 
 def uniformity(x: Tensor, t: float = 2) -> Tensor:
@@ -43,14 +39,14 @@ def uniformity(x: Tensor, t: float = 2) -> Tensor:
     its authors leaves these pairs out, and so does this function.
     """
     if x.ndim != 2 or len(x) < 2 or t <= 0:
-        raise ValueError(f"uniformity takes (n, d) with n >= 2 and t > 0, not {tuple(x.shape)}, {t}")
+        wrong = f"{tuple(x.shape)}, {t}"
+        raise ValueError(f"uniformity takes (n, d) with n >= 2 and t > 0, not {wrong}")
     with torch.autocast(x.device.type, enabled=False):
         x = unit(x)
         exponent = 2 * t * (x @ x.T - 1)  # = -t ||x_i - x_j||^2
         itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
         others = exponent.masked_fill(itself, -math.inf)
-        pairs = len(x) * (len(x) - 1)
-        return others.flatten().logsumexp(0) - math.log(pairs)
+        return others.flatten().logsumexp(0) - math.log(len(x) * (len(x) - 1))
 
 
 def info_nce(x: Tensor, y: Tensor, temperature: float = 0.5) -> Tensor:
@@ -64,8 +60,9 @@ def info_nce(x: Tensor, y: Tensor, temperature: float = 0.5) -> Tensor:
         raise ValueError(f"info_nce takes two (n, d) tensors and temperature > 0, not {shapes}, {temperature}")
     with torch.autocast(x.device.type, enabled=False):
         z = unit(torch.cat([x, y]))
+        similarity = z @ z.T / temperature
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-        similarity = (z @ z.T / temperature).masked_fill(itself, -math.inf)
+        similarity = similarity.masked_fill(itself, -math.inf)
         other_view = torch.arange(len(z), device=z.device).roll(len(x))
         return F.cross_entropy(similarity, other_view)
 
@@ -75,7 +72,7 @@ def mhe(weight: Tensor, s: float = 2) -> Tensor:
 
     weight: (N, ...), one neuron a row of weight.flatten(1); N = 1 has no pair and the energy 0. s >= 0; s = 0 is the
     mean of log(1 / ||w_i - w_j||). Distances below 1e-4 count as 1e-4. ValueError for a weight below 2-d or s < 0.
-    The code of Liu et al. (2018), wy1iu/MHE, has log(1 / |.|^2) for s = 0, and divides rows by sqrt(|w|^2 + 1e-4).
+    wy1iu/MHE, the code of Liu et al. (2018), has log(1 / |.|^2) for s = 0, and divides rows by sqrt(|w|^2 + 1e-4).
     """
     return _energy(weight, s, angular=False)
 
@@ -126,22 +123,18 @@ def _inverse_norm(x: Tensor) -> Tensor:
     return (norm > ZERO) / norm.clamp_min(ZERO)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The same energies, fast and exact
+# ---- The same energies, fast and exact -------------------------------------------------------------------------------
 #
-# The gradient has a closed form: with the cosines c_ij = w_i . w_j, dE/dw_i = 2 / (N (N - 1)) sum_j f'(c_ij) w_j. This
-# is a product of a matrix and the rows, so one sweep over blocks of the symmetric Gram matrix yields the energy and its
-# gradient together, and forgets each block before the next. A cosine near 1 or -1 has lost the digits of its angle;
-# such pairs are few, and are computed from their rows.
-# ---------------------------------------------------------------------------------------------------------------------
+# The gradient has a closed form: with cosines c_ij = w_i . w_j, dE/dw_i = 2 / (N (N - 1)) sum_j f'(c_ij) w_j. So one
+# sweep over blocks of the symmetric Gram matrix yields energy and gradient together, and keeps no block. A cosine near
+# 1 or -1 has lost the digits of its angle; such pairs are few, and are computed from their rows.
 
 SMALLEST = 1e-4  # smallest distance, so that two equal neurons have a finite energy and gradient
 NEAR = 0.99  # pairs beyond this |cosine| are computed from their rows
-CPU_BLOCK = 512  # rows in a block: 1 MB of cosines in fp32, which stays in the cache
-GPU_BLOCK = 2048  # rows in a block: 16 MB, so that a layer takes few kernel launches
+CPU_BLOCK, GPU_BLOCK = 512, 2048  # rows in a block: 1 MB of cosines, which a cache holds, or few kernel launches
 
 
-def _energy(weight: Tensor, s: float, angular: bool) -> Tensor:
+def _energy(weight, s, angular) -> Tensor:
     if weight.ndim < 2 or not 0 <= s < math.inf:
         wrong = f"{tuple(weight.shape)}, {s}"
         raise ValueError(f"an energy takes a weight (N, ...) of 2 dimensions or more and s >= 0, not {wrong}")
@@ -152,7 +145,7 @@ class _Energy(torch.autograd.Function):
     """Mean of f_s(z) = z^-s, or log(1 / z) for s = 0, over all pairs of neurons; its gradient comes with the value."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, s: float, angular: bool) -> Tensor:
+    def forward(ctx, weight, s, angular):
         rows = weight.flatten(1).to(_precision(weight))
         inverse_norm = _inverse_norm(rows)
         w = rows * inverse_norm
@@ -168,17 +161,16 @@ class _Energy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx, grad_output):
         (grad,) = ctx.saved_tensors
         return (grad * grad_output).to(grad.dtype), None, None
 
 
-def _sweep(rows: Tensor, w: Tensor, s: float, angular: bool, want_grad: bool) -> tuple[Tensor, Tensor | None]:
+def _sweep(rows, w, s, angular, want_grad) -> tuple[Tensor, Tensor | None]:
     """Sum of f_s over ordered pairs of unit rows w, and sum_j f'(c_ij) w_j for each row i, up to a multiple of w_i."""
     energy = w.new_zeros(())
     grad = torch.zeros_like(w) if want_grad else None
     size = CPU_BLOCK if w.device.type == "cpu" else GPU_BLOCK
-    potential = _potential_of_angle if angular else _potential_of_chord
     for a in range(0, len(w), size):
         for b in range(a, len(w), size):
             i, j = slice(a, a + size), slice(b, b + size)
@@ -190,7 +182,7 @@ def _sweep(rows: Tensor, w: Tensor, s: float, angular: bool, want_grad: bool) ->
             near = _near_pairs(cosine)
             if near is not None:
                 cosine.clamp_(-NEAR, NEAR)
-            value, slope = potential(cosine, s, want_grad)
+            value, slope = _potential(cosine, s, angular, want_grad)
             energy += times * _clear(value, on_diagonal, near).sum()
             if want_grad:
                 _clear(slope, on_diagonal, near)
@@ -200,11 +192,12 @@ def _sweep(rows: Tensor, w: Tensor, s: float, angular: bool, want_grad: bool) ->
             if near is not None:
                 length = max(1, 2**22 // w.shape[1])  # rows of 32 MB in float64 at a time
                 for p, q in zip(near[0].split(length), near[1].split(length)):
-                    energy += times * _exact_pairs(rows, grad, p + a, q + b, s, angular, both=not on_diagonal)
+                    exact = _exact_pairs(rows, grad, p + a, q + b, s, angular, both=not on_diagonal)
+                    energy += times * exact
     return energy, grad
 
 
-def _near_pairs(cosine: Tensor) -> Pairs | None:
+def _near_pairs(cosine) -> tuple[Tensor, Tensor] | None:
     """Rows and columns of the pairs beyond NEAR; None, as a rule, where there are none."""
     low, high = cosine.aminmax()
     if torch.maximum(-low, high) <= NEAR:
@@ -212,8 +205,8 @@ def _near_pairs(cosine: Tensor) -> Pairs | None:
     return (cosine.abs() > NEAR).nonzero(as_tuple=True)
 
 
-def _clear(block: Tensor, on_diagonal: bool, near: Pairs | None) -> Tensor:
-    """Set the entries of a block to zero that are not pairs, or that `_exact_pairs` adds."""
+def _clear(block, on_diagonal, near) -> Tensor:
+    """Set to zero the entries of a block that are not pairs, or that `_exact_pairs` adds."""
     if on_diagonal:
         block.fill_diagonal_(0)
     if near is not None:
@@ -221,37 +214,27 @@ def _clear(block: Tensor, on_diagonal: bool, near: Pairs | None) -> Tensor:
     return block
 
 
-def _potential_of_angle(cosine: Tensor, s: float, want_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """f_s of the angles and its derivative by the cosine, for cosines within NEAR, which are overwritten."""
-    angle = cosine.arccos()
-    value = riesz(angle, s)
+def _potential(cosine, s, angular, want_slope) -> tuple[Tensor, Tensor | None]:
+    """f_s(z) and its derivative by the cosine, for cosines within NEAR, which are overwritten."""
+    if angular:
+        angle = cosine.arccos()
+        value = riesz(angle, s)
+    else:
+        square = cosine.mul_(-2).add_(2)  # |w_i - w_j|^2
+        value = square.pow(-s / 2) if s > 0 else square.log().div_(-2)
     if not want_slope:
         return value, None
-    one = cosine.new_ones(())
-    square_of_sine = torch.addcmul(one, cosine, cosine, value=-1, out=cosine)
-    sine = square_of_sine.sqrt_()
-    return value, _slope(value, angle.mul_(sine), s)  # d angle / d cosine = -1 / sine
+    if angular:
+        square_of_sine = torch.addcmul(cosine.new_ones(()), cosine, cosine, value=-1, out=cosine)
+        bend = angle.mul_(square_of_sine.sqrt_())
+    else:
+        bend = square
+    # bend = z |dc / dz|, so that f'(c) is s f / bend, or 1 / bend for s = 0
+    slope = torch.div(value, bend, out=bend).mul_(s) if s > 0 else bend.reciprocal_()
+    return value, slope
 
 
-def _potential_of_chord(cosine: Tensor, s: float, want_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """f_s of the chords and its derivative by the cosine, for cosines within NEAR, which are overwritten."""
-    square = cosine.mul_(-2).add_(2)  # |w_i - w_j|^2
-    value = square.pow(-s / 2) if s > 0 else square.log().div_(-2)
-    if not want_slope:
-        return value, None
-    return value, _slope(value, square, s)  # d chord / d cosine = -1 / chord
-
-
-def _slope(value: Tensor, bend: Tensor, s: float) -> Tensor:
-    """f'(c) = s f / bend, or 1 / bend for s = 0, with bend = z * |dc / dz|, which is overwritten."""
-    if s == 0:
-        return bend.reciprocal_()
-    return torch.div(value, bend, out=bend).mul_(s)
-
-
-def _exact_pairs(
-    rows: Tensor, grad: Tensor | None, p: Tensor, q: Tensor, s: float, angular: bool, both: bool
-) -> Tensor:
+def _exact_pairs(rows, grad, p, q, s, angular, both) -> Tensor:
     """Sum of f_s over the near pairs (p, q), in float64, from the difference and the sum of their unit rows.
 
     Adds the pairs' share of the gradient to rows p of `grad` and, with `both`, to rows q.

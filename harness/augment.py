@@ -1,9 +1,10 @@
-"""The two views of BYOL, Appendix B.5: crop and flip, colour jitter, grey, blur, solarisation, normalisation.
+"""What the views are made of: crop and flip, colour operations, blur, solarisation, of whole batches of images.
 
-    crops = torch.stack([crop_flip(images, v, size) for v in u])    # u: draws (2, b, sum(DRAWS)), uniform on [0, 1)
-    v1, v2 = two_views(crops, u, mean, std)
+    crops = crop_flip(images, u, size)              # u: draws (b, DRAWS_PER_IMAGE), uniform on [0, 1)
+    change_rows(crops, rows, hue, shift[rows])      # some images of the batch, each by a number of its own
 
-All on batches of images, on their device, each image with draws of its own; torchvision's transforms draw once a batch.
+torchvision's transforms draw once a batch; here each image has draws of its own. Strengths and probabilities are the
+recipe of `data.two_views`. The tests hold each operation against torchvision's, image by image.
 """
 
 import math
@@ -15,184 +16,250 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms.v2 import functional as F
 
-# How many of an image's uniform draws each choice of a view takes: area, aspect (a crop is tried ten times, as
-# torchvision does), corner, flip, jitter, its factors, its order, grey, blur, its width, solarisation.
-DRAWS = (10, 10, 2, 1, 1, 4, 4, 1, 1, 1, 1)
+# How many uniform draws of an image each choice of a view takes. A crop is tried ten times, as in torchvision.
+DRAWS = {
+    "area": 10,
+    "aspect": 10,
+    "corner": 2,
+    "flip": 1,
+    "jitter": 1,
+    "factors": 4,  # of brightness, contrast, saturation, hue
+    "order": 4,
+    "grey": 1,
+    "blur": 1,
+    "sigma": 1,
+    "solarise": 1,
+}
+DRAWS_PER_IMAGE = sum(DRAWS.values())
+
+CHUNK_ON_CPU = 2**20  # numbers: what a cache holds
+CHUNK_ON_GPU = 2**26  # numbers: 256 MB in fp32
 
 
-def two_views(
-    crops: Tensor,
-    u: Tensor,
-    mean: tuple,
-    std: tuple,
-    blur: tuple[float, float] = (0.0, 0.0),
-    solarise: tuple[float, float] = (0.0, 0.0),
-) -> tuple[Tensor, Tensor]:
-    """The two views (b, 3, size, size) of crops (2, b, 3, size, size), Appendix B.5; changes crops in [0, 1] in place.
-
-    crops: uint8, or in [0, 1]. u: draws (2, b, sum(DRAWS)), uniform on [0, 1). After crop and flip come colour jitter,
-    grey, blur and solarisation, the last two with a probability for each view, then normalisation by mean and std.
-    """
-    how = zip(crops, u, blur, solarise)
-    return tuple(in_chunks(one_view, x, v, mean, std, blurred, solarised) for x, v, blurred, solarised in how)
-
-
-def one_view(x: Tensor, u: Tensor, mean: tuple, std: tuple, blurred: float, solarised: float) -> Tensor:
-    """One view of crops x (b, 3, size, size), u (b, sum(DRAWS)), normalised; changes an x in [0, 1] in place.
-
-    blurred, solarised: the probabilities of either.
-    """
-    x = recolour(F.to_dtype(x, scale=True), u)
-    *_, p, width, q = u.split(DRAWS, 1)
-    if len(rows := (p[:, 0] < blurred).nonzero()[:, 0]):
-        change(x, rows, gaussian_blur, (0.1 + 1.9 * width)[p < blurred])
-    if len(rows := (q[:, 0] < solarised).nonzero()[:, 0]):
-        change(x, rows, lambda some: torch.where(some >= 0.5, 1 - some, some))
-    return normalise(x, mean, std)
-
-
-def change(x: Tensor, rows: Tensor, how: Callable, *numbers: Tensor) -> None:
-    """Put how(images, *numbers) in place of some rows of x. rows and numbers are on the CPU: a GPU waits for none.
-
-    Rows are copied, as x[rows] = ... takes a CPU twice as long.
-    """
-    rows, *numbers = (t.to(x.device, non_blocking=True) for t in (rows, *numbers))
-    x.index_copy_(0, rows, how(x.index_select(0, rows), *numbers))
-
-
-def in_chunks(make: Callable, images: Tensor, u: Tensor, *how) -> Tensor:
-    """make(images, u, *how), of as many images at a time as a CPU's cache holds, or as are 256 MB in fp32 on a GPU."""
-    n = max(1, 2 ** (20 if images.device.type == "cpu" else 26) // images[0].numel())
-    return torch.cat([make(*part, *how) for part in zip(images.split(n), u.split(n))])
+def named_draws(u: Tensor) -> dict[str, Tensor]:
+    """Return the draws u (..., DRAWS_PER_IMAGE) by the name of the choice they are for, (..., DRAWS[name]) each."""
+    columns = u.split(list(DRAWS.values()), -1)
+    return dict(zip(DRAWS, columns))
 
 
 def normalise(x: Tensor, mean: tuple, std: tuple) -> Tensor:
-    """x (b, 3, h, w), uint8 or in [0, 1], less the mean and over the std of each channel."""
-    mean, std = (torch.tensor(t).to(x.device, non_blocking=True)[:, None, None] for t in (mean, std))
-    return F.to_dtype(x, scale=True).sub(mean).div_(std)  # F.normalize has a GPU finish all before
+    """Return images x (b, 3, h, w), uint8 or in [0, 1], less the mean and over the std of each channel.
+
+    Not F.normalize, which compares std with 0 and so has a GPU finish all its work before.
+    """
+    x = F.to_dtype(x, scale=True)
+    return x.sub(_per_channel(mean, x.device)).div_(_per_channel(std, x.device))
+
+
+def _per_channel(values: tuple, device: torch.device) -> Tensor:
+    """Return one number for each channel of images, (3, 1, 1)."""
+    column = torch.tensor(values).to(device, non_blocking=True)
+    return column[:, None, None]
+
+
+def change_rows(x: Tensor, rows: Tensor, operation: Callable, *numbers: Tensor) -> None:
+    """Put operation(images, *numbers) in place of those images of x whose rows are given.
+
+    rows and numbers are on the CPU, so that a GPU has to wait for neither. index_copy_, not x[rows] = ..., which takes
+    a CPU twice as long.
+    """
+    if len(rows) == 0:
+        return
+    if len(rows) == 0:
+        return
+    rows = rows.to(x.device, non_blocking=True)
+    numbers = [number.to(x.device, non_blocking=True) for number in numbers]
+    changed = operation(x.index_select(0, rows), *numbers)
+    x.index_copy_(0, rows, changed)
+
+
+def in_chunks(make: Callable, images: Tensor, u: Tensor, *arguments) -> Tensor:
+    """Return make(images, u, *arguments), made of as many images at a time as are quickest on their device."""
+    chunk = CHUNK_ON_CPU if images.device.type == "cpu" else CHUNK_ON_GPU
+    n = max(1, chunk // images[0].numel())
+    made = []
+    for some, draws in zip(images.split(n), u.split(n)):
+        made.append(make(some, draws, *arguments))
+    return torch.cat(made)
+
+
+# ---- Crop, resize and flip -------------------------------------------------------------------------------------------
 
 
 def crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
     """Random resized crop (8-100 % of the area, aspect 3/4-4/3, bicubic) and flip, Appendix B.5.
 
-    uint8 (b, 3, h, w) to (b, 3, size, size) in [0, 1]. Crop, antialiased resize and flip of an image are together
-    W_y @ image @ W_x^T, with one row of weights per output pixel.
+    uint8 (b, 3, h, w) and draws (b, DRAWS_PER_IMAGE) to (b, 3, size, size) in [0, 1]. Crop, antialiased resize and flip
+    of an image are together W_y @ image @ W_x^T, with one row of weights per output pixel.
     """
     return in_chunks(_crop_flip, images, u, size)
 
 
 def _crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
     height, width = images.shape[2:]
-    area, aspect, corner, flip = u.split(DRAWS, 1)[:4]
-    boxes = crop_boxes(area, aspect, corner, height, width).float()
-    boxes, flip = (x.to(images.device, non_blocking=True) for x in (boxes, flip[:, :, None] < 0.5))
-    top, left, h, w = boxes.unbind(1)
-    w_y = _resampling(top, h, size, height)[:, None]
-    w_x = _resampling(left, w, size, width) / 255
-    w_x = torch.where(flip, w_x.flip(1), w_x)
-    rows = images.float().flatten(1, 2) @ w_x.mT  # one product for all three channels
-    return (w_y @ rows.unflatten(1, (3, height))).clamp_(0, 1)  # bicubic weights overshoot
+    draws = named_draws(u)
+    boxes = crop_boxes(draws["area"], draws["aspect"], draws["corner"], height, width)
+    boxes = boxes.float().to(images.device, non_blocking=True)
+    flip = (draws["flip"] < 0.5).to(images.device, non_blocking=True)
+    top, left, box_height, box_width = boxes.unbind(1)
+    w_y = _resampling(top, box_height, size, height)
+    w_x = _resampling(left, box_width, size, width) / 255
+    flipped = w_x.flip(1)
+    w_x = torch.where(flip[:, :, None], flipped, w_x)
+    rows = images.float().flatten(1, 2) @ w_x.mT  # (b, 3 h, size): one product for all three channels
+    crops = w_y[:, None] @ rows.unflatten(1, (3, height))
+    return crops.clamp_(0, 1)  # bicubic weights overshoot
 
 
 def crop_boxes(area: Tensor, aspect: Tensor, corner: Tensor, height: int, width: int) -> Tensor:
-    """Crops (b, 4) as top, left, height and width: the first of an image's ten tries that fits, else its centre.
+    """Return crops (b, 4) as top, left, height and width: the first of ten tries that fits, else the image's centre.
 
-    In NumPy: workers do this picture by picture, and torch's calls take three times as long on so few numbers.
+    area and aspect (b, 10), corner (b, 2) are uniform on [0, 1). In NumPy: loader workers do this picture by picture,
+    and torch's calls take three times as long on so few numbers.
     """
-    area, aspect, corner = area.numpy(), aspect.numpy(), corner.numpy()
     full = np.array([height, width], np.float32)
-    area = (0.08 + 0.92 * area) * height * width
-    ratio = np.exp((2 * aspect - 1) * math.log(4 / 3))
-    sides = np.sqrt(np.stack([area / ratio, area * ratio], 2)).round()
+    pixels = (0.08 + 0.92 * area.numpy()) * height * width
+    shape = 2 * aspect.numpy() - 1
+    ratio = np.exp(shape * math.log(4 / 3))  # of width to height, uniform in its logarithm
+    sides = np.stack([pixels / ratio, pixels * ratio], 2)
+    sides = np.sqrt(sides).round()
     fits = ((sides >= 1) & (sides <= full)).all(2)
-    first = np.arange(len(fits)), fits.argmax(1)
-    some = fits[first][:, None]
-    central = np.minimum(full, (full[::-1] * (4 / 3)).round())
-    length = np.where(some, sides[first], central)
-    start = np.where(some, corner * (full - length + 1), (full - length) / 2)
-    return torch.from_numpy(np.concatenate([start, length], 1).astype(np.int64))
+    first_fit = sides[np.arange(len(sides)), fits.argmax(1)]
+    any_fits = fits.any(1)[:, None]
+    widest = (full[::-1] * (4 / 3)).round()  # and highest, at an aspect of 4/3 and of 3/4
+    length = np.where(any_fits, first_fit, np.minimum(full, widest))
+    room = full - length
+    start = np.where(any_fits, corner.numpy() * (room + 1), room / 2)
+    boxes = np.concatenate([start, length], 1)
+    return torch.from_numpy(boxes.astype(np.int64))
 
 
 def _resampling(start: Tensor, length: Tensor, size: int, full: int) -> Tensor:
-    """Weights (b, size, full) that resize `length` of `full` pixels from `start` on to `size`: Pillow's bicubic."""
-    start, length = start[:, None, None], length[:, None, None]
-    pixel = torch.arange(full, device=start.device) - start
+    """Return weights (b, size, full) that resize `length` of `full` pixels from `start` on to `size`: Pillow's bicubic.
+
+    start and length are (b,). The kernel is as wide as a pixel of the output, where that is the wider one.
+    """
+    start = start[:, None, None]
+    length = length[:, None, None]
     scale = length / size
-    target = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
-    x = (pixel + 0.5 - target).abs_().div_(scale.clamp_min(1)).masked_fill_((pixel < 0) | (pixel >= length), 2)
-    far, near = (2 - x).clamp_min_(0), (1 - x).clamp_min_(0)  # Keys' kernel, a = -1/2: one cubic of each
-    weight = torch.addcmul((far - 1).mul_(far.square_()).div_(2), 1 - 2 * near, near.square())
+    pixel = torch.arange(full, device=start.device) - start
+    middle = torch.arange(size, device=start.device) + 0.5
+    target = middle[:, None] * scale
+    distance = (pixel + 0.5 - target).abs_()
+    distance /= scale.clamp_min(1)
+    outside = (pixel < 0) | (pixel >= length)
+    distance.masked_fill_(outside, 2)  # where the kernel is 0
+    weight = _keys_kernel(distance)
     return weight.div_(weight.sum(2, keepdim=True))
 
 
-def recolour(x: Tensor, u: Tensor) -> Tensor:
-    """Colour jitter with probability 0.8, greyscale with 0.2, of images x (b, 3, h, w) in [0, 1]; changes x in place.
+def _keys_kernel(distance: Tensor) -> Tensor:
+    """Keys' cubic kernel, a = -1/2, of distances >= 0: 1.5 x^3 - 2.5 x^2 + 1 up to 1, (1 - x) (2 - x)^2 / 2 up to 2.
 
-    Strengths are BYOL's: brightness and contrast 0.4, saturation 0.2, hue 0.1. Each image has an order of its own.
+    Without a case distinction: the second cubic everywhere, and up to 1 what the first has beyond it.
     """
-    jitter, factors, order, grey = u.split(DRAWS, 1)[4:8]
-    factors = (2 * factors - 1) * torch.tensor([0.4, 0.4, 0.2, 0.1]) + torch.tensor([1, 1, 1, 0])
-    order = order.argsort(1).masked_fill(jitter >= 0.8, -1)
-    for turn in order.unbind(1):
-        for i, adjust in enumerate((brightness, contrast, saturation, hue)):
-            if len(rows := (turn == i).nonzero()[:, 0]):
-                change(x, rows, adjust, factors[rows, i][:, None, None, None])
-    change(x, (grey[:, 0] < 0.2).nonzero()[:, 0], lambda some: luma(some).expand(-1, 3, -1, -1))
-    return x
+    to_two = (2 - distance).clamp_min_(0)
+    to_one = (1 - distance).clamp_min_(0)
+    outer = to_two - 1
+    outer *= to_two.square_()
+    outer /= 2
+    return torch.addcmul(outer, 1 - 2 * to_one, to_one.square())
+
+
+# ---- Colour: images are (b, 3, h, w) in [0, 1], a factor is (b, 1, 1, 1) ---------------------------------------------
 
 
 def luma(x: Tensor) -> Tensor:
-    """0.2989 r + 0.5870 g + 0.1140 b of images (b, 3, h, w): (b, 1, h, w), Appendix B.5."""
+    """0.2989 r + 0.5870 g + 0.1140 b of images: (b, 1, h, w), Appendix B.5."""
     r, g, b = x.unbind(1)
     return (0.2989 * r + 0.587 * g + 0.114 * b)[:, None]
 
 
+def greyscale(x: Tensor) -> Tensor:
+    """Images of three channels that are their luma."""
+    return luma(x).expand(-1, 3, -1, -1)
+
+
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """Images x (b, 3, h, w) in [0, 1], drawn to or from black. `factor` is (b, 1, 1, 1), here and below."""
+    """Images drawn to black, by a factor below 1, or away from it."""
     return (factor * x).clamp_(0, 1)
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Images x (b, 3, h, w) in [0, 1], drawn to or from the mean of their luma."""
-    return torch.lerp(luma(x.mean((2, 3), keepdim=True)), x, factor).clamp_(0, 1)
+    """Images drawn to the mean of their luma, or away from it."""
+    mean = luma(x.mean((2, 3), keepdim=True))
+    return torch.lerp(mean, x, factor).clamp_(0, 1)
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Images x (b, 3, h, w) in [0, 1], drawn to or from their luma."""
+    """Images drawn to their luma, or away from it."""
     return torch.lerp(luma(x), x, factor).clamp_(0, 1)
 
 
 def hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Images x (b, 3, h, w) in [0, 1], with the hue of each pixel turned by `shift` of a full turn, up to 0.1.
+    """Images with the hue of each pixel turned by `shift` (b, 1, 1, 1) of a full turn, up to 0.1.
 
-    All is in sextants times chroma, so that a grey pixel, which has no chroma, needs no division. Hue lies between -3
-    and 3, red at 0, green at 2, blue at -2; a channel is high within one sextant of its colour, low beyond two.
+    Hue is an angle in sextants, red at 0, green at 2, blue at -2. A channel stands at the pixel's highest value within
+    one sextant of its colour, at its lowest beyond two, and in between on a straight line:
+
+        channel = low + chroma * clamp(|distance - 3| - 1, 0, 1),    distance = |hue - colour|, either way round
+
+    All angles are multiplied by chroma, so that a grey pixel, which has none, needs no division.
     """
     r, g, b = x.unbind(1)
-    upper, lower = torch.maximum(g, b), torch.minimum(g, b)
+    upper = torch.maximum(g, b)
+    lower = torch.minimum(g, b)
     low = torch.minimum(r, lower)
     chroma = torch.maximum(r, upper).sub_(low)
-    turned = (upper - lower).add_((upper - r).relu_()).add_((lower - r).relu_(), alpha=2).copysign_(g - b)
-    turned.addcmul_(chroma, 6 * shift[:, 0])
-    low, chroma, turned = low[:, None], chroma[:, None], turned[:, None]
-    colour = torch.tensor([0.0, 2.0, -2.0]).to(x.device, non_blocking=True)[:, None, None]
-    near = torch.addcmul(turned, chroma, colour, value=-1).abs_().sub_(chroma, alpha=3).abs_().sub_(chroma).relu_()
-    return torch.minimum(near, chroma, out=near).add_(low)
+
+    angle = upper - lower  # from red: the first sextant, as long as red is the highest channel
+    angle += (upper - r).relu_()  # the second, while red is in between
+    angle.add_((lower - r).relu_(), alpha=2)  # the third, while red is the lowest
+    angle.copysign_(g - b)  # towards green, or towards blue
+    angle.addcmul_(chroma, 6 * shift[:, 0])
+
+    low = low[:, None]
+    chroma = chroma[:, None]
+    colours = _per_channel((0.0, 2.0, -2.0), x.device)
+    distance = torch.addcmul(angle[:, None], chroma, colours, value=-1).abs_()
+    from_opposite = distance.sub_(chroma, alpha=3).abs_()
+    above_low = from_opposite.sub_(chroma).relu_()
+    torch.minimum(above_low, chroma, out=above_low)
+    return above_low.add_(low)
+
+
+def solarise(x: Tensor) -> Tensor:
+    """Images with all values from 0.5 on inverted."""
+    return torch.where(x >= 0.5, 1 - x, x)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Images x (b, 3, n, n), each blurred with its sigma (b,), in pixels; 23x23 at 224 pixels, Appendix B.5.
 
     The kernel has an odd side of about n / 10 and sees the image reflected at its edges. It is the same in both
-    directions, one after the other, and symmetric: a pass over the batch for each pair of pixels at equal distance.
+    directions, one after the other.
     """
-    n, r = x.shape[-1], x.shape[-1] // 20
-    kernel = torch.exp(-0.5 * (torch.arange(r + 1, device=x.device) / sigma[:, None]).square())
-    kernel = kernel / (2 * kernel.sum(1, keepdim=True) - 1)  # of distance 0, which counts once, to r
-    kernel = kernel[:, :, None, None, None]
-    for direction, edges in ((2, (0, 0, r, r)), (3, (r, r, 0, 0))):
-        near = pad(x, edges, "reflect")
-        x = x * kernel[:, 0]
-        for d in range(1, r + 1):
-            x.addcmul_(near.narrow(direction, r - d, n) + near.narrow(direction, r + d, n), kernel[:, d])
-    return x
+    radius = x.shape[-1] // 20
+    distances = torch.arange(radius + 1, device=x.device)
+    deviations = distances / sigma[:, None]
+    weights = torch.exp(-0.5 * deviations.square())
+    total = 2 * weights.sum(1, keepdim=True) - 1  # distance 0 counts once
+    weights = (weights / total)[:, :, None, None, None]
+    return _blur_along(3, _blur_along(2, x, weights), weights)
+
+
+def _blur_along(direction: int, x: Tensor, weights: Tensor) -> Tensor:
+    """Sums over pixels of images x in direction 2 or 3, by weights (b, radius + 1, 1, 1, 1) of distances 0 ... radius.
+
+    One pass over the batch for each pair of pixels at equal distance, which have the same weight.
+    """
+    n = x.shape[-1]
+    radius = weights.shape[1] - 1
+    edges = (radius, radius, 0, 0) if direction == 3 else (0, 0, radius, radius)
+    padded = pad(x, edges, "reflect")
+    blurred = x * weights[:, 0]
+    for distance in range(1, radius + 1):
+        before = padded.narrow(direction, radius - distance, n)
+        after = padded.narrow(direction, radius + distance, n)
+        blurred.addcmul_(before + after, weights[:, distance])
+    return blurred

@@ -1,145 +1,323 @@
-"""The door of every stage: flags in, rows out.
+"""The door of every stage: flags in, exit codes out.
 
-A stage is a function whose signature is its command line. `run(stage)` holds what was typed against that signature
-before Fire calls the stage: Fire alone runs the function first and rejects a misspelt flag afterwards. Annotations say
-what a flag takes:
+A stage is a function whose signature is its command line. A flag is one line of it, with type, bounds and meaning:
 
-    reg: Literal["none", "mhe"]     k: tuple[int, ...]     s: Annotated[float, ">= 0"]     lr: float | None
+    reg: Literal["none", "mhe"] = "none",
+    lr: Annotated[float, "> 0", "< 1e6", "learning rate per 256 images"] | None = None,
+    k: Annotated[tuple[Annotated[int, ">= 1"], ...], "numbers of neighbours"] = (10, 20),
 
-`emit` prints a row of results as one line of JSON and adds it to a log.
+`run(stage)` checks the command line against the signature before Fire calls the stage: Fire alone would run the
+function first and reject a misspelt flag afterwards. Fire prints --help, which is made from the same lines.
 """
 
 import difflib
 import functools
 import inspect
-import json
 import math
 import operator
 import os
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import fire
-from tqdm import tqdm
 
-from harness import processes
+from harness.errors import InputError, Stopped
+from harness.log import is_main
 
-SWITCH = ("true", "false", "none")  # what may follow the name of a switch
-RULES = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+Flags = Mapping[str, inspect.Parameter]  # the parameters of a stage, by name
 
-
-class UsageError(ValueError):
-    """A command line that asks for something that cannot be done."""
-
-
-class Stopped(Exception):
-    """A stage that a signal has ended: why, and the exit code that a shell expects then."""
+AFTER_A_SWITCH = ("true", "false", "none")  # words that are the value of the switch before them
+COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+IN_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 
 
-def run(stage: Callable, *errors: type[Exception]) -> None:
-    """Call `stage` with the flags of the command line.
+def run(stage: Callable) -> None:
+    """Call a stage with the flags of the command line, and end the program as a shell expects.
 
-    UsageError and `errors`, the stage's own for input that is at fault, end the program with one line and exit code 2.
+    InputError ends it with one line and exit code 2, a signal with one line and 128 + its number.
     """
-    signature = inspect.signature(stage)
-    asks_help = {"-h", "--help"} & set(sys.argv[1:])
-
-    @functools.wraps(stage)
-    def command(*_, **__):
-        by_place = [name for name, flag in signature.parameters.items() if flag.kind is not flag.KEYWORD_ONLY]
-        places = [values.pop(name) if is_many(signature.parameters[name]) else (values.pop(name),) for name in by_place]
-        stage(*sum(places, ()), **values)
-
-    takes = {name: words(flag.annotation).partition(":")[0] for name, flag in signature.parameters.items()}
-    flags = [flag.replace(annotation=type(takes[name], (), {})) for name, flag in signature.parameters.items()]
-    command.__signature__ = signature.replace(parameters=flags)  # for --help, which prints the names of types
     try:
-        values = {} if asks_help else read(sys.argv[1:], signature.parameters)
-        one = {name: value for name, value in values.items() if not is_many(signature.parameters[name])}
-        typed = ["--help"] if asks_help else [f"--{name}={value}" for name, value in one.items()]
-        fire.Fire(command, typed, name=Path(sys.argv[0]).name)
-    except (UsageError, *errors) as e:
+        call(stage, sys.argv[1:])
+    except InputError as e:
         fail(e, 2)
     except Stopped as e:
-        fail(*e.args) if processes.is_main() else leave(e.args[1])
+        stop(e.reason, e.exit_code)
     except KeyboardInterrupt:
-        fail("interrupted", 130) if processes.is_main() else leave(130)
+        stop("interrupted", 130)
     except RuntimeError as e:
         if "gloo" not in str(e):
             raise
-        fail("another process has ended", 1, told_by_another=True)
-    except BrokenPipeError:  # whoever read our rows has left: not even the interpreter's last flush can reach them
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail("another process has ended", 1, wait=True)
+    except BrokenPipeError:
+        # The reader of our rows has left, as `head` does. The interpreter flushes standard output once more when it
+        # ends, and would report a second broken pipe: give it a place to write to.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
         leave(1)
     leave(0)
 
 
-def fail(why: object, code: int, told_by_another: bool = False) -> None:
+def call(stage: Callable, words: list[str]) -> None:
+    """Call a stage with the words of a command line, by Fire, which prints --help if that is among them."""
+    flags = inspect.signature(stage).parameters
+    asks_help = "-h" in words or "--help" in words
+    values = {} if asks_help else read(words, flags)
+
+    @functools.wraps(stage)
+    def command(*_, **__):
+        in_place, named = by_place(values, flags)
+        stage(*in_place, **named)
+
+    flags_in_help = [for_help(flag) for flag in flags.values()]
+    command.__signature__ = inspect.Signature(flags_in_help)
+    command.__doc__ = help_text(stage)
+    typed = ["--help"] if asks_help else []
+    for name, value in values.items():
+        if not is_many(flags[name]):
+            typed.append(f"--{name}={value}")
+    fire.Fire(command, typed, name=program())
+
+
+def by_place(values: dict[str, Any], flags: Flags) -> tuple[list, dict[str, Any]]:
+    """Split the values of a stage into those that Python passes by their place and those it passes by name."""
+    named = dict(values)
+    in_place = []
+    for name, flag in flags.items():
+        if is_many(flag):
+            in_place.extend(named.pop(name))
+        elif flag.kind is flag.POSITIONAL_OR_KEYWORD:
+            in_place.append(named.pop(name))
+    return in_place, named
+
+
+def for_help(flag: inspect.Parameter) -> inspect.Parameter:
+    """Return a flag as Fire is to print it: without its type, which Fire cuts short and `help_text` gives in full."""
+    default = NoneInHelp() if flag.default is None else flag.default
+    return flag.replace(annotation=flag.empty, default=default)
+
+
+class NoneInHelp:
+    """The default None in --help. Fire prints a type, "Optional[]", beside each default that it sees as "None"."""
+
+    def __repr__(self) -> str:
+        return "None "  # the space makes the difference
+
+
+def help_text(stage: Callable) -> str:
+    """Return the docstring that Fire explains a stage by: its first paragraph, then each flag's type and meaning."""
+    purpose = (inspect.getdoc(stage) or "").partition("\n\n")[0]
+    lines = [" ".join(purpose.split()), "", "Args:"]
+    for name, flag in inspect.signature(stage).parameters.items():
+        lines.append(f"    {name}: [{in_words(flag.annotation)}] {meaning(flag.annotation)}".rstrip())
+    return "\n".join(lines)
+
+
+def program() -> str:
+    """Return the name of the program, as messages begin with it."""
+    return Path(sys.argv[0]).name
+
+
+def stop(reason: str, exit_code: int) -> None:
+    """End the program after a signal, which all of several processes get: the first says why."""
+    if is_main():
+        fail(reason, exit_code)
+    else:
+        leave(exit_code)
+
+
+def fail(reason: object, exit_code: int, wait: bool = False) -> None:
     """End the program with one line on standard error.
 
-    Of several processes the first speaks for all: once it has ended the launcher ends the others, before they do.
+    Of several processes the first speaks for all. The others wait, and the launcher ends them once the first has ended,
+    before they repeat its line. With `wait` the first waits, too, so that the process that failed can speak.
     """
-    if told_by_another or not processes.is_main():
+    if wait or not is_main():
         time.sleep(2)
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(why).split())}", file=sys.stderr)
-    leave(code)
+    line = " ".join(str(reason).split())
+    print(f"{program()}: {line}", file=sys.stderr)
+    leave(exit_code)
 
 
-def leave(code: int) -> None:
-    """End the program. One of several processes does so at once: gloo's threads would abort some at the end."""
+def leave(exit_code: int) -> None:
+    """End the program, unless it may simply return: alone and without a fault.
+
+    One of several processes ends at once, without the interpreter's clean-up, in which gloo's threads abort some.
+    """
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        if not code:
+        if exit_code == 0:
+            from harness import processes  # here, because it imports torch, which a wrong flag need not wait for
+
             processes.end()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
-    if code:
-        sys.exit(code)
+        os._exit(exit_code)
+    if exit_code:
+        sys.exit(exit_code)
 
 
-def read(argv: list[str], flags: dict[str, inspect.Parameter]) -> dict[str, Any]:
-    """The values that a command line gives to flags, each known, given once and of its type. Raises UsageError."""
+# ---- From words to values --------------------------------------------------------------------------------------------
+
+
+def read(words: list[str], flags: Flags) -> dict[str, Any]:
+    """Return the values that a command line gives to flags, by name; those that are not given are left out.
+
+    InputError for a flag that is unknown, given twice or not of its type, and for a place that is empty.
+    """
+    words = list(words)
     places = [name for name, flag in flags.items() if flag.kind is flag.POSITIONAL_OR_KEYWORD]
     many = next((name for name, flag in flags.items() if is_many(flag)), None)
-    rest, values = list(argv), {many: ()} if many else {}
-    while rest:
-        word = rest.pop(0)
+    values = {many: ()} if many else {}
+    while words:
+        word = words.pop(0)
         if is_flag(word):
-            typed, equals, text = word.partition("=")
-            name, negated = find(typed, flags)
-            switch = is_switch(flags[name])
-            if negated and equals:
-                raise UsageError(f"{word}: --no{name} takes no value")
-            if not equals and rest and not is_flag(rest[0]) and (not switch or rest[0].lower() in SWITCH):
-                text = rest.pop(0)
-            elif not equals and switch:
-                text = str(not negated)
+            name, typed, text = take_flag(word, words, flags)
         elif places:
             name, typed, text = places[0], places[0].upper(), word
         elif many:
             values[many] += (word,)
             continue
         else:
-            raise UsageError(f"{word}: a stray word; flags are given as --name value, see --help")
+            raise InputError(f"{word}: a stray word; flags are given as --name value, see --help")
         if name in values:
-            raise UsageError(f"{typed} {text}: given twice")
+            raise InputError(f"{typed} {text}: given twice")
         try:
             values[name] = parse(text, flags[name].annotation)
         except ValueError as e:
-            raise UsageError(f"{typed} {text}".rstrip() + f": expected {e}") from e
-        places = [place for place in places if place != name]
+            raise InputError(f"{typed} {text}".rstrip() + f": expected {e}") from e
+        if name in places:
+            places.remove(name)
     if places:
-        raise UsageError(f"{places[0].upper()} is missing, see --help")
+        raise InputError(f"{places[0].upper()} is missing, see --help")
     return values
 
 
+def take_flag(word: str, words: list[str], flags: Flags) -> tuple[str, str, str]:
+    """Return the name of a flag, the way it was typed, and its text, which may be the next of `words` and is taken."""
+    typed, equals, text = word.partition("=")
+    name, negated = find(typed, flags)
+    if negated and equals:
+        raise InputError(f"{word}: --no{name} takes no value")
+    if equals:
+        return name, typed, text
+    switch = is_switch(flags[name])
+    value_follows = bool(words) and not is_flag(words[0])
+    if switch and value_follows:
+        value_follows = words[0].lower() in AFTER_A_SWITCH
+    if value_follows:
+        text = words.pop(0)
+    elif switch:
+        text = str(not negated)
+    return name, typed, text
+
+
 def is_flag(word: str) -> bool:
-    """Whether a word of the command line begins with a hyphen and is no negative number."""
+    """Whether a word of the command line begins with a hyphen and is not a negative number."""
     return word.startswith("-") and not word[1:2].isdigit() and word[1:2] != "."
+
+
+def find(typed: str, flags: Flags) -> tuple[str, bool]:
+    """Return the flag that was typed, and whether --no stood before its name. InputError if there is none.
+
+    An initial will do if no other flag has it.
+    """
+    name = typed.lstrip("-").replace("-", "_")
+    if name in flags:
+        return name, False
+    switch = name.removeprefix("no").lstrip("_")
+    if name.startswith("no") and switch in flags and is_switch(flags[switch]):
+        return switch, True
+    same_initial = [flag for flag in flags if flag.startswith(name)]
+    if len(name) == 1 and len(same_initial) == 1:
+        return same_initial[0], False
+    suggestions = difflib.get_close_matches(name, flags, 1, cutoff=0.5)
+    if suggestions:
+        hint = f"did you mean --{suggestions[0]}?"
+    else:
+        hint = f"known: {', '.join('--' + flag for flag in flags)}"
+    raise InputError(f"{typed}: no such flag; {hint}")
+
+
+def parse(text: str, annotation: Any) -> Any:
+    """Return the value of a flag from its text. A ValueError's message is what the annotation expects, in words."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):  # X | None
+        return None if text == "None" else parse(text, args[0])
+    if origin is Annotated:
+        return parse_bounded(text, annotation)
+    if origin is tuple:
+        return parse_tuple(text, annotation)
+    if origin is Literal:
+        return parse_choice(text, args)
+    return parse_plain(text, annotation)
+
+
+def parse_bounded(text: str, annotation: Any) -> Any:
+    """Return a value that lies within the bounds of an Annotated type, if that has any."""
+    inner = get_args(annotation)[0]
+    if not bounds(annotation):
+        return parse(text, inner)
+    try:
+        value = parse(text, inner)
+    except ValueError:
+        raise ValueError(in_words(annotation)) from None
+    for bound in bounds(annotation):
+        comparison, limit = bound.split()
+        if not COMPARISONS[comparison](value, float(limit)):
+            raise ValueError(in_words(annotation))
+    return value
+
+
+def parse_tuple(text: str, annotation: Any) -> tuple:
+    """Return values that are separated by commas, each of which may be given once; brackets and quotes are ignored."""
+    inner = get_args(annotation)[0]
+    parts = text.strip("()[], ").split(",")
+    try:
+        values = tuple(parse(part.strip(" '\""), inner) for part in parts)
+    except ValueError:
+        raise ValueError(in_words(annotation)) from None
+    if len(set(values)) < len(values):
+        raise ValueError(in_words(annotation))
+    return values
+
+
+def parse_choice(text: str, choices: tuple[str, ...]) -> str:
+    """Return one of a Literal's choices."""
+    if text in choices:
+        return text
+    suggestions = difflib.get_close_matches(text, choices, 1)
+    hint = f" (did you mean {suggestions[0]}?)" if suggestions else ""
+    raise ValueError(", ".join(choices) + hint)
+
+
+def parse_plain(text: str, kind: type) -> Any:
+    """Return an int, a finite float, a bool, or a text that is not empty."""
+    valid = text != ""
+    if kind is bool:
+        value = text.lower() == "true"
+        valid = text.lower() in ("true", "false")
+    else:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ValueError(in_words(kind)) from None
+    if kind is float:
+        valid = math.isfinite(value)
+    if not valid:
+        raise ValueError(in_words(kind))
+    return value
+
+
+# ---- What a signature says -------------------------------------------------------------------------------------------
+
+
+def defaults(stage: Callable) -> dict[str, Any]:
+    """Return the default of each flag of a stage that has one."""
+    flags = inspect.signature(stage).parameters
+    return {name: flag.default for name, flag in flags.items() if flag.default is not flag.empty}
 
 
 def is_many(flag: inspect.Parameter) -> bool:
@@ -149,96 +327,41 @@ def is_many(flag: inspect.Parameter) -> bool:
 
 def is_switch(flag: inspect.Parameter) -> bool:
     """Whether a flag is on or off, so that its name alone, or --no and its name, will do."""
-    return bool in (flag.annotation, *get_args(flag.annotation))
+    annotation = without_none(flag.annotation)
+    return annotation is bool or bool in get_args(annotation)
 
 
-def find(typed: str, flags: dict[str, inspect.Parameter]) -> tuple[str, bool]:
-    """The flag that was typed, by its name or an initial that is no other's, and whether --no stood before it."""
-    name = typed.lstrip("-").replace("-", "_")
-    if name in flags:
-        return name, False
-    bare = name.removeprefix("no").lstrip("_")
-    if name.startswith("no") and bare in flags and is_switch(flags[bare]):
-        return bare, True
-    if len(name) == 1 and len(same := [flag for flag in flags if flag.startswith(name)]) == 1:
-        return same[0], False
-    near = difflib.get_close_matches(name, flags, 1, cutoff=0.5)
-    hint = f"did you mean --{near[0]}?" if near else f"known: {', '.join('--' + flag for flag in flags)}"
-    raise UsageError(f"{typed}: no such flag; {hint}")
+def without_none(annotation: Any) -> Any:
+    """Return X for X | None, and any other type as it is."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return get_args(annotation)[0]
+    return annotation
 
 
-def parse(text: str, annotation: Any) -> Any:
-    """The value of a flag from its text. A ValueError's message is what the annotation expects, in words."""
+def bounds(annotation: Any) -> list[str]:
+    """Return the bounds of an Annotated type: its texts that begin with a comparison."""
+    return [text for text in get_args(annotation)[1:] if text.startswith((">", "<"))]
+
+
+def meaning(annotation: Any) -> str:
+    """Return the meaning of a flag: the text of its Annotated type that is not a bound, or nothing."""
+    annotation = without_none(annotation)
+    if get_origin(annotation) is Annotated:
+        for text in get_args(annotation)[1:]:
+            if text not in bounds(annotation):
+                return text
+    return ""
+
+
+def in_words(annotation: Any) -> str:
+    """Return the values that a flag takes, in words."""
+    annotation = without_none(annotation)
     origin, args = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):  # X | None
-        return None if text == "None" else parse(text, args[0])
-    if origin is Literal and text not in args:
-        near = difflib.get_close_matches(text, args, 1)
-        raise ValueError(words(annotation) + (f" (did you mean {near[0]}?)" if near else ""))
-    try:
-        if origin is Literal:
-            return text
-        if origin is Annotated:
-            value = parse(text, args[0])
-            valid = all(RULES[sign](value, float(bound)) for sign, bound in map(str.split, args[1:]))
-        elif origin is tuple:
-            value = tuple(parse(part.strip(" '\""), args[0]) for part in text.strip("()[], ").split(","))
-            valid = len(set(value)) == len(value)
-        elif annotation is bool:
-            value, valid = text.lower() == "true", text.lower() in ("true", "false")
-        else:
-            value = annotation(text)
-            valid = value != "" and (annotation is not float or math.isfinite(value))
-    except ValueError:
-        valid = False
-    if not valid:
-        raise ValueError(words(annotation))
-    return value
-
-
-def words(annotation: Any) -> str:
-    """What a flag takes, in words."""
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
-        return words(args[0])
     if origin is Annotated:
-        return f"{words(args[0])} {' and '.join(args[1:])}"
+        limits = " and ".join(bounds(annotation))
+        return f"{in_words(args[0])} {limits}".rstrip()
     if origin is tuple:
-        return f"comma-separated, each once: {words(args[0])}"
+        return f"comma-separated, each once: {in_words(args[0])}"
     if origin is Literal:
         return ", ".join(args)
-    return {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}[annotation]
-
-
-def emit(row: dict, log: Path | None = None) -> None:
-    """Print a row as one line of JSON on standard output and, with `log`, add it to that file.
-
-    ValueError for a NaN; UsageError if the log cannot be written to.
-    """
-    if not processes.is_main():
-        return
-    line = json.dumps(row, allow_nan=False)
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
-    if log is not None:
-        try:
-            with open(log, "ab+") as file:
-                end = file.seek(0, os.SEEK_END)
-                file.seek(max(0, end - 2**20))
-                cut = file.read().rpartition(b"\n")[2]  # of a process that was killed while it wrote
-                file.truncate(end - len(cut))
-                file.write(line.encode() + b"\n")
-        except OSError as e:
-            raise UsageError(f"{log}: cannot be written ({e.strerror})") from e
-
-
-def log_of(checkpoint: str, settings: dict) -> Path | None:
-    """The log of the run folder that a checkpoint lies in; None where there is none, of a run with these settings."""
-    log, moved = Path(checkpoint).with_name("metrics.jsonl"), {"data_dir": None}
-    try:
-        with open(log) as file:
-            first = json.loads(file.readline())
-        own = first["stage"] == "pretrain" and {**first["settings"], **moved} == {**settings, **moved}
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return log if own and os.access(log, os.W_OK) else None
+    return IN_WORDS[annotation]

@@ -22,11 +22,11 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from harness import processes
-from harness.augment import DRAWS, crop_boxes
+from harness.augment import crop_boxes, named_draws
+from harness.errors import InputError
 
-
-class DataError(ValueError):
-    """A data set that is not there, or is not what a data set has to be."""
+TURNED_BY_A_QUARTER = (5, 6, 7, 8)  # values of EXIF's orientation that exchange height and width
+SECONDS_WITHOUT_MAIN = 30  # for which a worker outlives a SIGTERM
 
 
 class Files:
@@ -39,143 +39,213 @@ class Files:
         return Files(self.paths[rows.cpu().numpy()])
 
     def to(self, device) -> "Files":
-        """Themselves: they are not on a device before they are read."""
+        """Return self: files are read later, so there is nothing to move."""
         return self
 
 
+# ---- Which pictures there are ----------------------------------------------------------------------------------------
+
+
 def find(folder: Path) -> list[str]:
-    """Paths of all pictures below a folder, sorted. Links are followed, but to no folder twice. DataError."""
+    """Return the paths of all pictures below a folder, sorted. Links are followed, but to no folder twice.
+
+    InputError for a folder that may not be read.
+    """
 
     def refuse(e: OSError) -> None:
-        raise DataError(f"{e.filename}: cannot be read ({e.strerror})") from e
+        raise InputError(f"{e.filename}: cannot be read ({e.strerror})") from e
 
-    found, been = [], set()
-    for place, below, names in os.walk(folder, followlinks=True, onerror=refuse):
-        if (real := os.path.realpath(place)) in been:
-            below.clear()
+    paths = []
+    visited = set()  # so that a loop of links ends
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real_place = os.path.realpath(place)
+        if real_place in visited:
+            folders.clear()
             continue
-        been.add(real)
-        below.sort()
-        found += [os.path.join(place, name) for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS)]
-    return found
+        visited.add(real_place)
+        folders.sort()
+        for name in sorted(names):
+            if name.lower().endswith(IMG_EXTENSIONS):
+                paths.append(os.path.join(place, name))
+    return paths
 
 
 def find_classes(folder: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
-    """The sub-folders of a folder but hidden ones, as classes, their pictures, and the class of each.
+    """Return the sub-folders of a folder but hidden ones, as classes, their pictures, and the class of each.
 
-    DataError for one without a picture.
+    InputError for a sub-folder without a picture.
     """
-    classes = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."))
-    paths, labels = [], []
+    folders = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    classes = tuple(sorted(name for name in folders if name[0] != "."))
+    paths = []
+    labels = []
     for label, name in enumerate(classes):
-        found = find(folder / name)
-        if not found:
-            raise DataError(f"{folder / name}: holds no picture ({', '.join(IMG_EXTENSIONS)}), and is no class")
-        paths, labels = paths + found, labels + [label] * len(found)
+        paths_of_class = find(folder / name)
+        if not paths_of_class:
+            raise InputError(f"{folder / name}: holds no picture ({', '.join(IMG_EXTENSIONS)}), and is no class")
+        paths += paths_of_class
+        labels += [label] * len(paths_of_class)
     return classes, paths, labels
+
+
+# ---- One picture -----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[Image.Image]:
-    """A picture of which the header is read. DataError for whatever goes wrong with it in here."""
+    """Yield a picture of which the header is read. InputError for whatever goes wrong with it in here."""
     try:
         with Image.open(path) as picture:
-            if picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG"):
+            is_integer = picture.mode == "I" and picture.format != "PNG"  # some Pillows open PNGs of 16 bits as "I"
+            if picture.mode == "F" or is_integer:
                 raise ValueError("32 bits a pixel, whose range is not known")
             yield picture
     except Exception as e:  # Pillow raises errors of many types on broken files
-        raise DataError(f"{path}: not a picture that can be read ({' '.join(str(e).split())})") from e
+        reason = " ".join(str(e).split())
+        raise InputError(f"{path}: not a picture that can be read ({reason})") from e
 
 
 def read(path: str) -> Tensor:
-    """A picture as uint8 (3, h, w): RGB, upright as its EXIF says, 16 bits scaled to 8, alpha left out. DataError."""
+    """Return a picture as uint8 (3, h, w): RGB, upright as its EXIF says, 16 bits scaled to 8, alpha left out.
+
+    InputError if it cannot be read.
+    """
     with opened(path) as picture:
-        deep = picture.mode.startswith("I")  # 16 bits of grey, which Pillow would clip at 255
+        has_16_bits = picture.mode.startswith("I")
         ImageOps.exif_transpose(picture, in_place=True)
-        if deep:
-            grey = np.asarray(picture).astype(np.int64)
-            picture = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+        if has_16_bits:
+            picture = _scaled_to_8_bits(picture)
         elif "transparency" in picture.info:
             picture = picture.convert("RGBA")
-        return F.pil_to_tensor(picture if picture.mode == "RGB" else picture.convert("RGB"))
+        if picture.mode != "RGB":
+            picture = picture.convert("RGB")
+        return F.pil_to_tensor(picture)
+
+
+def _scaled_to_8_bits(picture: Image.Image) -> Image.Image:
+    """Return a picture of 16 bits of grey with 8 bits, rounded; Pillow's own conversion would clip it at 255."""
+    grey = np.asarray(picture).astype(np.int64)
+    scaled = (grey * 255 + 32767) // 65535
+    return Image.fromarray(scaled.astype(np.uint8))
 
 
 def shape(path: str) -> tuple[int, int]:
-    """Height and width of a picture, upright, from its header. DataError."""
+    """Return height and width of a picture, upright, from its header. InputError if it cannot be read."""
     with opened(path) as picture:
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return picture.size if turned else picture.size[::-1]
+        width, height = picture.size
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation in TURNED_BY_A_QUARTER:
+        return width, height
+    return height, width
 
 
 def survey(path: str) -> np.ndarray:
-    """Height and width of a picture that is read for it, then sums of its channels in [0, 1], then of their squares."""
-    x = read(path)
-    channels = x.flatten(1).double() / 255
-    return np.concatenate([x.shape[1:], channels.sum(1), channels.square().sum(1)])
+    """Return height and width of a picture, the sums of its three channels in [0, 1], and those of their squares.
 
-
-def sound(paths: Sequence[str], how: Callable, skip_broken: bool, workers: int = 0) -> tuple[list[int], list]:
-    """Rows of the pictures that `how`, one of `shape`, `read`, `survey`, works on, and what it says of each.
-
-    DataError for the first that it does not work on, unless these are to be skipped: then they are named.
+    The picture is read for it. InputError if it cannot be read.
     """
-    rows, said, broken = [], [], []
-    tried = _Tried(paths, how)
-    looks = DataLoader(tried, batch_size=None, collate_fn=tuple, num_workers=workers, worker_init_fn=_patient)
-    bar = {"desc": f"{how.__name__} of pictures", "delay": 2, "leave": False, "disable": not processes.is_main()}
-    for row, (answer, why) in enumerate(tqdm(looks, **bar)):
-        if why and not skip_broken:
-            raise DataError(f"{why}; --skip_broken leaves such pictures out")
-        if why:
-            broken.append(why)
-        else:
+    image = read(path)
+    channels = image.flatten(1).double() / 255
+    sums = channels.sum(1)
+    squares = channels.square().sum(1)
+    return np.concatenate([image.shape[1:], sums, squares])
+
+
+# ---- Many pictures ---------------------------------------------------------------------------------------------------
+
+
+def sound(paths: Sequence[str], look: Callable, skip_broken: bool, n_workers: int = 0) -> tuple[list[int], list]:
+    """Return the rows of the pictures that `look` works on, one of `shape`, `read`, `survey`, and what it returns.
+
+    InputError for the first that it does not work on, unless these are to be skipped: then they are named.
+    """
+    attempts = DataLoader(
+        _Attempts(paths, look),
+        batch_size=None,
+        collate_fn=tuple,
+        num_workers=n_workers,
+        worker_init_fn=_leave_signals_to_main,
+    )
+    bar = tqdm(
+        attempts,
+        desc=f"{look.__name__} of pictures",
+        delay=2,
+        leave=False,
+        disable=not processes.is_main(),
+    )
+    rows = []
+    answers = []
+    faults = []
+    for row, (answer, fault) in enumerate(bar):
+        if not fault:
             rows.append(row)
-            said.append(answer)
-    if broken:
-        processes.say("\n  ".join([f"skipped {len(broken)} of {len(paths)} pictures:", *broken]))
-    return rows, said
+            answers.append(answer)
+        elif skip_broken:
+            faults.append(fault)
+        else:
+            raise InputError(f"{fault}; --skip_broken leaves such pictures out")
+    if faults:
+        processes.say("\n  ".join([f"skipped {len(faults)} of {len(paths)} pictures:", *faults]))
+    return rows, answers
 
 
 @dataclass
-class _Tried:
-    """What `how` says of a picture, and why it says nothing."""
+class _Attempts:
+    """What `look` returns for a picture, or why it returns nothing: errors would end a worker."""
 
     paths: Sequence[str]
-    how: Callable
+    look: Callable
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple:
         try:
-            return self.how(self.paths[row]), ""
-        except DataError as e:
+            return self.look(self.paths[row]), ""
+        except InputError as e:
             return 0, str(e)
 
 
 def workers() -> int:
-    """Processes that read pictures ahead, for each of those that train."""
+    """Return how many processes read pictures ahead, for each of those that train."""
     return min(16, processes.cores())
 
 
-def _patient(_) -> None:
-    """Leave signals to the main process, which finishes its step; a worker that it does not end ends 30 s later."""
+def _leave_signals_to_main(_) -> None:
+    """Let a worker outlive the signal that asks for the end of the run.
+
+    Ctrl-C and job schedulers signal all processes at once. The main process still finishes its step, for which it needs
+    its workers, and ends them itself. If it is killed before that, an alarm ends them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_WITHOUT_MAIN))
 
 
 def loader(pictures, keys: Iterator, device: torch.device) -> Iterator:
-    """Batches of `pictures`, read ahead by processes of their own. DataError for a picture that cannot be read."""
-    how = {"num_workers": workers(), "pin_memory": device.type == "cuda", "worker_init_fn": _patient}
+    """Yield batches of `pictures`, one for each list of keys, read ahead by processes of their own.
+
+    InputError for a picture that cannot be read.
+    """
+    batches = DataLoader(
+        pictures,
+        batch_sampler=keys,
+        num_workers=workers(),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_main,
+    )
     try:
-        yield from DataLoader(pictures, batch_sampler=keys, **how)
-    except DataError as e:  # its text is the traceback in the worker
-        raise DataError(str(e).strip().splitlines()[-1].partition("DataError: ")[2]) from None
+        yield from batches
+    except InputError as e:  # its text is the traceback in the worker, whose last line is "...InputError: message"
+        last_line = str(e).strip().splitlines()[-1]
+        raise InputError(last_line.partition("InputError: ")[2]) from None
 
 
 @dataclass
 class Crops:
-    """Random resized crops and flips, uint8 (views, 3, size, size), of pictures in files, by (row, u)."""
+    """Random resized crops and flips, uint8 (views, 3, size, size), of pictures in files.
+
+    A key is a row and the draws of its views, (views, DRAWS_PER_IMAGE).
+    """
 
     paths: np.ndarray
     size: int
@@ -183,16 +253,23 @@ class Crops:
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Tensor:
         row, u = key
         image = read(str(self.paths[row]))
-        area, aspect, corner, flip = torch.from_numpy(u).split(DRAWS, 1)[:4]
-        boxes = crop_boxes(area, aspect, corner, *image.shape[1:]).tolist()
-        shape = [self.size, self.size]
-        crops = [F.resized_crop(image, *box, shape, InterpolationMode.BICUBIC, antialias=True) for box in boxes]
-        return torch.stack([x.flip(2) if f < 0.5 else x for x, f in zip(crops, flip)])
+        height, width = image.shape[1:]
+        draws = named_draws(torch.from_numpy(u))
+        boxes = crop_boxes(draws["area"], draws["aspect"], draws["corner"], height, width)
+        size = [self.size, self.size]
+        crops = []
+        for box, flip in zip(boxes.tolist(), draws["flip"]):
+            crop = F.resized_crop(image, *box, size, InterpolationMode.BICUBIC, antialias=True)
+            crops.append(crop.flip(2) if flip < 0.5 else crop)
+        return torch.stack(crops)
 
 
 @dataclass
 class Centres:
-    """Central squares, uint8 (3, size, size), of pictures in files, shrunk to size / crop pixels before, by row."""
+    """Central squares, uint8 (3, size, size), of pictures in files, shrunk to size / crop pixels before.
+
+    A key is a row.
+    """
 
     paths: np.ndarray
     size: int
@@ -200,5 +277,6 @@ class Centres:
 
     def __getitem__(self, row: int) -> Tensor:
         image = read(str(self.paths[row]))
-        image = F.resize(image, [round(self.size / self.crop)], InterpolationMode.BICUBIC, antialias=True)
+        side = round(self.size / self.crop)  # of the shorter one
+        image = F.resize(image, [side], InterpolationMode.BICUBIC, antialias=True)
         return F.center_crop(image, [self.size, self.size])

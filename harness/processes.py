@@ -15,99 +15,131 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from harness.errors import InputError
+from harness.log import is_main
+
 PATIENCE = timedelta(hours=3)  # for the first process, which downloads a set, or looks through its pictures, alone
 
 
-class LaunchError(ValueError):
-    """Processes that do not make one program."""
+def start(**arguments) -> Accelerator:
+    """Return an Accelerator, made with these arguments, for processes that see each other and share a CPU's cores.
 
-
-def start(**how) -> Accelerator:
-    """An Accelerator, of which `how` are arguments, for processes that see each other and share the cores of a CPU.
-
-    LaunchError for a launcher whose processes do not, each would take itself for the one that writes, and for a
-    precision that there is not.
+    InputError for a launcher whose processes do not see each other, since each would take itself for the one that
+    writes, and for a precision that the device does not have.
     """
     try:
-        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **how)
+        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **arguments)
     except (ValueError, ImportError) as e:  # a precision that the device, or what is installed, does not have
-        raise LaunchError(f"accelerate launch: {e}") from e
-    if accelerator.mixed_precision not in ("no", "bf16", "fp16"):
-        raise LaunchError(f"accelerate launch: --mixed_precision {accelerator.mixed_precision}: take no, bf16 or fp16")
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would take fp32
-        raise LaunchError("accelerate launch: --mixed_precision fp16 wants a GPU; on a CPU take bf16 or no")
-    for name, seen in {"WORLD_SIZE": accelerator.num_processes, "RANK": accelerator.process_index}.items():
-        if (said := os.environ.get(name, str(seen))) != str(seen):
-            raise LaunchError(
-                f"{name} is {said}, but Accelerate sees {seen} (of {accelerator.num_processes} process); start several "
-                "by a launcher, on a machine without a GPU with ACCELERATE_USE_CPU=true"
-            )
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if accelerator.device.type == "cpu" and launched:  # the launcher gives each one thread unless told not to
+        raise InputError(f"accelerate launch: {e}") from e
+    _refuse_precision(accelerator)
+    _refuse_strangers(accelerator)
+    # The launcher gives each process on a CPU one thread, and says so in OMP_NUM_THREADS, unless it is told not to:
+    # nearly all cores would idle.
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    has_one_thread = os.environ.get("OMP_NUM_THREADS") == "1"
+    if accelerator.device.type == "cpu" and is_launched and has_one_thread:
         torch.set_num_threads(cores())
     return accelerator
 
 
-def is_main() -> bool:
-    """Whether this is the one process, or the first of several, which alone prints and writes."""
-    return os.environ.get("RANK", "0") == "0"
+def _refuse_precision(accelerator: Accelerator) -> None:
+    """Raise InputError for a precision that networks are not trained in here."""
+    precision = accelerator.mixed_precision
+    if precision not in ("no", "bf16", "fp16"):
+        raise InputError(f"accelerate launch: --mixed_precision {precision}: take no, bf16 or fp16")
+    if precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would take fp32
+        raise InputError("accelerate launch: --mixed_precision fp16 wants a GPU; on a CPU take bf16 or no")
+
+
+def _refuse_strangers(accelerator: Accelerator) -> None:
+    """Raise InputError if the launcher has started processes that Accelerate does not join."""
+    joined = {"WORLD_SIZE": accelerator.num_processes, "RANK": accelerator.process_index}
+    for name, number in joined.items():
+        launched = os.environ.get(name, str(number))
+        if launched != str(number):
+            raise InputError(
+                f"{name} is {launched}, but Accelerate sees {number} (of {accelerator.num_processes} process); start "
+                "several by a launcher, on a machine without a GPU with ACCELERATE_USE_CPU=true"
+            )
 
 
 def say(text: str) -> None:
-    """Tell it on standard error, once."""
+    """Print a text on standard error, once for all processes."""
     if is_main():
         print(text, file=sys.stderr)
 
 
 def end() -> None:
-    """Have GPUs send what other processes still wait for. gloo sends at once, and some processes abort at its end."""
+    """Have GPUs send what other processes still wait for, before this one ends.
+
+    Only they have something left: gloo sends at once, and its clean-up aborts some processes.
+    """
     if dist.is_initialized() and dist.get_backend() == "nccl":
         dist.destroy_process_group()
 
 
 def cores() -> int:
-    """This process's share of the processor cores of its machine."""
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, own // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """Return this process's share of the processor cores of its machine."""
+    if hasattr(os, "sched_getaffinity"):
+        available = len(os.sched_getaffinity(0))
+    else:
+        available = os.cpu_count() or 1
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, available // processes_here)
 
 
 def agree(accelerator: Accelerator, **facts) -> None:
-    """LaunchError unless these are the same to all processes, as they are on machines that share their files."""
-    told = gather_object([json.dumps(facts)]) if accelerator.num_processes > 1 else []
-    first, *others = map(json.loads, told or ["{}"])
-    for rank, own in enumerate(others, 1):
-        if odd := [f"{name} {own[name]} (process 0: {x})" for name, x in first.items() if own[name] != x]:
-            raise LaunchError(f"process {rank} has {', '.join(odd)}; give all the same flags and the same files")
+    """Raise InputError unless these facts are the same in all processes, as on machines that share their files."""
+    if accelerator.num_processes == 1:
+        return
+    gathered = gather_object([json.dumps(facts)])
+    first, *others = map(json.loads, gathered)
+    for rank, theirs in enumerate(others, 1):
+        differences = []
+        for name, value in first.items():
+            if theirs[name] != value:
+                differences.append(f"{name} {theirs[name]} (process 0: {value})")
+        if differences:
+            raise InputError(f"process {rank} has {', '.join(differences)}; give all the same flags and the same files")
 
 
-def same_buffers(network: nn.Module, accelerator: Accelerator) -> None:
-    """Give all processes the first one's buffers, which a checkpoint holds: on a CPU BatchNorm's are of each alone."""
+def broadcast_buffers(network: nn.Module, accelerator: Accelerator) -> None:
+    """Give all processes the buffers of the first, which a checkpoint holds.
+
+    On a CPU each process has BatchNorm statistics of its own images, so without this each would judge another network.
+    """
     if accelerator.num_processes > 1:
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
 
 
-def in_shares(embed: Callable, split, accelerator: Accelerator) -> Tensor:
-    """`embed` of a data.Split, features (n, d), of which each process makes its share and gets all."""
-    n, world = len(split.labels), accelerator.num_processes
+def embed_in_shares(embed: Callable, split, accelerator: Accelerator) -> Tensor:
+    """Return embed(split), features (n, d) of a Split, of which each process makes its share and gets all."""
+    world = accelerator.num_processes
     if world == 1:
         return embed(split)
-    mine = share(n, accelerator.process_index, world).to(split.labels.device)
-    return accelerator.gather(embed(split.rows(mine)))[:n]
+    n = len(split.labels)
+    my_rows = share(n, accelerator.process_index, world).to(split.labels.device)
+    features = embed(split.rows(my_rows))
+    return accelerator.gather(features)[:n]
 
 
 def share(n: int, rank: int, world: int) -> Tensor:
-    """Which of n rows are a process's. All have equally many, one after the other; those beyond n are the first again.
+    """Return which of n rows are those of process `rank` of `world`.
 
-    So the first n rows of what is gathered are the whole.
+    All have equally many, one after the other; those beyond n are the first again. So the first n rows of what is
+    gathered are the whole.
     """
-    each = -(-n // world)
-    return torch.arange(rank * each, (rank + 1) * each) % n
+    per_process = -(-n // world)  # rounded up
+    first = rank * per_process
+    return torch.arange(first, first + per_process) % n
 
 
 def gather(x: Tensor) -> Tensor:
-    """The rows of all processes, with gradient: Eq. 1 and Eq. 2 speak of the whole batch."""
-    return _Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+    """Return the rows of all processes, with gradient: Eq. 1 and Eq. 2 speak of the whole batch."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        return _Gather.apply(x)
+    return x
 
 
 class _Gather(torch.autograd.Function):
@@ -123,4 +155,5 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Tensor:
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+        parts = grad.chunk(dist.get_world_size())
+        return parts[dist.get_rank()]

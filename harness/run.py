@@ -1,26 +1,26 @@
-"""A run's folder: its log, its checkpoint, and how a run that was stopped goes on.
+"""A run's folder, and how a run that was stopped goes on.
 
     ckpt.safetensors      the whole state: networks, momentum, random numbers, sums of the epoch in progress
     encoder.safetensors   the encoder alone, as the last whole epoch left it
     metrics.jsonl         the rows that were printed
 
 A state is the tensors and the description of ckpt.safetensors. Tensors without a slash in their name are the network's.
-Order and views are functions of (seed, epoch, step), so that a run that goes on ends in the bits of one that never
-stopped.
+The order of the images and their views are functions of (seed, epoch, step), so that a run that goes on ends in the
+bits of one that never stopped. `Run` is the one object with state; it knows no network beyond the training it is given.
 """
 
-import contextlib
 import fcntl
 import json
-import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
@@ -28,236 +28,399 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from tqdm import tqdm
 
-import models
-from harness import cli
+import data
+from harness import checkpoint, probes, processes
+from harness.errors import InputError, Stopped
+from harness.files import CKPT, ENCODER, LOG, RUN_FILES
+from harness.log import emit, read_log, read_rows, rewind
+from harness.settings import Settings
 
-FILES = LOG, CKPT, ENCODER = "metrics.jsonl", "ckpt.safetensors", "encoder.safetensors"
-PLACES = ("data_dir",)  # settings that a run may go on without: where the data lie, not what they are
+PLACES = ("data_dir",)  # settings that may change while a run is stopped: where the data lie, not what they are
+STEPS_BETWEEN_LOOKS = 10  # several processes ask each other for a signal this often: each time all of them wait
 
 
-class RunError(ValueError):
-    """A folder that a run cannot be written to, read from, or continued in."""
-
-
-@dataclass(frozen=True)
 class Run:
-    """A run folder: what it was trained with, and the rows of its log."""
+    """A run from the claim of its folder to its end: position, sums of the epoch in progress, log, signals, files.
 
-    folder: Path
-    settings: dict
-    rows: list[dict]
+    A run makes the same calls in each of several processes; the first alone prints and writes.
+    """
 
-    def series(self, key: str, of: str | None = None) -> dict[int, float]:
-        """The finite values of a column of pretraining by step; `of` names the kind of row."""
-        rows = [r for r in self.rows if r["stage"] == "pretrain" and r.get("of") == of and "step" in r and key in r]
-        return {r["step"]: r[key] for r in rows if math.isfinite(r[key])}
+    def __init__(
+        self, folder: Path, cfg: Settings, images: data.Dataset, steps: int, flags: dict, accelerator: Accelerator
+    ):
+        """Claim the folder and read what it holds. InputError if that is another run, or if the folder is in use."""
+        self.folder, self.cfg, self.images, self.steps = folder, cfg, images, steps
+        self.flags, self.accelerator = flags, accelerator
+        self.steps_per_epoch = steps // cfg.epochs
+        self.view = images.view(cfg.eval_crop)
+        self.split = "holdout" if cfg.holdout else "test"
+        self.description = {"settings": asdict(cfg), "view": self.view, "steps": steps, **provenance()}
+        with accelerator.main_process_first():
+            self.lock = claim(folder) if accelerator.is_main_process else None
+            self._tensors, self._stored = stored_state(folder)
+        self.whole_epochs, self.step = position(self.description, self._stored, folder)
+        processes.agree(accelerator, **asdict(cfg), view=self.view, steps=steps, step=self.step)
+        self.sums, self.numbers, self.collapsed_epochs = {}, {}, 0
+        self.log_file, self.signals = None, []
 
-    def score(self, stage: str) -> float | None:
-        """The last top-1 accuracy (%) by the protocol of knn_eval, at k = 20, or linear_eval; by no variant of it.
+    # -----------------------------------------------------------------------------------------------------------------
+    # Before the first step
+    # -----------------------------------------------------------------------------------------------------------------
 
-        Where knn_eval has not been run, the online k-NN of the last epoch is the same number.
-        """
-        s = self.settings
-        final = {"stage": stage, "split": "test", "net": "online", "dataset": s["dataset"], "eval_crop": s["eval_crop"]}
-        final |= {"of": "trained", "k": 20, "temperature": 0.07} if stage == "knn_eval" else {"features": "augmented"}
-        online = {"stage": "pretrain", "of": "online", "split": "test", "k": 20, "epoch": s["epochs"]}
-        for wanted in (final, online) if stage == "knn_eval" else (final,):
-            rows = [
-                r for r in self.rows if r.get("trained_epochs", s["epochs"]) == s["epochs"]
-            ]  # not of a run under way
-            if rows := [r for r in rows if all(r.get(k) == x for k, x in wanted.items())]:
-                return rows[-1]["top1"]
-        return None
+    def restore(self, training) -> None:
+        """Bring a training to the state that the folder holds, if any, and the data to the device."""
+        self.network, self.optimizer = training.network, training.optimizer
+        if self._tensors:
+            self.sums = restore_state(self._tensors, self._stored, self.network, self.optimizer, self.accelerator)
+        self._tensors = None  # three times as large as the network
+        device, images = self.accelerator.device, self.images
+        self.train, self.test = images.train.to(device), images.test.to(device)
+        shares_images = images.pretraining is images.train
+        self.pretraining = self.train if shares_images else images.pretraining.to(device)
+        self._stream = data.batches(
+            self.pretraining,
+            self.cfg.batch_size,
+            images.size,
+            self.cfg.seed,
+            range(self.whole_epochs + 1, self.cfg.epochs + 1),
+            start=self.step - self.whole_epochs * self.steps_per_epoch,
+            micro_batches=self.cfg.accumulate,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+
+    def announce(self, lines: list[str]) -> None:
+        """Begin the log, or go on with it, and print what the run is about to do, unless it is finished."""
+        if self.lock is None:
+            return
+        self.log_file = start_log(self.folder, self.description, self.whole_epochs, self.step, self.accelerator)
+        if self.step < self.steps:
+            settings = {name: str(x) for name, x in asdict(self.cfg).items()}
+            self.accelerator.init_trackers("pretrain", settings)
+            print(*lines, sep="\n  ", file=sys.stderr)
+
+    def __enter__(self) -> "Run":
+        """Show progress, and keep a first SIGTERM or SIGINT for the step to be finished; a second one acts at once."""
+        is_silent = self.log_file is None or self.step == self.steps
+        self._bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=is_silent)
+        self._handlers = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, self._keep_signal)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._put_handlers_back()
+        self._bar.close()
+
+    def _keep_signal(self, number: int, _frame) -> None:
+        self.signals.append(signal.Signals(number))
+        self._put_handlers_back()
+
+    def _put_handlers_back(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # While it trains
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def epochs(self) -> Iterator[int]:
+        """Yield the epochs that are left, from 1."""
+        for epoch in range(self.whole_epochs + 1, self.cfg.epochs + 1):
+            self.epoch = epoch
+            self._started = time.perf_counter()
+            self._first_step = self.step
+            yield epoch
+
+    def micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield crops and draws of the micro-batches that are left in the epoch; see `data.batches`."""
+        steps_left = self.epoch * self.steps_per_epoch - self.step
+        for crops, _, u in islice(self._stream, steps_left * self.cfg.accumulate):
+            yield crops, u
+
+    def after(self, terms: dict[str, Tensor], norms: dict[str, Tensor]) -> None:
+        """Add the terms of a micro-batch to the sums; after a step, count it, and save or stop if that is due."""
+        step = torch.full((), self.step, device=self.accelerator.device)
+        self.numbers = probes.first_fault(self.numbers, {"step": step, **terms, **norms})
+        for name, term in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + term / self.cfg.accumulate
+        if not self.accelerator.sync_gradients:
+            return
+        self.step += 1
+        self._bar.update()
+        caught = self._caught(self.step)
+        at_epoch_end = self.step == self.epoch * self.steps_per_epoch
+        save_every = self.flags["save_every"]
+        is_due = save_every and self.step % save_every == 0 and not at_epoch_end
+        if caught or is_due:
+            self.save()
+        if caught:
+            self.stop(caught)
+
+    def means(self) -> dict[str, float]:
+        """Return the terms' means over the epoch's steps and the processes. InputError if a number is not finite."""
+        row = {}
+        for name, total in self.sums.items():
+            row[name] = self.accelerator.reduce(total, "mean").item() / self.steps_per_epoch
+        seconds = time.perf_counter() - self._started
+        images = (self.step - self._first_step) * self.cfg.batch_size
+        self.images_per_s = round(images / seconds, 1)
+        probes.refuse_faults(self.numbers, self.network, self.folder, self.accelerator)
+        return row
+
+    def log(self, **columns) -> None:
+        """Print a row, add it to the log, and give its numbers to the tracker."""
+        row = {"stage": "pretrain", "epoch": self.epoch, "step": self.step, **columns}
+        emit(row, self.log_file)
+        prefix = f"{row['of']}/" if "of" in row else ""
+        numbers = {prefix + name: x for name, x in row.items() if isinstance(x, float)}
+        self.accelerator.log(numbers, step=self.step)
+
+    def warn_of_collapse(self, std: float) -> None:
+        """Warn if the projections have been nearly one point for some epochs; `std` as the log has it."""
+        spread = std * self.cfg.out_dim**0.5  # 1 where they fill the sphere
+        self.collapsed_epochs = probes.warn_of_collapse(spread, self.collapsed_epochs)
+
+    def judges_now(self) -> bool:
+        """Whether the encoder is judged after this epoch: each `eval_every` epochs, and after the last."""
+        eval_every = self.cfg.eval_every
+        if not eval_every:
+            return False
+        return self.epoch % eval_every == 0 or self.epoch == self.cfg.epochs
+
+    def end_epoch(self) -> None:
+        """Save the state between two epochs, and stop if a signal came."""
+        self.sums = {}
+        self.whole_epochs = self.epoch
+        self.save()
+        if self.step < self.steps:
+            caught = self._caught(0)
+            if caught:
+                self.stop(caught)
+
+    def save(self) -> None:
+        """Write the state; InputError, with the last checkpoint as it was, if a number in it is not finite."""
+        probes.refuse_faults(self.numbers, self.network, self.folder, self.accelerator)
+        tensors = captured_state(self.network, self.optimizer, self.sums, self.accelerator)
+        if self.log_file is None:
+            return
+        description = {**self.description, "epoch": self.whole_epochs, "step": self.step}
+        at_epoch_end = self.step == self.whole_epochs * self.steps_per_epoch
+        if at_epoch_end:
+            encoder = {name.removeprefix("encoder."): x for name, x in tensors.items() if name.startswith("encoder.")}
+            checkpoint.save(self.folder / ENCODER, encoder, {**description, "holds": "encoder"})
+        scaler = self.accelerator.scaler
+        description["scaler"] = scaler.state_dict() if scaler else None
+        checkpoint.save(self.folder / CKPT, tensors, {**description, "holds": "checkpoint"})
+
+    def stop(self, caught: signal.Signals) -> None:
+        """Raise Stopped, once the first process has written: the launcher ends all after the first that leaves."""
+        self.accelerator.wait_for_everyone()
+        holds = f"{self.folder / CKPT} holds it, and the same command goes on"
+        raise Stopped(f"{caught.name} after step {self.step} of {self.steps}; {holds}", 128 + caught)
+
+    def _caught(self, step: int) -> signal.Signals | None:
+        """The signal that this or another process has caught; several processes look at every tenth step."""
+        if self.accelerator.num_processes == 1:
+            return self.signals[0] if self.signals else None
+        if step % STEPS_BETWEEN_LOOKS:
+            return None
+        if self.signals:
+            self.accelerator.set_trigger()
+        if not self.accelerator.check_trigger():
+            return None
+        return self.signals[0] if self.signals else signal.SIGTERM
+
+    def finish(self) -> None:
+        """End the trackers, and name the checkpoint and the commands that judge it."""
+        self.accelerator.wait_for_everyone()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        if self.log_file is None:
+            return
+        ckpt = shlex.quote(str(self.folder / CKPT))
+        judges = f"; judge it by\n    python knn_eval.py {ckpt}\n    python linear_eval.py {ckpt}"
+        print(f"{ckpt} is whole{judges if self.images.classes else ''}", file=sys.stderr)
 
 
-def read(folder: Path) -> Run:
-    """A run folder. RunError for one without a log of pretrain.py; a last line that is cut short does not count."""
-    rows = read_rows(folder)
-    if not rows or not {"dataset", "method", "reg", "accumulate"} <= rows[0].get("settings", {}).keys():
-        raise RunError(f"{folder / LOG}: has no first row with a run's settings")
-    return Run(folder, rows[0]["settings"], rows)
-
-
-def read_rows(folder: Path) -> list[dict]:
-    """The rows of a log. RunError for one that cannot be read, or that holds others than the stages'."""
-    try:
-        lines = (folder / LOG).read_bytes().split(b"\n")
-    except OSError as e:
-        raise RunError(f"{folder}: no run, its {LOG} cannot be read ({e.strerror})") from e
-    rows = []
-    for n, line in enumerate(lines[:-1], 1):  # what follows the last line's end is not yet whole
-        try:
-            rows.append(json.loads(line))
-            _ = rows[-1]["stage"]
-        except (ValueError, KeyError, TypeError) as e:
-            raise RunError(f"{folder / LOG}: line {n} is not one that a stage writes") from e
-    return rows
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def claim(folder: Path) -> TextIO:
-    """Keep other processes out of a run folder, which is made if need be, until this one ends, however it ends.
+    """Make a run folder, and keep other processes out of it until this one ends, however it ends.
 
-    What a process that was killed has left half-written is removed. RunError if another process has the folder, or if
-    it cannot be written to.
+    Removes what a process that was killed has left half-written. InputError if another process has the folder, or if it
+    cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115  # open as long as this process lives
+        lock = open(folder / ".lock", "w")  # noqa: SIM115  # stays open as long as this process lives
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would be its workers', too
+            # lockf, not flock: forked workers of the loader would inherit a flock, and would keep the folder locked for
+            # some seconds after this process is killed
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"--out {folder}: another process is training in it; name another folder") from None
+            raise InputError(f"--out {folder}: another process is training in it; name another folder") from None
         except OSError as e:  # some network file systems have no locks
             print(f"--out {folder}: cannot be locked ({e.strerror}); start no second run in it", file=sys.stderr)
-        for name in FILES:
+        for name in RUN_FILES:
             for stray in folder.glob(f".{name}.*"):
                 stray.unlink()
     except OSError as e:
-        raise RunError(f"--out {folder}: cannot be written ({e.strerror})") from e
+        raise InputError(f"--out {folder}: cannot be written ({e.strerror})") from e
     return lock
 
 
-def saved(folder: Path) -> tuple[dict[str, Tensor], dict | None]:
-    """The state that a folder holds: tensors, none before the first was saved, and description, None without a run.
+def stored_state(folder: Path) -> tuple[dict[str, Tensor], dict | None]:
+    """Read the state that a folder holds: no tensors before the first was saved, and no description without a run.
 
-    RunError if the checkpoint is damaged, if there is none where there was one, or if it is no state.
+    InputError if the checkpoint is damaged, if there is none where there was one, or if it is not a state.
     """
     ckpt = folder / CKPT
-    if ckpt.exists():
-        try:
-            tensors, description = models.load(ckpt)
-        except models.ModelError as e:
-            raise RunError(f"{e}; name another --out, or remove it") from e
-        if not {"settings", "epoch", "step"} <= description.keys() or "rng/cpu" not in tensors:
-            raise RunError(f"{ckpt}: a network alone, without the momentum that a run goes on with; name another --out")
-        return tensors, description
+    if not ckpt.exists():
+        refuse_lost_checkpoint(folder)
+        return {}, None
+    try:
+        tensors, description = checkpoint.load(ckpt)
+    except InputError as e:
+        raise InputError(f"{e}; name another --out, or remove it") from e
+    if not {"settings", "epoch", "step"} <= description.keys() or "rng/cpu" not in tensors:
+        raise InputError(f"{ckpt}: a network alone, without the momentum that a run goes on with; name another --out")
+    return tensors, description
+
+
+def refuse_lost_checkpoint(folder: Path) -> None:
+    """Raise InputError if other files of a folder without a checkpoint show that there was one."""
     rows = read_rows(folder) if (folder / LOG).exists() else []
     if rows:
-        read(folder)
-    gone = (folder / ENCODER).exists() if not rows else any(r["stage"] != "pretrain" for r in rows)
-    if gone or any(row.get("epoch", 0) > 1 for row in rows):
-        raise RunError(f"--out {folder}: holds a run whose {CKPT} is gone; name another folder, or remove this one")
-    return {}, None  # whatever it was, it has to begin again
+        read_log(folder)  # raises InputError for a log of something else
+        is_lost = any(row["stage"] != "pretrain" or row.get("epoch", 0) > 1 for row in rows)
+    else:
+        is_lost = (folder / ENCODER).exists()
+    if is_lost:
+        raise InputError(f"--out {folder}: holds a run whose {CKPT} is gone; name another folder, or remove this one")
 
 
-def differences(settings: dict, then: dict) -> list[str]:
-    """Each setting that is not what it was in the run, as it would be given."""
-    now, then = json.loads(json.dumps(settings)), dict(then)
-    for each in (now, then):
-        if os.path.isdir(each.get("dataset", "")):
-            each["dataset"] = os.path.realpath(each["dataset"])
-    told = [name for name in sorted(now.keys() | then) if name not in PLACES and now.get(name) != then.get(name)]
-    return [f"--{name} {now.get(name)} (it was {then.get(name)})" for name in told]
+def position(description: dict, stored: dict | None, folder: Path) -> tuple[int, int]:
+    """Return the epochs and steps that the run of a folder has behind it. InputError if that run is another."""
+    if stored is None:
+        return 0, 0
+    faults = differences(description["settings"], stored["settings"])
+    if faults:
+        advice = "take these, or name another folder"
+        raise InputError(f"--out {folder}: holds a run with other settings, {', '.join(faults)}; {advice}")
+    facts = as_json({**description["view"], "steps": description["steps"]})
+    stored_facts = {**stored["view"], "steps": stored["steps"]}
+    for name, value in facts.items():
+        if value != stored_facts.get(name):
+            faults.append(f"{name} {value} (it was {stored_facts.get(name)})")
+    if faults:
+        raise InputError(f"--out {folder}: holds a run on other images, {', '.join(faults)}; name another folder")
+    return stored["epoch"], stored["step"]
+
+
+def differences(settings: dict, stored: dict) -> list[str]:
+    """Name each setting that is not what it was in the run, as a flag."""
+    settings, stored = as_json(settings), dict(stored)
+    for values in (settings, stored):
+        if os.path.isdir(values.get("dataset", "")):
+            values["dataset"] = os.path.realpath(values["dataset"])
+    faults = []
+    for name in sorted(settings.keys() | stored.keys()):
+        if name not in PLACES and settings.get(name) != stored.get(name):
+            faults.append(f"--{name} {settings.get(name)} (it was {stored.get(name)})")
+    return faults
+
+
+def as_json(values: dict) -> dict:
+    """Return the values as they come back from a file: tuples as lists."""
+    return json.loads(json.dumps(values))
 
 
 def provenance() -> dict:
-    """The command, the versions and the commit that make a run."""
-    versions = {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "safetensors")}
+    """Name the command, the versions and the commit that make a run."""
+    packages = ("torch", "torchvision", "timm", "accelerate", "safetensors")
+    describe = ["git", "describe", "--always", "--dirty"]
+    here = Path(__file__).parent
     try:
-        describe, here = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
-        git = subprocess.check_output(describe, cwd=here, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or not a repository
-        git = None
-    return {"command": shlex.join(sys.argv), "versions": versions, "git": git}
+        commit = subprocess.check_output(describe, cwd=here, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):  # git is missing, or this is not a repository
+        commit = None
+    return {"command": shlex.join(sys.argv), "versions": {name: version(name) for name in packages}, "git": commit}
 
 
-def start_log(folder: Path, description: dict, done: int, step: int, accelerator: Accelerator) -> Path:
-    """The log of a run, with its first row, or up to where the run goes on from; what has changed since is told."""
-    hardware = {"device": accelerator.device.type, "precision": accelerator.mixed_precision}
-    hardware |= {"processes": accelerator.num_processes}  # no part of a checkpoint's description
+def start_log(folder: Path, description: dict, whole_epochs: int, step: int, accelerator: Accelerator) -> Path:
+    """Begin the log of a run with its first row, or rewind it to where the run goes on; prints what changed since."""
+    hardware = {  # not a part of a checkpoint's description
+        "device": accelerator.device.type,
+        "precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+    }
     log = folder / LOG
-    rows = rewind(folder, done if step else -1)
+    rows = rewind(folder, whole_epochs if step else -1)
     if not rows:
-        cli.emit({"stage": "pretrain", **description, **hardware}, log)
+        emit({"stage": "pretrain", **description, **hardware}, log)
         return log
-    goes_on = "goes on after" if done < description["settings"]["epochs"] else "is finished,"
+    goes_on = "goes on after" if whole_epochs < description["settings"]["epochs"] else "is finished,"
     print(f"{folder}: {goes_on} step {step}", file=sys.stderr)
-    for name, now in {**hardware, "versions": description["versions"], "git": description["git"]}.items():
-        if rows[0].get(name) != now:
-            print(f"{name}: {now} (it was {rows[0].get(name)})", file=sys.stderr)
+    may_change = {**hardware, "versions": description["versions"], "git": description["git"]}
+    for name, value in may_change.items():
+        if rows[0].get(name) != value:
+            print(f"{name}: {value} (it was {rows[0].get(name)})", file=sys.stderr)
     return log
 
 
-def rewind(folder: Path, epoch: int) -> list[dict]:
-    """Drop what a log says of epochs after `epoch`, which will be said again, and a line that was cut short.
-
-    The first row counts as epoch 0.
-    """
-    rows = read_rows(folder) if (folder / LOG).exists() else []
-    rows = [row for row in rows if row["stage"] != "pretrain" or row.get("epoch", 0) <= epoch]
-    with models.whole(folder / LOG) as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-    return rows
+# ---------------------------------------------------------------------------------------------------------------------
+# The state
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, state: dict[str, Tensor], description: dict, scaler: torch.amp.GradScaler | None) -> None:
-    """Write encoder.safetensors, at an epoch's end, and ckpt.safetensors; each is whole or as it was."""
-    if description["step"] * description["settings"]["epochs"] == description["epoch"] * description["steps"]:
-        encoder = {name.removeprefix("encoder."): x for name, x in state.items() if name.startswith("encoder.")}
-        models.save(folder / ENCODER, encoder, {**description, "holds": "encoder"})
-    description = {**description, "holds": "checkpoint", "scaler": scaler.state_dict() if scaler else None}
-    models.save(folder / CKPT, state, description)
-
-
-def capture(network: nn.Module, optimizer: Optimizer, sums: dict[str, Tensor], accelerator: Accelerator) -> dict:
-    """The tensors of a state. Called by all processes: random numbers and sums are those of each, (processes, ...)."""
-    own = {"rng/cpu": torch.get_rng_state(), **{f"sums/{name}": x for name, x in sums.items()}}
-    if accelerator.device.type == "cuda":
-        own["rng/cuda"] = torch.cuda.get_rng_state(accelerator.device)
-    each = {name: accelerator.gather(x[None].to(accelerator.device)) for name, x in own.items()}
-    momentum = {name: optimizer.state[p].get("momentum_buffer") for name, p in network.named_parameters()}
-    return network.state_dict() | each | {f"momentum/{name}": m for name, m in momentum.items() if m is not None}
-
-
-def restore(
-    tensors: dict[str, Tensor], was: dict, network: nn.Module, optimizer: Optimizer, accelerator: Accelerator
+def captured_state(
+    network: nn.Module, optimizer: Optimizer, sums: dict[str, Tensor], accelerator: Accelerator
 ) -> dict[str, Tensor]:
-    """Bring network, momentum, random numbers and fp16's loss scale to a state; the sums of the epoch in progress.
+    """Collect the tensors of a state. All processes call this: random numbers and sums are those of each of them."""
+    mine = {"rng/cpu": torch.get_rng_state()}
+    for name, total in sums.items():
+        mine[f"sums/{name}"] = total
+    if accelerator.device.type == "cuda":
+        mine["rng/cuda"] = torch.cuda.get_rng_state(accelerator.device)
+    tensors = network.state_dict()
+    for name, x in mine.items():
+        tensors[name] = accelerator.gather(x[None].to(accelerator.device))  # (processes, ...)
+    for name, parameter in network.named_parameters():
+        momentum = optimizer.state[parameter].get("momentum_buffer")
+        if momentum is not None:
+            tensors[f"momentum/{name}"] = momentum
+    return tensors
 
-    Where the number of processes has changed, each takes the mean of the sums, and keeps random numbers of its own.
+
+def restore_state(
+    tensors: dict[str, Tensor], stored: dict, network: nn.Module, optimizer: Optimizer, accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """Bring network, momentum, random numbers and fp16's loss scale to a state; return the sums of its epoch.
+
+    Where the number of processes has changed, each takes the mean of the sums, and keeps its own random numbers.
     """
     network.load_state_dict({name: x for name, x in tensors.items() if "/" not in name})
-    for name, p in network.named_parameters():
-        if (m := tensors.get(f"momentum/{name}")) is not None:
-            optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(m)
-    if accelerator.scaler and was["scaler"]:
-        accelerator.scaler.load_state_dict(was["scaler"])
-    rank, same = accelerator.process_index, len(tensors["rng/cpu"]) == accelerator.num_processes
-    if same:
-        torch.set_rng_state(tensors["rng/cpu"][rank].clone())  # torch crashes on a row within a tensor
-    if same and accelerator.device.type == "cuda" and "rng/cuda" in tensors:
+    for name, parameter in network.named_parameters():
+        momentum = tensors.get(f"momentum/{name}")
+        if momentum is not None:
+            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+    if accelerator.scaler and stored["scaler"]:
+        accelerator.scaler.load_state_dict(stored["scaler"])
+    rank = accelerator.process_index
+    same_world = len(tensors["rng/cpu"]) == accelerator.num_processes
+    if same_world:
+        torch.set_rng_state(tensors["rng/cpu"][rank].clone())  # clone: torch crashes on a row within a tensor
+    if same_world and accelerator.device.type == "cuda" and "rng/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng/cuda"][rank].clone(), accelerator.device)
-    sums = {name.removeprefix("sums/"): x for name, x in tensors.items() if name.startswith("sums/")}
-    return {name: (x[rank] if same else x.mean(0)).to(accelerator.device) for name, x in sums.items()}
-
-
-@contextlib.contextmanager
-def signals() -> Iterator[list[signal.Signals]]:
-    """A list that the first SIGTERM or SIGINT is put into, for the step to be finished; a second one acts at once."""
-    caught, before = [], {}
-
-    def catch(number: int, _) -> None:
-        caught.append(signal.Signals(number))
-        put_back()
-
-    def put_back() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before.update({number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)})
-    try:
-        yield caught
-    finally:
-        put_back()
-
-
-def told_to_stop(caught: list[signal.Signals], step: int, accelerator: Accelerator) -> signal.Signals | None:
-    """The signal that this or another process has caught. Several processes ask each other at every tenth step."""
-    if accelerator.num_processes > 1:
-        if step % 10:
-            return None
-        if caught:
-            accelerator.set_trigger()
-        return (caught or [signal.SIGTERM])[0] if accelerator.check_trigger() else None
-    return caught[0] if caught else None
+    sums = {}
+    for name, x in tensors.items():
+        if name.startswith("sums/"):
+            total = x[rank] if same_world else x.mean(0)
+            sums[name.removeprefix("sums/")] = total.to(accelerator.device)
+    return sums

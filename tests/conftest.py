@@ -2,14 +2,18 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from torchvision.transforms.v2.functional import to_pil_image
 
 import data
-import models
-from harness import cli, processes
-from harness import run as runs
+from harness import cli
+from pretrain import pretrain
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16".split()
+SMALL += "--batch_size 16 --epochs 2 --eval_every 1 --lr 8".split()
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +43,7 @@ def shell(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, words)])
         code = 0
         try:
-            cli.run(stage, data.DataError, models.ModelError, processes.LaunchError, runs.RunError)
+            cli.run(stage)
         except SystemExit as e:
             code = e.code
         out, err = capsys.readouterr()
@@ -57,3 +61,21 @@ def command(shell):
         return code, [json.loads(line) for line in lines if line.startswith("{")], err
 
     return run
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """A finished run on the small folder."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    argv = ["pretrain.py", "--dataset", str(folder), "--reg", "mhe", "--out", str(out), *SMALL]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        pretrain(
+            dataset=str(folder), model="test_resnet", reg="mhe", out=str(out), stem="imagenet", hidden_dim=32,
+            out_dim=16, batch_size=16, epochs=2, eval_every=1, lr=8.0,
+        )  # fmt: skip
+    return out

@@ -10,28 +10,28 @@ from typing import Annotated, Literal
 import pytest
 
 from harness import cli
+from harness.log import emit, log_of
 
 ROOT = Path(__file__).parent.parent
 
 
 def stage(
-    file: str,
+    file: Annotated[str, "a file: of any kind"],
     *,
-    reg: Literal["none", "mhe", "amhe"] = "none",
-    s: Annotated[float, ">= 0", "< 9"] = 2.0,
-    reg_on: tuple[Literal["encoder", "projector"], ...] = ("projector",),
-    epochs: int | None = None,
+    reg: Annotated[Literal["none", "mhe", "amhe"], "energy of the weights, by chord or angle"] = "none",
+    s: Annotated[float, ">= 0", "< 9", "power of the energy; 0 is logarithmic"] = 2.0,
+    reg_on: Annotated[tuple[Literal["encoder", "projector"], ...], "networks"] = ("projector",),
+    epochs: Annotated[int, "length of the training"] | None = None,
     data_dir: str = "data",
-    floors: bool | None = None,
+    floors: Annotated[bool, "judge raw pixels, too"] | None = None,
     seed: Annotated[int, ">= 0"] = 0,
 ):
-    """What it was called with.
+    """Print what it was called with,
+    as a row.
 
-    Args:
-        file: one
-        reg: two
+    No part of --help.
     """
-    cli.emit(locals())
+    emit(locals())
 
 
 def call(monkeypatch, capsys, text):
@@ -110,37 +110,46 @@ def test_help_explains_each_flag(monkeypatch, capsys):
     text = "".join(capsys.readouterr())
     assert e.value.code == 0
     for part in (
-        "--reg=REG",
-        "none, mhe, amhe",
-        "a number >= 0",
-        "comma-separated, each once",
-        "Default: ('projector',)",
+        "stage.py - Print what it was called with, as a row.\n",
+        "[a text] a file: of any kind\n",
+        "--reg=REG\n        Default: 'none'\n        [none, mhe, amhe] energy of the weights, by chord or angle\n",
+        "[a number >= 0 and < 9] power of the energy; 0 is logarithmic\n",
+        "Default: ('projector',)\n        [comma-separated, each once: encoder, projector] networks\n",
+        "Default: None \n        [a whole number] length of the training\n",
+        "[a text]\n",
     ):
-        assert part in text
+        assert part in text, part
+    assert "Type:" not in text and "No part of --help" not in text
+
+
+def test_defaults_are_those_of_the_signature():
+    assert list(cli.defaults(stage)) == ["reg", "s", "reg_on", "epochs", "data_dir", "floors", "seed"]
+    assert cli.defaults(stage)["reg_on"] == ("projector",) and cli.defaults(stage)["epochs"] is None
 
 
 def test_rows_go_to_standard_output_and_the_log(tmp_path, capsys):
     log = tmp_path / "metrics.jsonl"
     for row in ({"a": 1}, {"b": [0.5, None]}):
-        cli.emit(row, log)
+        emit(row, log)
     assert capsys.readouterr().out == log.read_text() == '{"a": 1}\n{"b": [0.5, null]}\n'
-    assert cli.log_of(tmp_path / "ckpt.safetensors", {}) is None  # not the log of a run of ours
+    assert log_of(tmp_path / "ckpt.safetensors", {}) is None  # not the log of a run of ours
     first = '{"stage": "pretrain", "settings": {"seed": 1}}\n'
     log.write_text(first + '{"stage": "pretr')
-    assert cli.log_of(tmp_path / "ckpt.safetensors", {"seed": 1}) == log
-    assert cli.log_of(tmp_path / "ckpt.safetensors", {"seed": 2}) is None  # a checkpoint of another run
-    cli.emit({"a": 1}, log)
+    assert log_of(tmp_path / "ckpt.safetensors", {"seed": 1}) == log
+    assert log_of(tmp_path / "ckpt.safetensors", {"seed": 2}) is None  # a checkpoint of another run
+    emit({"a": 1}, log)
     assert log.read_text() == first + '{"a": 1}\n'  # the line that was cut short is no part of the next
     with pytest.raises(ValueError):
-        cli.emit({"loss": float("nan")}, log)
+        emit({"loss": float("nan")}, log)
     assert log.read_text() == first + '{"a": 1}\n'
-    assert cli.log_of(tmp_path / "elsewhere" / "ckpt.safetensors", {}) is None
+    assert log_of(tmp_path / "elsewhere" / "ckpt.safetensors", {}) is None
     log.write_bytes(b"\xff\xfe")
-    assert cli.log_of(tmp_path / "ckpt.safetensors", {}) is None
+    assert log_of(tmp_path / "ckpt.safetensors", {}) is None
 
 
 def test_a_reader_that_leaves_ends_the_stage_quietly():
-    script = "from harness import cli\ndef stage():\n    for i in range(9999): cli.emit({'i': i})\ncli.run(stage)"
+    script = "from harness import cli\nfrom harness.log import emit\n"
+    script += "def stage():\n    for i in range(9999): emit({'i': i})\ncli.run(stage)"
     done = subprocess.run(
         f"{sys.executable} -c {shlex.quote(script)} | head -1", shell=True, capture_output=True, text=True, cwd=ROOT
     )

@@ -14,7 +14,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 import data
-from harness import augment as views
+from harness import augment, sources
+from harness.errors import InputError
 
 BICUBIC = InterpolationMode.BICUBIC
 BOMB = b"BM" + struct.pack("<IIIIiiHHIIiiII", 99, 0, 54, 40, 99999, 99999, 1, 24, 0, 0, 0, 0, 0, 0)  # a huge picture
@@ -77,16 +78,16 @@ def test_a_broken_folder_is_refused(folder, tmp_path, break_it, culprit):
     root = tmp_path / "pictures"
     shutil.copytree(folder, root)
     break_it(root)
-    with pytest.raises(data.DataError, match=culprit):
+    with pytest.raises(InputError, match=culprit):
         data.load(str(root))
 
 
 def test_unknown_names_are_refused(tmp_path):
-    with pytest.raises(data.DataError, match="did you mean photos"):
+    with pytest.raises(InputError, match="did you mean photos"):
         data.load("photo")
-    with pytest.raises(data.DataError, match="neither photos, cifar10, cifar100, stl10, imagenet nor a folder"):
+    with pytest.raises(InputError, match="neither photos, cifar10, cifar100, stl10, imagenet nor a folder"):
         data.load(str(tmp_path / "nowhere"))
-    with pytest.raises(data.DataError, match="neither photos, cifar10, cifar100, stl10, imagenet nor a folder"):
+    with pytest.raises(InputError, match="neither photos, cifar10, cifar100, stl10, imagenet nor a folder"):
         data.load("x" * 5000)
 
 
@@ -95,7 +96,7 @@ def test_cifar10_without_network(monkeypatch, tmp_path):
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
-    with pytest.raises(data.DataError, match=r"cifar-10-batches-py.*--dataset photos"):
+    with pytest.raises(InputError, match=r"cifar-10-batches-py.*--dataset photos"):
         data.load("cifar10", str(tmp_path / "some" / "data"))
     assert not (tmp_path / "some").exists()
 
@@ -122,7 +123,7 @@ def test_cifar_in_its_format_on_disk(name, monkeypatch, tmp_path):
     pixels = (
         (0.4914, 0.4822, 0.4465) if name == "cifar10" else (rows[:5].reshape(20, 3, -1) / 255).mean((0, 2)).tolist()
     )
-    assert read.mean == pytest.approx(pixels, abs=1e-4) and read.blur == read.solarise == (0, 0)
+    assert read.mean == pytest.approx(pixels, abs=1e-4) and read.blur_p == read.solarise_p == (0, 0)
 
 
 def test_a_cifar_file_with_a_wrong_checksum_is_refused(monkeypatch, tmp_path):
@@ -135,7 +136,7 @@ def test_a_cifar_file_with_a_wrong_checksum_is_refused(monkeypatch, tmp_path):
     (tmp_path / "cifar-100-python").mkdir()
     for name in ("train", "test", "meta"):
         (tmp_path / "cifar-100-python" / name).write_bytes(pickle.dumps({"data": []}))
-    with pytest.raises(data.DataError, match=r"dataset cifar100: cannot be read.*python version.*cifar-100-python"):
+    with pytest.raises(InputError, match=r"dataset cifar100: cannot be read.*python version.*cifar-100-python"):
         data.load("cifar100", str(tmp_path))
 
 
@@ -178,7 +179,7 @@ def imagenet(tmp_path_factory):
 def test_imagenet_is_cropped_from_its_files(imagenet):
     """Against torchvision's resized_crop of the picture, up to the rounding of uint8 in between."""
     read = data.load("imagenet", str(imagenet), pretraining=True)
-    assert (read.size, read.stem, read.blur, read.solarise) == (224, "imagenet", (1, 0.1), (0, 0.2))
+    assert (read.size, read.stem, read.blur_p, read.solarise_p) == (224, "imagenet", (1, 0.1), (0, 0.2))
     assert read.train.labels.tolist() == [0] * 4 + [1] * 4 and read.pretraining is read.train
     order = torch.cat([labels for _, labels, _ in data.batches(read.train, 4, 224, 0, [1])])
     assert order.bincount().tolist() == [4, 4]
@@ -186,10 +187,10 @@ def test_imagenet_is_cropped_from_its_files(imagenet):
     ((crops, _, u),) = data.batches(one, 1, 224, 0, [1])
     image = F.pil_to_tensor(PIL.Image.open(one.images.paths[0]))
     for mine, v in zip(crops[:, 0], u):
-        area, aspect, corner, flip = v.split(views.DRAWS, 1)[:4]
-        (box,) = views.crop_boxes(area, aspect, corner, *image.shape[1:]).tolist()
+        draws = augment.named_draws(v)
+        (box,) = augment.crop_boxes(draws["area"], draws["aspect"], draws["corner"], *image.shape[1:]).tolist()
         theirs = F.resized_crop(image / 255, *box, [224, 224], BICUBIC, antialias=True).clamp(0, 1)
-        torch.testing.assert_close(mine / 255, theirs.flip(2) if flip < 0.5 else theirs, rtol=0, atol=4 / 255)
+        torch.testing.assert_close(mine / 255, theirs.flip(2) if draws["flip"] < 0.5 else theirs, rtol=0, atol=4 / 255)
 
 
 def test_evaluation_view_of_imagenet(imagenet):
@@ -206,12 +207,12 @@ def test_a_file_that_a_worker_cannot_read_is_named(imagenet, tmp_path):
     shutil.copytree(imagenet, tmp_path / "broken")
     (tmp_path / "broken" / "train" / "n01440764" / "1.png").write_bytes(b"no picture")
     read = data.load("imagenet", str(tmp_path / "broken"))
-    with pytest.raises(data.DataError, match=r"^[^\n]*n01440764/1.png: not a picture that can be read[^\n]*$"):
+    with pytest.raises(InputError, match=r"^[^\n]*n01440764/1.png: not a picture that can be read[^\n]*$"):
         list(data.batches(read.train, 8, 224, 0, [1]))
 
 
 def test_imagenet_without_its_folders(tmp_path):
-    with pytest.raises(data.DataError, match=r"dataset imagenet: --data_dir .*: no folder .*train"):
+    with pytest.raises(InputError, match=r"dataset imagenet: --data_dir .*: no folder .*train"):
         data.load("imagenet", str(tmp_path))
 
 
@@ -224,10 +225,10 @@ def test_hold_out_is_of_the_training_set(photos):
     assert torch.equal(data.hold_out(photos).test.images, held.test.images)
     apart = dataclasses.replace(photos, pretraining=photos.test)
     assert data.hold_out(apart).pretraining is photos.test
-    with pytest.raises(data.DataError, match="class astronaut would keep none of its 200 training images"):
+    with pytest.raises(InputError, match="class astronaut would keep none of its 200 training images"):
         data.hold_out(dataclasses.replace(photos, holdout=200))
     last = dataclasses.replace(photos, holdout=None)
-    with pytest.raises(data.DataError, match="holdout"):
+    with pytest.raises(InputError, match="holdout"):
         data.hold_out(last)  # 10,009 images are more than all
 
 
@@ -242,7 +243,7 @@ def test_batches_are_functions_of_seed_and_epoch():
     labels = torch.cat([b[1] for b in first])
     assert len(first) == 10 and labels.unique().numel() == 100
     for crops, labels_, u in first:
-        assert crops.shape == (2, 10, 3, 4, 4) and u.shape == (2, 10, sum(views.DRAWS))
+        assert crops.shape == (2, 10, 3, 4, 4) and u.shape == (2, 10, augment.DRAWS_PER_IMAGE)
         torch.testing.assert_close(crops, (labels_ / 255)[:, None, None, None].expand(2, -1, 3, 4, 4))
     assert sum(len(b[1]) for b in epoch(0, 1, drop_last=False)) == 103
     assert epoch(0, 1, views=1)[0][0].shape == (1, 10, 3, 4, 4)
@@ -250,7 +251,7 @@ def test_batches_are_functions_of_seed_and_epoch():
     for other in (second, epoch(1, 1)):
         assert not torch.equal(torch.cat([b[1] for b in other]), labels)
         assert not torch.equal(other[0][2], first[0][2])
-    stream = epoch(0, 1, 2, passed=7)
+    stream = epoch(0, 1, 2, start=7)
     assert len(stream) == 13
     assert all(torch.equal(x, y) for a, b in zip(stream, first[7:] + second) for x, y in zip(a, b))
 
@@ -258,7 +259,7 @@ def test_batches_are_functions_of_seed_and_epoch():
 def test_parts_and_shares_make_up_the_batch():
     split = data.Split(torch.zeros(24, 3, 2, 2, dtype=torch.uint8), torch.arange(24))
     whole = list(data.batches(split, 12, 4, 0, [1]))
-    shares = [list(data.batches(split, 12, 4, 0, [1], parts=3, rank=rank, world=2)) for rank in range(2)]
+    shares = [list(data.batches(split, 12, 4, 0, [1], micro_batches=3, rank=rank, world=2)) for rank in range(2)]
     for step, (_, labels, u) in enumerate(whole):
         micro = [share[3 * step + part] for part in range(3) for share in shares]
         assert [len(x[1]) for x in micro] == [2] * 6
@@ -280,5 +281,5 @@ def test_evaluation_view_is_that_of_the_appendix(photos):
 
 
 def test_pixel_statistics_of_one_colour_do_not_divide_by_zero():
-    mean, std = data.pixel_statistics(torch.full((2, 3, 4, 4), 51, dtype=torch.uint8))
+    mean, std = sources.pixel_statistics(torch.full((2, 3, 4, 4), 51, dtype=torch.uint8))
     assert mean == (0.2, 0.2, 0.2) and all(math.isclose(s, 1 / 255, abs_tol=1e-4) for s in std)

@@ -13,13 +13,18 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from test_readme import ROWS
+from test_readme import REPRODUCE, ROWS
 from torch import nn
 
 import data
 from harness import cli
-from pretrain import RECIPES, in_force, of_images, pretrain, representations
-from tools.figures import batch, dynamics, figures, gaussian_kde, is_row, knn, paper_rows, read, von_mises_fisher_kde
+from harness.log import read_log as read
+from harness.probes import representations
+from harness.settings import resolve_images, resolve_recipe
+from pretrain import RECIPES, pretrain
+from tools import paper
+from tools.figures import batch, dynamics, figures, gaussian_kde, knn, von_mises_fisher_kde
+from tools.paper import is_row, paper_rows
 
 SETTINGS = {"dataset": "photos", "data_dir": "data", "method": "byol", "norm": "bn", "reg": "none", "s": 2.0}
 SETTINGS |= {"weight": 0.0, "reg_on": ["projector", "predictor"], "batch_size": 64, "accumulate": 1, "out_dim": 256}
@@ -211,15 +216,34 @@ def test_a_last_line_that_is_cut_short_does_not_count(drawn, tmp_path):
     assert read(run).rows == whole and drawn("knn", "run")[0] == 0
 
 
-def test_rows_of_the_paper_are_those_of_the_readme(photos):
-    """Their names and figures, and the settings that the README's flags come to."""
-    assert [(row, float(paper)) for row, _, paper in ROWS] == [(row, paper) for row, paper, _ in paper_rows()]
+def test_the_page_that_reproduces_the_paper_is_printed_from_the_csv(drawn):
+    printed = REPRODUCE.partition("<!-- table: python -m tools.figures paper -->\n")[2].partition("<!-- end -->")[0]
+    code, lines, err = drawn("paper")
+    assert (code, err) == (0, "") and lines == printed.splitlines() == paper.markdown()
+    assert [(name, float(top1)) for name, _, top1 in ROWS] == [(row.name, row.top1) for row in paper_rows()]
+
+
+def test_rows_of_the_paper_have_the_settings_of_a_run(photos):
+    """What pretrain.py makes of their flags, and of a few what the paper says."""
     flags = inspect.signature(pretrain).parameters
-    for (row, words, _), (_, _, paper) in zip(ROWS, paper_rows()):
-        given = {name: flag.default for name, flag in flags.items()} | cli.read(shlex.split(words), flags)
+    for row in paper_rows():
+        given = cli.defaults(pretrain) | cli.read(shlex.split(row.flags), flags)
         facts = {k: x for k, x in data.FACTS[given["dataset"]].items() if k not in ("mean", "std")}
         many = data.Split(torch.zeros(1), torch.zeros(10_000))
-        settings = in_force(given, world=1)
-        settings |= of_images(settings, given, dataclasses.replace(photos, pretraining=many, **facts))
-        settings = json.loads(json.dumps(settings))
-        assert is_row(settings, paper) and not is_row({**settings, "epochs": 1}, paper), (row, settings)
+        images = dataclasses.replace(photos, pretraining=many, **facts)
+        cfg = resolve_images(resolve_recipe(given, RECIPES, world=1), given, images)
+        settings = json.loads(json.dumps(asdict(cfg)))
+        assert is_row(settings, row.settings()) and not is_row({**settings, "epochs": 1}, row.settings()), row
+    every = ["encoder", "projector", "predictor"]
+    meant = {
+        "1, BYOL-MHE": {"dataset": "imagenet", "model": "resnet50", "reg": "amhe", "weight": 1.0, "batch_size": 4096},
+        "3, CIFAR-10, BYOL + Uni": {"reg": "uniform", "weight": 0.125, "epochs": 1000, "model": "resnet50"},
+        "3, STL-10, SimCLR*": {"method": "simclr", "stem": "imagenet", "lr": 0.45},
+        "4, MHE": {"norm": "none", "reg": "amhe", "reg_on": every, "weight": 10.0, "model": "resnet18"},
+        "5, q": {"norm": "bn", "reg_on": ["predictor"], "s": 2.0},
+        "C.6, 0.01": {"reg": "mhe", "weight": 0.01, "reg_on": ["projector", "predictor"]},
+        "C.7, aMHE, s = 0": {"reg": "amhe", "s": 0.0},
+        "C.8, BYOL, 128": {"accumulate": 8, "batch_size": 1024, "reg": "none", "weight": 0.0},
+    }
+    rows = {row.name: row.settings() for row in paper_rows()}
+    assert all(is_row(rows[name], settings) for name, settings in meant.items())

@@ -11,6 +11,9 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 import data
 from harness import pictures
+from harness.errors import InputError
+from harness.pictures import Files
+from harness.sources import pixel_statistics
 from knn_eval import knn_eval
 from pretrain import pretrain
 
@@ -26,12 +29,12 @@ def picture(photos):
 def test_each_mode_is_read_as_rgb(picture, tmp_path):
     """Against the picture itself, or its grey values, as Pillow makes them from 8 bits."""
     grey = np.asarray(picture.convert("L"))
-    seen = PIL.Image.merge("RGBA", (*picture.split(), PIL.Image.fromarray(255 - grey)))
+    transparent = PIL.Image.merge("RGBA", (*picture.split(), PIL.Image.fromarray(255 - grey)))
     palette = picture.convert("P", palette=PIL.Image.Palette.ADAPTIVE)
     files = {
         "rgb.png": (picture, picture),
         "grey.png": (picture.convert("L"), picture.convert("L")),
-        "alpha.png": (seen, picture),
+        "alpha.png": (transparent, picture),
         "grey and alpha.png": (picture.convert("LA"), picture.convert("L")),
         "palette.png": (palette, palette),
         "palette.gif": (palette, palette),
@@ -75,7 +78,7 @@ def test_jpegs_have_pillows_pixels(photos, mode, tmp_path):
         assert np.array_equal(pictures.read(str(path)).permute(1, 2, 0), meant), orientation
         assert pictures.shape(str(path)) == meant.shape[:2]
     path.write_bytes(path.read_bytes()[:-60])
-    with pytest.raises(data.DataError, match=r"some\.jpg: not a picture that can be read"):
+    with pytest.raises(InputError, match=r"some\.jpg: not a picture that can be read"):
         pictures.read(str(path))
 
 
@@ -95,10 +98,10 @@ def crowd(folder, picture, tmp_path):
 
 def test_several_sizes_stay_in_files(crowd):
     read = data.load(str(crowd))
-    assert read.classes == ("a b", "ü") and isinstance(read.train.images, data.Files)
+    assert read.classes == ("a b", "ü") and isinstance(read.train.images, Files)
     assert len(read.test.labels) == 8 and read.size == 40 and read.stem == "imagenet"
     every = torch.cat([pictures.read(path).flatten(1) for path in read.train.images.paths], 1)
-    expected = data.pixel_statistics(every[None, ..., None])
+    expected = pixel_statistics(every[None, ..., None])
     assert (read.mean, read.std) == expected
     crops, _, _ = next(data.batches(read.train, 4, read.size, 0, [1]))
     assert crops.shape == (2, 4, 3, 40, 40)
@@ -158,10 +161,10 @@ def test_folders_that_are_no_two_halves_of_the_same_classes(picture, tmp_path):
         picture.save(tmp_path / place / "0.png")
     assert data.load(str(tmp_path)).classes == ("a", "b")
     (tmp_path / "test" / "b").rename(tmp_path / "test" / "c")
-    with pytest.raises(data.DataError, match="not hold the same classes: b in train alone, c in test alone"):
+    with pytest.raises(InputError, match="not hold the same classes: b in train alone, c in test alone"):
         data.load(str(tmp_path), pretraining=True)
     (tmp_path / "train").rename(tmp_path / "trian")
-    with pytest.raises(data.DataError, match=r"no folder .*train; train/ and test/ or val/ hold"):
+    with pytest.raises(InputError, match=r"no folder .*train; train/ and test/ or val/ hold"):
         data.load(str(tmp_path), pretraining=True)
 
 
@@ -180,16 +183,16 @@ def test_a_set_that_is_not_the_trainings_is_told(command, crowd, picture, tmp_pa
 
 def test_of_several_processes_one_names_what_is_skipped(monkeypatch, capsys, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"")
-    told = []
+    messages = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert pictures.sound([str(tmp_path / "broken.png")], pictures.read, skip_broken=True) == ([], [])
-        told.append(capsys.readouterr().err)
-    assert "skipped 1 of 1 pictures" in told[0] and told[1] == ""
+        messages.append(capsys.readouterr().err)
+    assert "skipped 1 of 1 pictures" in messages[0] and messages[1] == ""
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_a_folder_that_may_not_be_read_is_named(crowd):
     (crowd / "train" / "a b").chmod(0)
-    with pytest.raises(data.DataError, match="a b: cannot be read"):
+    with pytest.raises(InputError, match="a b: cannot be read"):
         data.load(str(crowd))

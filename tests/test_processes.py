@@ -17,11 +17,13 @@ import torch.multiprocessing as mp
 
 import data
 import models
-from harness import cli, processes
-from harness import run as runs
+from harness import checkpoint, cli, processes
+from harness.errors import InputError
+from harness.files import RUN_FILES
+from harness.probes import refuse_faults
 from knn_eval import knn_eval
 from linear_eval import linear_eval
-from pretrain import pretrain, refuse_faults
+from pretrain import pretrain
 from regularizers import info_nce, uniformity
 
 ROOT = Path(__file__).parent.parent
@@ -91,11 +93,11 @@ def one_of_two(rank, port, folder, place):
     network.weight.data += torch.nan if rank else 0
     try:
         refuse_faults({}, network, Path("run"), processes.start())
-    except cli.UsageError as e:
+    except InputError as e:
         Path(f"faulty{rank}").write_text(str(e))
     try:
         processes.agree(processes.start(), steps=3, step=rank)
-    except processes.LaunchError as e:
+    except InputError as e:
         Path(f"refused{rank}").write_text(str(e))
     dist.barrier()
     sys.stderr.flush()
@@ -128,7 +130,7 @@ def test_twenty_steps_are_those_of_one_process(two, command, folder, tmp_path, i
     for mine, theirs in zip(ours[1:], rows[1:]):
         for name in {"loss", "byol", "simclr", "uniformity", "alignment", "energy", "top1"} & theirs.keys():
             assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
-    (two_, _), (one, _) = (models.load(run / "ckpt.safetensors") for run in (two / f"two{i}", tmp_path / "one"))
+    (two_, _), (one, _) = (checkpoint.load(run / "ckpt.safetensors") for run in (two / f"two{i}", tmp_path / "one"))
     networks = {name: x for name, x in one.items() if "/" not in name}
     for name, x in networks.items():
         torch.testing.assert_close(two_[name], x, rtol=1e-4, atol=1e-4)
@@ -153,7 +155,7 @@ def test_data_are_loaded_by_the_first_process_first(two):
 
 
 def test_a_run_of_two_processes_goes_on_to_the_same_bits(two):
-    (ours, told), (theirs, meant) = (models.load(two / run / "ckpt.safetensors") for run in ("resumed", "whole"))
+    (ours, told), (theirs, meant) = (checkpoint.load(two / run / "ckpt.safetensors") for run in ("resumed", "whole"))
     assert told == meant and all(torch.equal(x, theirs[name]) for name, x in ours.items())
     timeless = [[{**row, "images_per_s": 0} for row in rows_of(two / run)] for run in ("resumed", "whole")]
     assert timeless[0] == timeless[1]
@@ -240,5 +242,5 @@ def test_two_processes_are_launched_and_leave_cleanly(folder, tmp_path):
     done = subprocess.run([*launch, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == rows_of(tmp_path / "run")
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", *runs.FILES}
-    assert models.load(tmp_path / "run" / "ckpt.safetensors")[1]["epoch"] == 1
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", *RUN_FILES}
+    assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["epoch"] == 1

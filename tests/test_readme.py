@@ -1,4 +1,4 @@
-"""No command in the README rots: each row that reproduces the paper takes one step, and judges take its checkpoint."""
+"""No command of README and docs rots: each row that reproduces the paper takes one step, judges take its checkpoint."""
 
 import dataclasses
 import inspect
@@ -11,16 +11,20 @@ import torch
 
 import data
 import models
-from harness import cli
+from harness import checkpoint, cli
 from knn_eval import knn_eval
 from linear_eval import linear_eval
 from pretrain import RECIPES, pretrain
 from tools.bench import bench
 from tools.figures import figures
+from tools.fingerprint import fingerprint
 from tools.reproduce import reproduce
+from tools.trial import trial
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-ROWS = re.findall(r"^\| (\S+, [^|]+) \| `(--dataset [^`]+)` \| ([\d.]+)", README, re.M)
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+REPRODUCE = (ROOT / "docs" / "reproduce.md").read_text()
+ROWS = re.findall(r"^\| (\S+, [^|]+) \| `(--dataset [^`]+)` \| ([\d.]+)", REPRODUCE, re.M)
 SIDES = {"cifar10": 32, "cifar100": 32, "stl10": 96, "imagenet": 256}
 CLASSES = {"cifar10": 10, "cifar100": 100, "stl10": 10, "imagenet": 1000}
 
@@ -59,7 +63,7 @@ def test_every_row_of_the_papers_tables_is_there():
 def test_a_row_takes_a_step(flags, command, substitutes, monkeypatch):
     words = shlex.split(flags)
     substitutes(int(words[words.index("--accumulate") + 1]) if "--accumulate" in words else 1)
-    monkeypatch.setattr(models, "save", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "save", lambda *_: None)
     if "--reg" in words or "--accumulate" in words:  # of the others each runs in its real width
         resnet = models._resnet
         monkeypatch.setattr(models, "_resnet", lambda _: resnet("test_resnet"))
@@ -97,18 +101,33 @@ def test_the_judges_take_such_a_checkpoint(command, substitutes):
 
 
 def commands():
-    blocks = re.findall(r"^```\n(.*?)^```", README, re.M | re.S) + re.findall(
-        r"`(?:\S+=\S+ )?(python -m tools\.(?:figures|bench|reproduce)[^`]*)`", README
-    )
-    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [part for line in lines for part in line.split(" && ") if ".py" in part or "-m tools." in part]
+    """Every command in a block or between backticks of README and docs, with the page it stands on."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
+        inline = re.findall(r"`(?:\S+=\S+ )*((?:python|accelerate launch) [^`\n]+)`", text)
+        for line in [line for block in blocks for line in block.splitlines()] + inline:
+            for part in line.partition("#")[0].split(" && "):
+                if re.search(r"\b(python|accelerate launch) .*(\.py\b|-m tools\.)", part):
+                    found.append(pytest.param(part.strip(), id=f"{page.name}: {part.strip()}"))
+    return found
+
+
+STAGES = {f"{stage.__name__}.py": stage for stage in (pretrain, knn_eval, linear_eval)}
+STAGES |= {f"tools.{stage.__name__}": stage for stage in (figures, bench, reproduce, trial, fingerprint)}
 
 
 @pytest.mark.parametrize("line", commands())
 def test_flags_of_every_command_exist(line):
     words = [word for part in shlex.split(line) for word in part.split()]  # a part may be a command of its own
-    at = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith("tools."))
-    stages = {f"{stage.__name__}.py": stage for stage in (pretrain, knn_eval, linear_eval)}
-    stages |= {f"tools.{stage.__name__}": stage for stage in (figures, bench, reproduce)}
-    flags = cli.read(words[at + 1 :], inspect.signature(stages[words[at]]).parameters)
-    assert flags or line == "python -m tools.bench"
+    names = [word for word in words if word in STAGES]
+    assert names, f"no stage of this project in: {line}"
+    flags = words[words.index(names[0]) + 1 :]
+    cli.read(flags, inspect.signature(STAGES[names[0]]).parameters)
+
+
+def test_commands_are_found():
+    """On every page that explains commands, and one of each stage."""
+    lines = [parameter.values[0] for parameter in commands()]
+    assert len(lines) > 60 and all(any(name in line for line in lines) for name in STAGES)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import data
 from harness import cli
+from harness.errors import InputError
+from harness.settings import check
 from knn_eval import knn_eval
 from linear_eval import linear_eval
-from pretrain import pretrain, refuse
+from pretrain import RECIPES, pretrain
 from tools import reproduce
 from tools.figures import figures
 
@@ -34,11 +35,11 @@ def typed(monkeypatch):
         places = [flags.pop(name) for name in ("ckpt", "name") if name in flags] + [*flags.pop("runs", ())]
         try:
             stage(*places, **flags)
-        except (cli.UsageError, data.DataError):
+        except InputError:
             return 2
         return 1 if "--seed=1" in words else 0  # a run that diverged, say
 
-    monkeypatch.setattr(reproduce, "child", child)
+    monkeypatch.setattr(reproduce, "run_child", child)
     return commands
 
 
@@ -92,7 +93,7 @@ def test_a_signal_is_passed_on_and_awaited(tmp_path):
         "time.sleep(60)\n"
     )
     code = "from harness import cli\nfrom tools import reproduce\n"
-    code += f"def stage():\n    reproduce.child([{str(stage)!r}], {{}})\ncli.run(stage)"
+    code += f"def stage():\n    reproduce.run_child([{str(stage)!r}], {{}})\ncli.run(stage)"
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert driver.stdout.readline() == b"ready\n"
     driver.send_signal(signal.SIGTERM)
@@ -108,5 +109,5 @@ def test_every_run_of_the_list_is_one_of_pretrain():
     defaults = {name: flag.default for name, flag in parameters.items()}
     for words in reproduce.PLAN:
         flags = cli.read(words.split(), parameters)
-        assert flags.keys() == reproduce.pairs(words).keys()
-        refuse({**defaults, **flags, "dataset": "cifar10"}, Path("run"))
+        assert flags.keys() == reproduce.as_typed(words).keys()
+        check({**defaults, **flags, "dataset": "cifar10", "out": "run"}, defaults, RECIPES)

@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import models
-from harness import run as runs
+from harness import checkpoint
+from harness.log import read_log
+from harness.run import claim
+from knn_eval import knn_eval
 from pretrain import Lars, pretrain
+from tools.figures import figures
 
 ROOT = Path(__file__).parent.parent
 FLAGS = "--model test_resnet --stem imagenet --hidden_dim 16 --out_dim 8 --lr 8 --reg mhe".split()
@@ -31,7 +34,7 @@ def rows_of(run):
 def assert_same_run(run, whole):
     assert rows_of(run) == rows_of(whole)
     for file in ("ckpt.safetensors", "encoder.safetensors"):
-        (ours, told), (theirs, meant) = models.load(run / file), models.load(whole / file)
+        (ours, told), (theirs, meant) = checkpoint.load(run / file), checkpoint.load(whole / file)
         assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
         assert {**told, "command": None} == {**meant, "command": None}
     assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in whole.iterdir())
@@ -155,8 +158,8 @@ def picture_folder(folder, tmp_path):
 
 
 def test_a_folder_in_use_is_refused(command, folder, whole):
-    holds = "import pathlib, sys; from harness import run as runs; "
-    holds += "lock = runs.claim(pathlib.Path(sys.argv[1])); print('held'); input()"
+    holds = "import pathlib, sys; from harness.run import claim; "
+    holds += "lock = claim(pathlib.Path(sys.argv[1])); print('held'); input()"
     with subprocess.Popen(
         [sys.executable, "-c", holds, whole], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
@@ -168,15 +171,15 @@ def test_a_folder_in_use_is_refused(command, folder, whole):
 
 def test_a_run_that_was_killed_does_not_hold_its_folder_by_its_workers(tmp_path):
     """Workers that read pictures are forked, and notice some seconds later that their parent is gone."""
-    held = "import os, pathlib, signal, sys, time; from harness import run as runs; "
-    held += "lock = runs.claim(pathlib.Path(sys.argv[1])); pid = os.fork()"
+    held = "import os, pathlib, signal, sys, time; from harness.run import claim; "
+    held += "lock = claim(pathlib.Path(sys.argv[1])); pid = os.fork()"
     fate = "time.sleep(60) if not pid else (print(pid, flush=True), os.kill(os.getpid(), signal.SIGKILL))"
     command = [sys.executable, "-c", f"{held}; {fate}", tmp_path / "run"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as killed:
         worker = int(killed.stdout.readline())
         killed.wait()
     try:
-        runs.claim(tmp_path / "run").close()
+        claim(tmp_path / "run").close()
     finally:
         os.kill(worker, signal.SIGKILL)
 
@@ -186,9 +189,9 @@ def test_a_checkpoint_that_is_gone_or_is_no_state_is_not_written_over(command, f
         (tmp_path / name).write_bytes((whole / name).read_bytes())
     code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", tmp_path)
     assert code == 2 and rows == [] and "holds a run whose ckpt.safetensors is gone" in err
-    tensors, description = models.load(whole / "ckpt.safetensors")
+    tensors, description = checkpoint.load(whole / "ckpt.safetensors")
     networks = {name: x for name, x in tensors.items() if "/" not in name}
-    models.save(tmp_path / "ckpt.safetensors", networks, description)
+    checkpoint.save(tmp_path / "ckpt.safetensors", networks, description)
     code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", tmp_path)
     assert code == 2 and rows == [] and "without the momentum" in err and err.count("\n") == 1
     (tmp_path / "ckpt.safetensors").write_bytes((whole / "ckpt.safetensors").read_bytes()[:-1])
@@ -214,7 +217,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(command, folder, whole, tmp_path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2 and "safetensors: cannot be written (File too large); what it held before" in err.splitlines()[-1]
-    assert models.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 3
+    assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 3
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted(p.name for p in whole.iterdir())
     assert command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")[0] == 0
     assert_same_run(tmp_path / "run", whole)
@@ -234,7 +237,7 @@ def test_a_fault_is_told_by_step_terms_and_norms(command, folder, tmp_path, monk
     last = err.splitlines()[-1]
     assert code == 2 and last.startswith("pretrain.py: step 5: not finite: gradient of encoder inf; "), last
     assert "run/ckpt.safetensors is as it was" in last
-    assert models.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 4
+    assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 4
 
 
 def test_collapse_is_a_loud_warning(command, folder, monkeypatch):
@@ -265,7 +268,7 @@ def test_a_score_of_a_run_under_way_is_not_the_final_one(whole, tmp_path):
     online = next(row["top1"] for row in rows if row.get("of") == "online" and row["epoch"] == 3)
     for judged, score in (([early], online), ([late], 2.0), ([late, early], 2.0)):
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + judged))
-        assert runs.read(tmp_path).score("knn_eval") == score
+        assert read_log(tmp_path).score("knn_eval") == score
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_leaves_its_folder_to_others(command, folder, tmp_path):
@@ -276,3 +279,19 @@ def test_a_run_that_failed_before_its_first_checkpoint_leaves_its_folder_to_othe
     assert code == 0 and [json.loads(x) for x in open("run/metrics.jsonl")] == rows  # noqa: SIM115
     code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--seed", 1, "--out", "run")
     assert code == 0 and rows == [] and "run: is finished" in err  # the folder's other spelling is the same folder
+
+
+def test_a_run_of_an_earlier_version_is_judged_drawn_and_gone_on_with(command, shell, tmp_path):
+    """tests/earlier_run was stopped after 2 of 4 epochs, before the files of this project were given their places."""
+    shutil.copytree(ROOT / "tests" / "earlier_run", tmp_path / "run")
+    code, rows, err = command(knn_eval, "run/ckpt.safetensors", "--k", 20, "--nofloors")
+    online = [row["top1"] for row in rows_of(tmp_path / "run") if row.get("of") == "online"]
+    assert code == 0 and rows[0]["top1"] == pytest.approx(online[-1], abs=1), err
+    flags = "--model test_resnet --stem imagenet --hidden_dim 8 --out_dim 4 --batch_size 500 --epochs 4 --eval_every 1"
+    code, rows, err = command(pretrain, *flags.split(), "--lr", 2, "--reg", "amhe", "--out", "run")
+    assert code == 0 and "run: goes on after step 9" in err
+    assert [row["epoch"] for row in rows if "loss" in row] == [3, 4]
+    last = next(row for row in rows if row["epoch"] == 4)
+    assert last["loss"] == pytest.approx(23.372, rel=1e-3)  # what the version that began it ended with
+    code, lines, err = shell(figures, "dynamics", "run")
+    assert code == 0 and lines == ["figures/dynamics.png", "figures/dynamics.svg"], err

@@ -1,0 +1,10 @@
+"""Programs beside the stages, run from the top of the repository as `python -m tools.NAME`.
+
+    figures      the paper's figures and tables, drawn from run folders (groups, table and paper are its parts)
+    reproduce    the paper's runs on CIFAR-10, one after the other, stopped and continued at any point
+    bench        what each part costs beside what a user would otherwise use
+    trial        runs that are killed at random moments and have to end in the same bits
+    fingerprint  digests of what six short runs compute, to compare before and after a change of the code
+
+paper_tables.csv is the one copy of the paper's numbers.
+"""

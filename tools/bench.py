@@ -15,7 +15,6 @@ import contextlib
 import copy
 import ctypes
 import functools
-import inspect
 import io
 import itertools
 import os
@@ -45,10 +44,16 @@ from tqdm import tqdm
 import data
 import linear_eval
 import models
+from data import two_views
 from harness import cli, processes
-from harness.augment import DRAWS, crop_flip, normalise, two_views
+from harness.augment import DRAWS_PER_IMAGE, crop_flip, normalise
+from harness.errors import InputError
+from harness.log import emit
+from harness.pictures import Files
+from harness.probes import first_fault
+from harness.settings import resolve_images, resolve_recipe
 from knn_eval import vote
-from pretrain import Training, build, in_force, of_images, pretrain, train_step, watch
+from pretrain import RECIPES, Training, build, pretrain, train_step
 from regularizers import alignment, amhe, energy_by_definition, mhe
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -77,25 +82,19 @@ class Contest(NamedTuple):
 
 def bench(
     *,
-    only: tuple[str, ...] | None = None,
-    scaling: bool = False,
-    json: bool = False,
-    seconds: Annotated[float, "> 0"] = 20.0,
+    only: Annotated[tuple[str, ...], "rows of the table, or of --scaling; None = all"] | None = None,
+    scaling: Annotated[bool, "how cost grows with neurons, batch and bank, in place of the table"] = False,
+    json: Annotated[bool, "a JSON object a line, in place of a table"] = False,
+    seconds: Annotated[float, "> 0", "for the timed turns of a comparison, of which there are at least 3"] = 20.0,
 ):
-    """Print a table of ratios, ours against what a user would otherwise use, each measured side by side in one run.
-
-    Args:
-        only: rows of the table, or of --scaling; None = all
-        scaling: how cost grows with neurons, batch and bank, in place of the table
-        json: a JSON object a line, in place of a table
-        seconds: for the turns that are timed of one comparison, of which there are 3 at least
-    """
+    """Print a table of ratios, ours against what a user would otherwise use, each measured side by side in one run."""
     rows = SCALES if scaling else ROWS
-    if odd := [name for name in only or () if name not in rows]:
-        raise cli.UsageError(f"--only {odd[0]}: no such row; there are {', '.join(rows)}")
+    for name in only or ():
+        if name not in rows:
+            raise InputError(f"--only {name}: no such row; there are {', '.join(rows)}")
     accelerator = processes.start()
     if accelerator.num_processes > 1:
-        raise cli.UsageError(f"{accelerator.num_processes} processes would slow each other; launch one")
+        raise InputError(f"{accelerator.num_processes} processes would slow each other; launch one")
     columns = COLUMNS[:3] + COLUMNS[7:8] if scaling else COLUMNS
     if not json:
         print(f"{about(accelerator)}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
@@ -104,21 +103,24 @@ def bench(
             for row in compare(contest, accelerator.device, seconds):
                 row = {"row": name, **row}
                 if json:
-                    cli.emit({"stage": "bench", **row, "about": about(accelerator)})
+                    emit({"stage": "bench", **row, "about": about(accelerator)})
                 else:
-                    tqdm.write(f"| {' | '.join(shown(row, column) for column in columns)} |", file=sys.stdout)
+                    cells = [shown(row, column) for column in columns]
+                    tqdm.write(f"| {' | '.join(cells)} |", file=sys.stdout)
                     sys.stdout.flush()
         accelerator.free_memory()
 
 
 def about(accelerator: Accelerator) -> str:
-    """Versions and hardware."""
+    """Name versions and hardware."""
     packages = ("torch", "torchvision", "timm", "accelerate", "lightly", "kornia", "faiss-cpu", "scikit-learn")
     found = [f"{name} {version(name)}" for name in packages if find_spec(MODULES.get(name, name))]
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(x for x in lines if x.startswith("model name")).partition(":")[2].strip()
-        found.append(f"{processes.cores()} cores of {cpu}")
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.partition(":")[2].strip()
+                found.append(f"{processes.cores()} cores of {cpu}")
+                break
     gpu = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "no GPU"
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     return ", ".join([f"Python {platform.python_version()}", *found, gpu, precision])
@@ -128,36 +130,50 @@ MODULES = {"faiss-cpu": "faiss", "scikit-learn": "sklearn"}
 
 
 def shown(row: dict, column: str) -> str:
-    """A cell of the table."""
+    """Write a cell of the table."""
     x = row.get(column)
-    if column in ("ours", "theirs") and x is not None:
+    if x is None:
+        return ""
+    if column in ("ours", "theirs"):
         return f"{x:.3g} s" if x >= 1 else f"{1000 * x:.3g} ms"
-    if column == "MB ours" and x is not None and row["MB allowed"]:
+    if column == "MB ours" and row["MB allowed"]:
         return f"{x:.0f} (<= {row['MB allowed']})"
-    return "" if x is None else f"{x:.2f}" if column == "ratio" else f"{x:.0f}" if isinstance(x, float) else str(x)
+    if column == "ratio":
+        return f"{x:.2f}"
+    return f"{x:.0f}" if isinstance(x, float) else str(x)
 
 
 def compare(contest: Contest, device: torch.device, seconds: float) -> Iterator[dict]:
-    """A row for each rival: medians in seconds, the median ratio, MB. The calls take turns."""
-    found = [rival for rival in contest.rivals if not rival.needs or find_spec(MODULES.get(rival.needs, rival.needs))]
-    calls = [contest.ours, *(rival.call for rival in found)]
+    """Yield a row for each rival: medians in seconds, the median ratio, MB. The calls take turns."""
+    rivals = [rival for rival in contest.rivals if is_installed(rival)]
+    calls = [contest.ours, *(rival.call for rival in rivals)]
     begun = time.perf_counter()
     for call in calls:
-        call()
+        call()  # to warm up
     memory = [peak(call, device) if contest.alone else call() and None for call in calls]
-    turns = min(31, max(3, round(2 * seconds / (time.perf_counter() - begun))))
+    seconds_a_turn = (time.perf_counter() - begun) / 2
+    turns = min(31, max(3, round(seconds / seconds_a_turn)))
     times = [[timed(call, device) for call in calls] for _ in range(turns)]
     ours, *theirs = zip(*times)
-    head = {"what": contest.what, "ours": statistics.median(ours), "MB ours": memory[0], "MB allowed": contest.allowed}
-    for rival, its, room in zip(found, theirs, memory[1:]):
-        ratios = [a / b if rival.goal.startswith("<") else b / a for a, b in zip(ours, its)]
-        told = {"against": rival.name, "theirs": statistics.median(its), "ratio": statistics.median(ratios)}
-        yield {**head, **told, "to reach": rival.goal, "MB theirs": room}
+    head = {"what": contest.what, "ours": statistics.median(ours)}
+    head |= {"MB ours": memory[0], "MB allowed": contest.allowed}
+    for rival, its_times, its_memory in zip(rivals, theirs, memory[1:]):
+        ratios = [b / a for a, b in zip(ours, its_times)]
+        if rival.goal.startswith("<"):
+            ratios = [a / b for a, b in zip(ours, its_times)]
+        row = {"against": rival.name, "theirs": statistics.median(its_times), "ratio": statistics.median(ratios)}
+        yield head | row | {"to reach": rival.goal, "MB theirs": its_memory}
     for rival in contest.rivals:
-        if rival not in found:
-            yield {**head, "against": f"{rival.name}: skipped, pip install {rival.needs}", "to reach": rival.goal}
+        if rival not in rivals:
+            yield head | {"against": f"{rival.name}: skipped, pip install {rival.needs}", "to reach": rival.goal}
     if not contest.rivals:
         yield head
+
+
+def is_installed(rival: Rival) -> bool:
+    """Whether the package that a rival needs is there."""
+    module = MODULES.get(rival.needs, rival.needs)
+    return not module or find_spec(module) is not None
 
 
 def timed(call: Callable, device: torch.device) -> float:
@@ -230,20 +246,20 @@ def energy_large(accelerator: Accelerator) -> Iterator[Contest]:
 
 
 def trainer(accelerator: Accelerator, batch_size: int, **flags) -> tuple[Training, Callable]:
-    """A training of `pretrain` on photos, and its next step: crops, views, both networks, LARS, target, watch."""
-    defaults = {name: flag.default for name, flag in inspect.signature(pretrain).parameters.items()}
+    """Make a training of `pretrain` on photos, and its next step: crops, views, networks, LARS, target, faults."""
     images = data.load("photos", pretraining=True)
-    flags = {**defaults, "batch_size": batch_size, **flags}
-    settings = in_force(flags, accelerator.num_processes)
-    settings |= of_images(settings, flags, images)
-    training = build(settings, images, accelerator)
+    flags = {**cli.defaults(pretrain), "batch_size": batch_size, **flags}
+    values = resolve_recipe(flags, RECIPES, accelerator.num_processes)
+    cfg = resolve_images(values, flags, images)
+    training = build(cfg, images, accelerator)
     split = images.pretraining.to(accelerator.device)
-    batches, seen = data.batches(split, batch_size, images.size, 0, itertools.count(1)), {}
+    batches = data.batches(split, batch_size, images.size, 0, itertools.count(1))
+    numbers = {}
 
     def call() -> None:
         crops, _, u = next(batches)
         terms, norms = train_step(training, crops, u, 0.1, 0.99)
-        seen.update(watch(seen, terms | norms))
+        numbers.update(first_fault(numbers, terms | norms))
 
     return training, call
 
@@ -350,7 +366,7 @@ def views(accelerator: Accelerator) -> Iterator[Contest]:
         here = images.to(accelerator.device)
 
         def ours(here=here, size=size, blur=blur) -> None:
-            u = torch.rand(2, len(here), sum(DRAWS))
+            u = torch.rand(2, len(here), DRAWS_PER_IMAGE)
             two_views(torch.stack([crop_flip(here, v, size) for v in u]), u, MEAN, STD, (blur, blur))
 
         rivals = [] if gpu else views_one_by_one(images, size, blur)
@@ -411,7 +427,7 @@ def stream(accelerator: Accelerator) -> Iterator[Contest]:
     n, size, batch_size = 3000, 224, 100
     with tempfile.TemporaryDirectory() as folder:
         paths = jpegs(Path(folder), n)
-        split = data.Split(data.Files(paths), torch.zeros(n, dtype=torch.long, device=accelerator.device))
+        split = data.Split(Files(paths), torch.zeros(n, dtype=torch.long, device=accelerator.device))
 
         def ours() -> None:
             for crops, _, _ in data.batches(split, batch_size, size, 0, [1]):
@@ -501,13 +517,15 @@ def knn(accelerator: Accelerator) -> Iterator[Contest]:
 def linear(accelerator: Accelerator) -> Iterator[Contest]:
     """The linear probe on cached features; L-BFGS gets the steps that it needs to be as good, to the next doubling."""
     train, test = features(accelerator)
-    how, classes = {"batch_size": 100, "epochs": 80, "seed": 0, "weight_decay": 0.0}, len(train.labels.unique())
+    hyper = {"batch_size": 100, "epochs": 80, "seed": 0, "weight_decay": 0.0}
     x, y, *held = (x.cpu().numpy() for x in (*train, *test))
 
     def ours() -> nn.Linear:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             encoder = SimpleNamespace(num_features=train.images.shape[1])
-            return linear_eval.fit(encoder, train, classes, {}, how, {0.2: {}}, None, accelerator)[0.2]
+            images = SimpleNamespace(classes=train.labels.unique())
+            judged = SimpleNamespace(encoder=encoder, images=images, accelerator=accelerator, log=None)
+            return linear_eval.fit(judged, train, {0.2: {}}, **hyper)[0.2]
 
     def theirs(steps: int):
         from sklearn.linear_model import LogisticRegression
@@ -585,4 +603,4 @@ SCALES = {"energy": energy_scaling, "step": step_scaling, "knn": knn_scaling}
 
 
 if __name__ == "__main__":
-    cli.run(bench, data.DataError, models.ModelError, processes.LaunchError)
+    cli.run(bench)

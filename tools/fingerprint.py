@@ -1,7 +1,7 @@
 """Digests of what six short runs compute: equal before and after a change that must change no result.
 
-    python tools/fingerprint.py > before.txt
-    python tools/fingerprint.py > after.txt && diff before.txt after.txt
+    python -m tools.fingerprint > before.txt
+    python -m tools.fingerprint > after.txt && diff before.txt after.txt
 
 Each run is started by its command line, on one thread of the CPU, so that this file needs to know no other. A digest
 covers the names and bytes of the tensors of a file, or the rows of a log without what depends on the clock, the command
@@ -20,6 +20,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torchvision.io import write_jpeg
+
+import data
+from harness import cli
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--model test_resnet --hidden_dim 32 --out_dim 16 --batch_size 250 --epochs 2 --eval_every 1 --lr 2"
@@ -71,9 +74,6 @@ def python(script: str, words: list[str], folder: Path) -> subprocess.Popen:
 
 def make_pictures(folder: Path) -> None:
     """Write JPEG files of two sizes and three classes: parts of the embedded photographs."""
-    sys.path.insert(0, str(ROOT))
-    import data
-
     photos = data.load("photos")
     for part, split, count in (("train", photos.train, 16), ("test", photos.test, 6)):
         for label in range(3):
@@ -91,7 +91,8 @@ def digest_of_tensors(path: Path) -> str:
         for name in sorted(file.keys()):
             tensor = file.get_tensor(name)
             sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            numbers = tensor.contiguous().reshape(-1)
+            sha.update(numbers.view(torch.uint8).numpy())
     return sha.hexdigest()[:16]
 
 
@@ -103,4 +104,4 @@ def digest_of_rows(path: Path, place: str) -> str:
 
 
 if __name__ == "__main__":
-    fingerprint()
+    cli.run(fingerprint)

@@ -6,7 +6,7 @@
 
 Runs come in the order in which they tell most. Each command is printed before it starts. What is done is not done
 again, and a run that was stopped goes on: stop it at any time, and give the same command. After each run, `results`
-holds the logs of all and the table that figures.py makes of them; checkpoints stay in the folder of runs.
+holds the logs of all and the table that tools.figures makes of them; checkpoints stay in the folder of runs.
 """
 
 import contextlib
@@ -18,16 +18,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from safetensors import SafetensorError, safe_open
 
-import models
 from harness import cli
-from harness import run as runs
-from pretrain import HOW, pretrain
+from harness.errors import InputError, Stopped
+from harness.files import CKPT, LOG, write_whole
+from harness.log import read_log
+from harness.settings import NOT_SETTINGS
+from pretrain import pretrain
 
-HERE = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 ALL = "--reg_on encoder,projector,predictor"
 FIVE = ("", "--reg uniform", "--reg mhe", "--reg amhe", "--method simclr")
 CIRCLE = "--model alexnet --out_dim 2 --epochs 100"
@@ -42,128 +44,160 @@ PLAN = [
     *[f"{CIRCLE} --norm none {reg}" for reg in ("", f"--reg mhe {ALL}")],  # Figure 7
 ]
 TRIAL = {"model": "test_resnet", "hidden_dim": "32", "batch_size": "32", "lr": "0.5"}  # where the list says nothing
-SHORT = ["--epochs=1", "--batch_size=32"]  # of a trial's linear evaluation
+SHORT_PROBE = ["--epochs=1", "--batch_size=32"]  # the linear evaluation of a trial
 
 
 def reproduce(
     *,
-    dataset: str = "cifar10",
-    data_dir: str = "data",
-    folder: str = "runs/cifar10",
-    results: str = "results/cifar10",
-    precision: Literal["no", "bf16", "fp16"] = "no",
-    compile: bool = False,
-    trial: bool = False,
+    dataset: Annotated[str, "as in pretrain.py; a copy of CIFAR-10 as a folder of pictures will do"] = "cifar10",
+    data_dir: Annotated[str, "as in pretrain.py"] = "data",
+    folder: Annotated[str, "the folder of the run folders"] = "runs/cifar10",
+    results: Annotated[str, "the folder that logs and table are copied to"] = "results/cifar10",
+    precision: Annotated[Literal["no", "bf16", "fp16"], "of pre-training, as accelerate's --mixed_precision"] = "no",
+    compile: Annotated[bool, "pre-train as with accelerate launch --dynamo_backend inductor"] = False,
+    trial: Annotated[bool, "runs of 1 to 3 epochs of a tiny network, to see that the list runs through"] = False,
 ):
-    """Do what is left of the list of runs.
-
-    Args:
-        dataset: as in pretrain.py; a copy of CIFAR-10 as a folder of pictures is one, too
-        data_dir: as in pretrain.py
-        folder: the folder of the run folders
-        results: the folder that logs and table are copied to
-        precision: of pre-training, as in accelerate launch --mixed_precision
-        compile: pre-train as with accelerate launch --dynamo_backend inductor
-        trial: runs of 1 to 3 epochs of a tiny network, to see that the list runs through on this machine and data set
-    """
-    environment = {"ACCELERATE_MIXED_PRECISION": precision} | (
-        {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"} if compile else {}
-    )
+    """Do what is left of the list of runs."""
+    environment = {"ACCELERATE_MIXED_PRECISION": precision}
+    if compile:
+        environment["ACCELERATE_DYNAMO_BACKEND"] = "INDUCTOR"
     failed = []
     for number, words in enumerate(PLAN, 1):
-        flags = {"dataset": dataset, "data_dir": data_dir, **(TRIAL if trial else {}), **pairs(words)}
-        if trial:
-            flags["epochs"] = str(int(flags["epochs"]) // 100 or flags["epochs"])
+        flags = flags_of(words, dataset, data_dir, trial)
         run = Path(folder, name_of(words))
-        done = progress(run, flags)
-        stages = {"pretrain": [HERE / "pretrain.py", *(f"--{name}={x}" for name, x in flags.items()), f"--out={run}"]}
-        if "eval_every" not in flags:
-            stages["knn_eval"] = [HERE / "knn_eval.py", run / runs.CKPT]
-            stages["linear_eval"] = [HERE / "linear_eval.py", run / runs.CKPT, *SHORT * trial]
-        for name, command in stages.items():
-            if name in done:
+        done = stages_done(run, flags)
+        commands = commands_of(run, flags, trial)
+        for stage, command in commands.items():
+            if stage in done:
                 continue
-            print(f"[{number} of {len(PLAN)}] python {shlex.join(map(str, command))}", file=sys.stderr, flush=True)
-            if code := child(command, environment if name == "pretrain" else {}):
-                failed.append(f"{run} (exit code {code})")
-                if not (run / runs.LOG).exists():  # it never began, and no other would
-                    raise cli.UsageError(f"the list stops at {failed[-1]}, for the reason above")
+            print(f"[{number} of {len(PLAN)}] python {shlex.join(command)}", file=sys.stderr, flush=True)
+            exit_code = run_child(command, environment if stage == "pretrain" else {})
+            if exit_code:
+                failed.append(f"{run} (exit code {exit_code})")
+                if not (run / LOG).exists():  # it never began, so no other run would
+                    raise InputError(f"the list stops at {failed[-1]}, for the reason above")
                 break
-        if not stages.keys() <= done and (code := collect(Path(folder), Path(results))):
-            failed.append(f"{results}/table.md (exit code {code})")
+        if not commands.keys() <= done:
+            exit_code = collect(Path(folder), Path(results))
+            if exit_code:
+                failed.append(f"{results}/table.md (exit code {exit_code})")
     if failed:
-        raise cli.UsageError(f"failed, and tried again by the same command: {', '.join(failed)}")
+        raise InputError(f"failed, and tried again by the same command: {', '.join(failed)}")
     print(f"all {len(PLAN)} runs are done; {results}/table.md is their table", file=sys.stderr)
 
 
-def pairs(words: str) -> dict[str, str]:
-    """Flags as they are typed, by name."""
+def flags_of(words: str, dataset: str, data_dir: str, trial: bool) -> dict[str, str]:
+    """Return the flags of a run of the list; a trial's network is tiny and a trial's 100 epochs are one."""
+    flags = {"dataset": dataset, "data_dir": data_dir}
+    if trial:
+        flags |= TRIAL
+    flags |= as_typed(words)
+    if trial:
+        flags["epochs"] = str(int(flags["epochs"]) // 100 or flags["epochs"])
+    return flags
+
+
+def as_typed(words: str) -> dict[str, str]:
+    """Return the flags of a command line by name: "--epochs 2 --seed 1"."""
     typed = words.split()
-    return {name.removeprefix("--"): value for name, value in zip(typed[::2], typed[1::2])}
+    names = [name.removeprefix("--") for name in typed[::2]]
+    return dict(zip(names, typed[1::2]))
 
 
 def name_of(words: str) -> str:
-    """The folder of a run: its flags."""
-    return "-".join(f"{name}-{value}".replace(",", "+") for name, value in pairs(words).items())
+    """Name the folder of a run by its flags."""
+    parts = [f"{name}-{value}" for name, value in as_typed(words).items()]
+    return "-".join(parts).replace(",", "+")
 
 
-def progress(run: Path, flags: dict[str, str]) -> set[str]:
-    """The stages that a run with these flags has behind it; none of a folder with others, which pretrain.py refuses."""
+def commands_of(run: Path, flags: dict[str, str], trial: bool) -> dict[str, list[str]]:
+    """Return the command of each stage of a run; a run without k-NN rows is not judged."""
+    typed = [f"--{name}={value}" for name, value in flags.items()]
+    commands = {"pretrain": [str(ROOT / "pretrain.py"), *typed, f"--out={run}"]}
+    if "eval_every" not in flags:
+        ckpt = str(run / CKPT)
+        commands["knn_eval"] = [str(ROOT / "knn_eval.py"), ckpt]
+        commands["linear_eval"] = [str(ROOT / "linear_eval.py"), ckpt]
+        if trial:
+            commands["linear_eval"] += SHORT_PROBE
+    return commands
+
+
+def stages_done(run: Path, flags: dict[str, str]) -> set[str]:
+    """Return the stages that a run with these flags has behind it: none if its folder holds a run with other flags."""
     try:
-        log = runs.read(run)
-        with safe_open(run / runs.CKPT, "pt") as file:
-            trained = json.loads(file.metadata()["description"])["epoch"] == log.settings["epochs"]
-    except (runs.RunError, SafetensorError, OSError, ValueError, LookupError, TypeError):
+        log = read_log(run)
+        with safe_open(run / CKPT, "pt") as file:
+            description = json.loads(file.metadata()["description"])
+        trained_epochs = description["epoch"]
+    except (InputError, SafetensorError, OSError, ValueError, LookupError, TypeError):
         return set()
+    epochs = log.settings["epochs"]
+    if trained_epochs != epochs or not has_settings(log.settings, flags):
+        return set()
+    done = {"pretrain"}
+    if any(row["stage"] == "knn_eval" and row.get("trained_epochs") == epochs for row in log.rows):
+        done.add("knn_eval")
+    if log.score("linear_eval") is not None:
+        done.add("linear_eval")
+    return done
+
+
+def has_settings(settings: dict, flags: dict[str, str]) -> bool:
+    """Whether a run has the settings that its flags, and the defaults of the others, ask for."""
     parameters = inspect.signature(pretrain).parameters
-    meant = {name: flag.default for name, flag in parameters.items() if flag.default is not None and name not in HOW}
-    meant |= cli.read([f"--{name}={x}" for name, x in flags.items()], parameters)
-    if not trained or any(log.settings.get(name) != json.loads(json.dumps(x)) for name, x in meant.items()):
-        return set()
-    voted = any(r["stage"] == "knn_eval" and r.get("trained_epochs") == log.settings["epochs"] for r in log.rows)
-    probed = log.score("linear_eval") is not None
-    return {"pretrain", *["knn_eval"] * voted, *["linear_eval"] * probed}
+    wanted = {name: value for name, value in cli.defaults(pretrain).items() if name not in NOT_SETTINGS}
+    wanted |= cli.read([f"--{name}={value}" for name, value in flags.items()], parameters)
+    for name, value in wanted.items():
+        if value is not None and settings.get(name) != json.loads(json.dumps(value)):
+            return False
+    return True
 
 
-def child(command: list, environment: dict[str, str]) -> int:
-    """Run a stage to its end, with these variables of the environment beside those of this process; its exit code.
+def run_child(command: list[str], environment: dict[str, str]) -> int:
+    """Run a script to its end, with these environment variables beside those of this process; return its exit code.
 
     A signal is passed on to it, and Stopped is raised once it has ended.
     """
     caught, children = [], []
 
-    def pass_on(number: int, _) -> None:  # and not wait here: whoever waits below holds a lock
+    def pass_on(number: int, _frame) -> None:
+        # It does not wait here: `wait` below holds a lock while it waits, and a second wait would never return.
         caught.append(signal.Signals(number))
-        for process in children:
-            process.send_signal(number)
+        for child in children:
+            child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handlers[number] = signal.signal(number, pass_on)
     try:
-        typed = [sys.executable, *command]
-        variables = {**os.environ, "PYTHONPATH": str(HERE), **environment}
-        children.append(subprocess.Popen(list(map(str, typed)), env=variables, start_new_session=True))
-        code = children[0].wait()
+        variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        child = subprocess.Popen([sys.executable, *command], env=variables, start_new_session=True)
+        children.append(child)
+        exit_code = child.wait()
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
     if caught:
-        raise cli.Stopped(f"{caught[0].name}; the same command goes on", 128 + caught[0])
-    return code
+        raise Stopped(f"{caught[0].name}; the same command goes on", 128 + caught[0])
+    return exit_code
 
 
 def collect(folder: Path, results: Path) -> int:
-    """Copy the logs of all runs that have an epoch behind them, and make their table; the exit code of figures.py."""
-    found = []
-    for log in sorted(folder.glob(f"*/{runs.LOG}")):
-        with contextlib.suppress(runs.RunError):
-            if any("loss" in row for row in runs.read(log.parent).rows):
-                copy = results / log.parent.name / runs.LOG
+    """Copy the logs of all runs that have an epoch behind them, and make their table; its exit code."""
+    copies = []
+    for log in sorted(folder.glob(f"*/{LOG}")):
+        with contextlib.suppress(InputError):
+            if any("loss" in row for row in read_log(log.parent).rows):
+                copy = results / log.parent.name / LOG
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                with models.whole(copy) as file:
+                with write_whole(copy) as file:
                     file.write(log.read_bytes())
-                found.append(copy.parent)
-    return child([HERE / "tools" / "figures.py", "table", *found, f"--out={results}"], {}) if found else 0
+                copies.append(str(copy.parent))
+    if not copies:
+        return 0
+    return run_child([str(ROOT / "tools" / "figures.py"), "table", *copies, f"--out={results}"], {})
 
 
 if __name__ == "__main__":
-    cli.run(reproduce, models.ModelError, runs.RunError)
+    cli.run(reproduce)

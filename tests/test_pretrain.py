@@ -1,86 +1,25 @@
-"""The user's journey: pre-train, judge, and every wrong turn on the way."""
+"""One step by hand, every method and regularizer, schedules, and losses that go wrong."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from conftest import SMALL, rows_of
 
 import data
 import models
-from harness import processes
-from harness.augment import two_views
-from knn_eval import knn_eval, vote
-from linear_eval import linear_eval
+from harness import checkpoint, processes
+from knn_eval import knn_eval
 from pretrain import Lars, lr_at, parameter_groups, pretrain, tau_at
 from regularizers import alignment, energy_by_definition, mhe, uniformity
-
-ROOT = Path(__file__).parent.parent
-SMALL = "--model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16".split()
-SMALL += "--batch_size 16 --epochs 2 --eval_every 1 --lr 8".split()
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_from_the_command_line_to_both_scores(tmp_path):
-    """accelerate launch as a newcomer types it, one epoch of photos, and the two commands that the end names."""
-
-    def launch(*command):
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
-
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    flags = "--reg amhe --s 2 --epochs 1 --batch_size 250 --model test_resnet".split()
-    rows, prose = launch("accelerate", "launch", str(ROOT / "pretrain.py"), *flags)
-    run = tmp_path / "runs" / "photos-amhe-modeltest_resnet-epochs1-batch_size250"
-    assert rows == rows_of(run) and "loss = byol + 10 energy" in prose
-    settings, trained, online, inner = rows
-    assert settings["settings"]["weight"] == 10 and settings["settings"]["hidden_dim"] == 512
-    assert trained["step"] == 8 and trained["loss"] == pytest.approx(trained["byol"] + 10 * trained["energy"], rel=1e-5)
-    assert 1.5 < trained["energy"] < 1.8 and 0 < trained["byol"] < 8
-    blocks = {f"block/layer{stage}.0" for stage in (1, 2, 3, 4)}
-    assert blocks < inner.keys() and 0 < inner["block/layer4.0"] < inner["block/layer1.0"] < 9 and 0 < inner["g2"] < 1
-    ckpt = Path("runs") / run.name / "ckpt.safetensors"
-    for stage in ("knn_eval.py", "linear_eval.py"):
-        assert f"python {stage} {ckpt}" in prose
-
-    scores, _ = launch(sys.executable, str(ROOT / "knn_eval.py"), str(ckpt))
-    by = {(row["of"], row["k"]): row["top1"] for row in scores}
-    assert by.keys() == {(of, k) for of in ("trained", "untrained", "pixels") for k in (10, 20, 100, 200)}
-    assert by["trained", 20] == online["top1"]
-    assert 40 < by["pixels", 20] < 50 < by["untrained", 20] < 70
-    probe, _ = launch(sys.executable, str(ROOT / "linear_eval.py"), str(ckpt), "--epochs", "3", "--cached")
-    assert probe[-1]["top1"] > 50 and probe[-1]["top5"] > 80
-    assert rows_of(run) == rows + scores + probe
-
-
-@pytest.fixture(scope="module")
-def trained(folder, tmp_path_factory):
-    """A finished run on the small folder."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    argv = ["pretrain.py", "--dataset", str(folder), "--reg", "mhe", "--out", str(out), *SMALL]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", argv)
-        pretrain(
-            dataset=str(folder), model="test_resnet", reg="mhe", out=str(out), stem="imagenet", hidden_dim=32,
-            out_dim=16, batch_size=16, epochs=2, eval_every=1, lr=8.0,
-        )  # fmt: skip
-    return out
 
 
 def test_the_same_seed_makes_the_same_run(command, folder, trained, tmp_path):
     code, rows, _ = command(pretrain, "--dataset", folder, "--reg", "mhe", "--out", tmp_path / "again", *SMALL)
     assert code == 0
     for name in ("ckpt", "encoder"):
-        first, again = (models.load(run / f"{name}.safetensors") for run in (trained, tmp_path / "again"))
+        first, again = (checkpoint.load(run / f"{name}.safetensors") for run in (trained, tmp_path / "again"))
         assert all(torch.equal(x, again[0][key]) for key, x in first[0].items())
         assert {**first[1], "command": None} == {**again[1], "command": None}
     timeless = [{k: v for k, v in row.items() if k not in ("images_per_s", "command")} for row in rows]
@@ -92,7 +31,7 @@ def test_the_same_seed_makes_the_same_run(command, folder, trained, tmp_path):
 def test_what_a_run_leaves(folder, trained):
     files = [".lock", "ckpt.safetensors", "encoder.safetensors", "metrics.jsonl"]
     assert sorted(p.name for p in trained.iterdir()) == files
-    tensors, description = models.load(trained / "ckpt.safetensors")
+    tensors, description = checkpoint.load(trained / "ckpt.safetensors")
     state = {"rng/cpu", "momentum/encoder", "momentum/projector", "momentum/predictor"}
     assert {name.split(".")[0] for name in tensors} == {"encoder", "projector", "predictor", "target"} | state
     assert description["epoch"] == 2 and description["settings"]["dataset"] == str(folder)
@@ -106,14 +45,14 @@ def test_one_step_is_the_one_written_by_hand(command, folder, tmp_path):
     flags += "--reg mhe --weight 3 --tau 0.7 --seed 5 --out run".split()
     code, rows, _ = command(pretrain, "--dataset", folder, *flags)
     assert code == 0 and rows[1]["lr"] == 8 * 48 / 256 and rows[1]["tau"] == pytest.approx(0.7)
-    tensors, _ = models.load(tmp_path / "run" / "ckpt.safetensors")
+    tensors, _ = checkpoint.load(tmp_path / "run" / "ckpt.safetensors")
 
     torch.manual_seed(5)
     network = models.BYOL("resnet18", "imagenet", "bn", 32, 16)
     before = {name: x.clone() for name, x in network.state_dict().items()}
     pictures = data.load(str(folder))
     ((crops, _, u),) = data.batches(pictures.train, 48, 32, 5, [1])
-    both = torch.cat(two_views(crops, u, pictures.mean, pictures.std))
+    both = torch.cat(data.two_views(crops, u, pictures.mean, pictures.std))
     z1, z2 = (z := network.projector(network.encoder(both))).chunk(2)
     p1, p2 = network.predictor(z).chunk(2)
     with torch.no_grad():
@@ -152,15 +91,15 @@ def test_accumulation_averages_gradients_over_micro_batches(command, folder, tmp
     network = models.BYOL("resnet18", "imagenet", "none", 32, 16)
     before = {name: x.clone() for name, x in network.named_parameters()}
     pictures, loss = data.load(str(folder)), 0
-    for crops, _, u in data.batches(pictures.train, 48, 32, 0, [1], parts=8):
-        z, p, t = network(*two_views(crops, u, pictures.mean, pictures.std))
+    for crops, _, u in data.batches(pictures.train, 48, 32, 0, [1], micro_batches=8):
+        z, p, t = network(*data.two_views(crops, u, pictures.mean, pictures.std))
         loss += (alignment(p[0], t[1]) + alignment(p[1], t[0])) / 8
         loss += 3 * (uniformity(z[0]) + uniformity(z[1])) / 2 / 8 if reg == "uniform" else 0
     loss += 3 * sum(mhe(w) for w in models.neurons(network, ("projector", "predictor")).values()) if reg == "mhe" else 0
     loss.backward()
     assert eight["loss"] == pytest.approx(loss.item(), rel=1e-5)
     for run, same in (("eight", True), ("one", reg == "mhe")):
-        tensors = models.load(tmp_path / run / "ckpt.safetensors")[0]
+        tensors = checkpoint.load(tmp_path / run / "ckpt.safetensors")[0]
         steps = {name: tensors[name] - x for name, x in before.items() if x.requires_grad}
         expected = {
             name: -1.5 * lars_direction(before[name], dict(network.named_parameters())[name].grad, 1e-6)
@@ -177,60 +116,6 @@ def lars_direction(w, grad, weight_decay):
     if w.ndim == 1:
         return grad
     return (grad + weight_decay * w) * 1e-3 * w.norm() / (grad.norm() + weight_decay * w.norm())
-
-
-@pytest.mark.parametrize("file", ["ckpt.safetensors", "encoder.safetensors"])
-def test_both_files_are_judged_alike(command, trained, file):
-    code, rows, _ = command(knn_eval, trained / file, "--k", "5,20,100", "--floors")
-    assert code == 0 and [row["k"] for row in rows if row["of"] == "trained"] == [5, 20, 48]  # clipped to the bank
-    assert [r["of"] for r in rows] == ["trained"] * 3 + ["untrained"] * 3 + ["pixels"] * 3
-    code, probe, _ = command(linear_eval, trained / file, "--epochs", 4, "--batch_size", 20)
-    assert code == 0 and [row["epoch"] for row in probe] == [1, 2, 3, 4, 4] and probe[-1]["features"] == "augmented"
-    assert probe[-1]["top1"] > 40 and probe[-1]["top5"] == 100
-    assert rows_of(trained)[-14:] == rows + probe
-
-
-def test_the_target_and_another_crop_are_judged(command, trained):
-    of = ["--k", 5, "--nofloors"]
-    _, (online,), _ = command(knn_eval, trained / "ckpt.safetensors", *of)
-    _, (target,), _ = command(knn_eval, trained / "ckpt.safetensors", *of, "--net", "target", "--eval_crop", "1")
-    assert (online["net"], online["eval_crop"]) == ("online", 0.875) and (target["net"], target["eval_crop"]) == (
-        "target",
-        1,
-    )
-    online, _ = models.load_encoder(trained / "ckpt.safetensors")
-    target, _ = models.load_encoder(trained / "ckpt.safetensors", "target")
-    tensors, _ = models.load(trained / "ckpt.safetensors")
-    assert torch.equal(target.bn1.weight, tensors["target.encoder.bn1.weight"])
-    assert not torch.equal(target.bn1.weight, online.bn1.weight)
-    code, _, err = command(linear_eval, trained / "encoder.safetensors", "--net", "target")
-    assert code == 2 and "encoder.safetensors: holds no target network" in err
-
-
-@pytest.mark.parametrize("cached", [[], ["--cached"]])
-def test_a_sweep_takes_the_best_rate_on_the_hold_out(command, trained, cached):
-    """Of each class, the folder's 16 training images give 2; the test set is judged once, at the end."""
-    flags = ["--sweep", "--epochs", 2, "--batch_size", 20, *cached]
-    code, rows, _ = command(linear_eval, trained / "encoder.safetensors", *flags)
-    assert code == 0
-    tops = {row["sweep"]: row["top1"] for row in rows if row.get("split") == "holdout"}
-    assert list(tops) == [0.4, 0.3, 0.2, 0.1, 0.05]
-    last = rows[-1]
-    assert last["swept"] and tops[last["lr"]] == max(tops.values()) and (last["split"], last["train"]) == ("test", 48)
-    assert [row.get("split") for row in rows].count("test") == 1
-    code, _, err = command(linear_eval, trained / "encoder.safetensors", "--sweep", "--lr", "0.1")
-    assert code == 2 and "--lr 0.1: has no effect with --sweep" in err
-
-
-def test_a_checkpoint_judges_another_set(command, trained):
-    code, rows, _ = command(knn_eval, trained / "ckpt.safetensors", "--dataset", "photos", "--k", 20, "--nofloors")
-    assert code == 0 and (rows[0]["dataset"], rows[0]["bank"], rows[0]["queries"]) == ("photos", 2000, 500)
-
-
-def test_a_checkpoint_elsewhere_is_judged_without_a_log(command, trained, tmp_path):
-    (tmp_path / "moved.safetensors").write_bytes((trained / "encoder.safetensors").read_bytes())
-    assert command(knn_eval, tmp_path / "moved.safetensors", "--k", 1, "--nofloors")[0] == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["moved.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +147,7 @@ def test_every_method_and_regularizer_trains(command, folder, tmp_path, flags, t
     assert row["energy"] == pytest.approx(sum(row[name] for name in layers), rel=1e-5)
     assert ("tau" in row) == (method == "byol") and ("predictor" in settings["reg_on"]) <= (method == "byol")
     assert online["split"] == ("holdout" if settings["holdout"] else "test")
-    tensors, description = models.load(tmp_path / "run" / "ckpt.safetensors")
+    tensors, description = checkpoint.load(tmp_path / "run" / "ckpt.safetensors")
     parts = {"encoder", "projector"} | ({"predictor", "target"} if method == "byol" else set())
     assert {name.split(".")[0] for name in tensors if "/" not in name} == parts
     assert any("running_mean" in name for name in tensors) == (settings["norm"] == "bn")
@@ -279,7 +164,7 @@ def test_a_tracker_gets_the_numbers_of_the_log(command, folder, tmp_path, monkey
     for row, (step, values) in zip(rows[1:], sent):
         of = f"{row['of']}/" if "of" in row else ""
         assert step == row["step"] and values == {of + k: x for k, x in row.items() if isinstance(x, float)}
-    monkeypatch.setattr("pretrain.find_spec", lambda name: None)
+    monkeypatch.setattr("harness.settings.find_spec", lambda name: None)
     code, rows, err = command(pretrain, "--dataset", folder, *SMALL, "--tracker", "trackio", "--out", "other")
     assert code == 2 and err == "pretrain.py: --tracker trackio: is not installed; pip install trackio\n"
     assert not (tmp_path / "other").exists()
@@ -289,20 +174,9 @@ def test_energy_falls_when_it_is_all_that_counts(command, folder, tmp_path):
     """A large lambda on one projector: its energy ends below that of the plain run, from the same start."""
     for reg, flags in (("none", []), ("mhe", ["--weight", "1000"])):
         command(pretrain, "--dataset", folder, "--reg", reg, *flags, *SMALL, "--out", reg)
-    plain, regularized = (models.load(tmp_path / reg / "ckpt.safetensors")[0] for reg in ("none", "mhe"))
+    plain, regularized = (checkpoint.load(tmp_path / reg / "ckpt.safetensors")[0] for reg in ("none", "mhe"))
     for layer in ("projector.out", "predictor.hidden"):
         assert mhe(regularized[f"{layer}.weight"]) < mhe(plain[f"{layer}.weight"])
-
-
-def test_a_batch_larger_than_the_set(command, trained):
-    """It is refused; without the flag all 48 images are one batch, and the rate is that batch's."""
-    code, rows, err = command(linear_eval, trained / "ckpt.safetensors", "--batch_size", 49)
-    assert code == 2 and rows == [] and "has 48 images to train on; take fewer" in err
-    given, own = (
-        command(linear_eval, trained / "ckpt.safetensors", "--epochs", 2, *flag)[1]
-        for flag in (["--batch_size", 48], [])
-    )
-    assert given == own and own[-1]["batch_size"] == 48 and own[0]["lr"] == pytest.approx(0.2 * 48 / 256)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(command, folder, tmp_path, monkeypatch):
@@ -323,12 +197,6 @@ def test_weights_that_are_no_numbers_are_not_saved(command, folder, tmp_path, mo
     code, _, err = command(pretrain, "--dataset", folder, *flags)
     assert code == 2 and "weights nan; no checkpoint is written" in err
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "metrics.jsonl"]
-
-
-def test_a_linear_probe_that_diverges_says_so(command, trained, monkeypatch):
-    monkeypatch.setattr("torch.nn.functional.cross_entropy", lambda scores, labels: scores.sum() * math.nan)
-    code, rows, err = command(linear_eval, trained / "encoder.safetensors", "--batch_size", 24)
-    assert code == 2 and rows == [] and "--lr 0.2: the loss is not finite after epoch 1" in err.splitlines()[-1]
 
 
 def test_schedules_are_those_of_appendix_b2():
@@ -369,60 +237,3 @@ def test_the_loss_scale_of_fp16_leaves_lars_alone():
         fresh = torch.cat([p.detach().flatten() for p in models.mlp(6, 5, 3).parameters()])
         assert (weights[-1] - fresh).norm() > 1e-2 * fresh.norm()
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-6, atol=1e-7)
-
-
-def test_vote_is_the_one_written_by_hand():
-    generator = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(300, 8, generator=generator), torch.randn(40, 8, generator=generator)
-    bank_labels, labels = (torch.randint(7, (n,), generator=generator) for n in (300, 40))
-    for temperature in (0.07, 1.0, 1e-4, 1e-50):
-        scores = vote(bank, bank_labels, queries, labels, (1, 20, 500), temperature)
-        assert list(scores) == [1, 20, 300]
-        for k, score in scores.items():
-            right = {1: 0, 5: 0}
-            for query, label in zip(queries.double(), labels.tolist()):
-                similarity = torch.nn.functional.cosine_similarity(query[None], bank.double())
-                nearest = similarity.argsort(descending=True)[:k].tolist()
-                votes = dict.fromkeys(bank_labels[nearest].tolist(), 0.0)
-                for i in nearest:
-                    votes[bank_labels[i].item()] += math.exp((similarity[i] - similarity[nearest[0]]) / temperature)
-                order = sorted((c for c in votes if votes[c] > 0), key=lambda c: (-votes[c], c))
-                for n in right:
-                    right[n] += label in order[:n]
-            assert score == {f"top{n}": pytest.approx(100 * right[n] / 40, abs=1e-3) for n in right}, (k, temperature)
-
-
-@pytest.mark.parametrize("tile", [(7, 9), (512, 30), (1, 1)])
-def test_vote_by_tiles_is_the_vote(monkeypatch, tile):
-    """Tiles that divide neither the bank nor the queries, smaller and larger than k."""
-    generator = torch.Generator().manual_seed(0)
-    bank, queries = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (40, 25))
-    there = bank, torch.arange(40) % 4, queries, torch.arange(25) % 4
-    whole = vote(*there, (1, 15, 40), 0.07)
-    monkeypatch.setattr("knn_eval.TILE", tile)
-    assert vote(*there, (1, 15, 40), 0.07) == whole
-
-
-def test_vote_on_few_classes_and_images():
-    bank = torch.eye(2)
-    assert vote(bank, torch.tensor([0, 1]), bank, torch.tensor([0, 1]), (20,), 0.07) == {
-        2: {"top1": 100.0, "top5": 100.0}
-    }
-    assert vote(bank, torch.tensor([0, 1]), bank, torch.tensor([1, 0]), (1,), 0.07) == {1: {"top1": 0.0, "top5": 0.0}}
-
-
-def test_linear_eval_leaves_the_encoder_as_it_was(command, trained, monkeypatch):
-    """An encoder that is touched in training, here by BatchNorm in training mode, is found out."""
-    monkeypatch.setattr(models, "embed", lambda encoder, views: torch.cat([encoder.train()(v) for v in views]))
-    with pytest.raises(RuntimeError, match="frozen encoder has changed"):
-        command(linear_eval, trained / "ckpt.safetensors", "--epochs", 1, "--batch_size", 24)
-
-
-def test_nothing_optional_is_imported_for_a_folder(folder, tmp_path):
-    """Training on a folder or CIFAR-10 needs no scikit-image, photos says that it does."""
-    (tmp_path / "skimage").mkdir()
-    (tmp_path / "skimage" / "__init__.py").write_text("raise ImportError('not installed')")
-    script = f"import data; print(len(data.load({str(folder)!r}).classes)); data.load('photos')"
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.stdout == "3\n" and done.stderr.endswith("pip install scikit-image\n")

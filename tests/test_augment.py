@@ -1,34 +1,49 @@
-"""The views against torchvision's operations, image by image."""
+"""The operations on batches, and the two views that data.py makes of them, against torchvision's, image by image."""
 
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from harness import augment as views
+from data import recolour, two_views
+from harness import augment
+from harness.augment import DRAWS_PER_IMAGE, crop_boxes, crop_flip, gaussian_blur, named_draws
 
 BICUBIC = InterpolationMode.BICUBIC
 
 
 def draws(n, seed=0):
-    return torch.rand(n, sum(views.DRAWS), generator=torch.Generator().manual_seed(seed))
+    return torch.rand(n, DRAWS_PER_IMAGE, generator=torch.Generator().manual_seed(seed))
+
+
+def boxes_of(u, height, width):
+    draws = named_draws(u)
+    return crop_boxes(draws["area"], draws["aspect"], draws["corner"], height, width)
+
+
+def test_each_draw_has_a_name_and_is_used_once():
+    u = torch.arange(2.0 * DRAWS_PER_IMAGE).view(2, DRAWS_PER_IMAGE)
+    draws = named_draws(u)
+    names = "area, aspect, corner, flip, jitter, factors, order, grey, blur, sigma, solarise"
+    assert ", ".join(draws) == names and torch.equal(torch.cat(list(draws.values()), 1), u)
+    assert named_draws(u[None].expand(3, 2, -1))["corner"].shape == (3, 2, 2)
 
 
 @pytest.mark.parametrize("height, width, size", [(32, 32, 32), (48, 40, 32), (24, 64, 32), (20, 20, 32)])
 def test_crop_flip_is_torchvisions_resized_crop(photos, height, width, size):
     images = F.resize(photos.train.images[::40], [height, width], antialias=True)
     u = draws(len(images))
-    area, aspect, corner, flip = u.split(views.DRAWS, 1)[:4]
-    boxes = views.crop_boxes(area, aspect, corner, height, width).tolist()
-    ours = views.crop_flip(images, u, size)
-    for image, box, turned, mine in zip(images, boxes, flip < 0.5, ours):
+    boxes = boxes_of(u, height, width).tolist()
+    flipped = named_draws(u)["flip"] < 0.5
+    ours = crop_flip(images, u, size)
+    for image, box, turned, mine in zip(images, boxes, flipped, ours):
         theirs = F.resized_crop(image / 255, *box, [size, size], BICUBIC, antialias=True).clamp(0, 1)
         torch.testing.assert_close(mine, F.horizontal_flip(theirs) if turned else theirs, rtol=0, atol=2e-6)
 
 
 def test_crop_boxes_have_the_papers_distribution():
     u = draws(20_000)
-    top, left, h, w = views.crop_boxes(*u.split(views.DRAWS, 1)[:3], 224, 224).unbind(1)
+    top, left, h, w = boxes_of(u, 224, 224).unbind(1)
     area, ratio = h * w / 224**2, w / h
     assert area.min() > 0.078 and area.max() <= 1 and ratio.min() > 0.74 and ratio.max() < 1.35
     assert ratio.log().mean().abs() < 0.01  # logarithmic, so symmetric
@@ -39,9 +54,8 @@ def test_crop_boxes_have_the_papers_distribution():
 
 def test_crop_of_a_picture_that_no_try_fits_is_its_centre():
     u = draws(50)
-    area, aspect, corner = (x.clone() for x in u.split(views.DRAWS, 1)[:3])
-    area[:] = 0.99
-    top, left, h, w = views.crop_boxes(area, aspect, corner, 10, 100).unbind(1)
+    named_draws(u)["area"][:] = 0.99
+    top, left, h, w = boxes_of(u, 10, 100).unbind(1)
     assert (top == 0).all() and (h == 10).all() and (w == 13).all() and (left == 43).all()
 
 
@@ -52,7 +66,7 @@ def test_colour_operations_are_torchvisions(photos, name, low, high):
     x = photos.train.images[::40] / 255
     x[0], x[1] = 0, x[1, :1]  # black, grey
     factor = torch.linspace(low, high, len(x))
-    ours = getattr(views, name)(x, factor[:, None, None, None])
+    ours = getattr(augment, name)(x, factor[:, None, None, None])
     theirs = torch.stack([getattr(F, f"adjust_{name}")(image, f.item()) for image, f in zip(x, factor)])
     torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-6)
 
@@ -60,10 +74,12 @@ def test_colour_operations_are_torchvisions(photos, name, low, high):
 def test_recolour_composes_them_in_each_images_order(photos):
     x = photos.train.images[::20] / 255
     u = draws(len(x))
-    ours = views.recolour(x.clone(), u)
-    jitter, factors, order, grey = u.split(views.DRAWS, 1)[4:8]
-    assert 0.7 < (jitter < 0.8).float().mean() < 0.9 and 0.05 < (grey < 0.2).float().mean() < 0.35
-    for image, f, turn, jittered, greyed, mine in zip(x, factors, order.argsort(1), jitter < 0.8, grey < 0.2, ours):
+    ours = recolour(x.clone(), u)
+    draws_of = named_draws(u)
+    jitter, grey = draws_of["jitter"] < 0.8, draws_of["grey"] < 0.2
+    assert 0.7 < jitter.float().mean() < 0.9 and 0.05 < grey.float().mean() < 0.35
+    orders = draws_of["order"].argsort(1)
+    for image, f, turn, jittered, greyed, mine in zip(x, draws_of["factors"], orders, jitter, grey, ours):
         values = (0.6 + 0.8 * f[0], 0.6 + 0.8 * f[1], 0.8 + 0.4 * f[2], -0.1 + 0.2 * f[3])
         for i in turn.tolist() if jittered else []:
             name = ("brightness", "contrast", "saturation", "hue")[i]
@@ -76,36 +92,39 @@ def test_recolour_composes_them_in_each_images_order(photos):
 def test_gaussian_blur_is_torchvisions(photos, size, side):
     x = F.resize(photos.train.images[::250] / 255, [size, size], antialias=True)
     sigma = torch.linspace(0.1, 2, len(x))
-    for image, s, mine in zip(x, sigma.tolist(), views.gaussian_blur(x, sigma)):
+    for image, s, mine in zip(x, sigma.tolist(), gaussian_blur(x, sigma)):
         torch.testing.assert_close(mine, F.gaussian_blur(image, [side, side], [s, s]), rtol=0, atol=2e-6)
 
 
 def test_blur_and_solarisation_come_last_and_as_often_as_they_should(photos):
     """Crops through both views of ImageNet, BYOL's, against torchvision image by image."""
     u = torch.stack([draws(100), draws(100, seed=1)])
-    crops = torch.stack([views.crop_flip(photos.train.images[:100], v, 32) for v in u])
+    crops = torch.stack([crop_flip(photos.train.images[:100], v, 32) for v in u])
     blur, solarise, count = (1.0, 0.1), (0.0, 0.2), torch.zeros(2, 2)
-    ours = views.two_views(crops.clone(), u, (0, 0, 0), (1, 1, 1), blur, solarise)
+    ours = two_views(crops.clone(), u, (0, 0, 0), (1, 1, 1), blur, solarise)
     for i, (crop, v, view) in enumerate(zip(crops, u, ours)):
-        *_, p, width, q = v.split(views.DRAWS, 1)
-        coloured = views.recolour(crop.clone(), v)
-        for x, *draw, mine in zip(coloured, p, width, q, view):
-            if draw[0] < blur[i]:
-                sigma = 0.1 + 1.9 * draw[1].item()
-                x, count[i, 0] = F.gaussian_blur(x, [3, 3], [sigma, sigma]), count[i, 0] + 1
-            if draw[2] < solarise[i]:
-                x, count[i, 1] = F.solarize(x, 0.5), count[i, 1] + 1
+        draws_of = named_draws(v)
+        coloured = recolour(crop.clone(), v)
+        choices = zip(coloured, draws_of["blur"], draws_of["sigma"], draws_of["solarise"], view)
+        for x, blurred, width, solarised, mine in choices:
+            if blurred < blur[i]:
+                sigma = 0.1 + 1.9 * width.item()
+                x = F.gaussian_blur(x, [3, 3], [sigma, sigma])
+                count[i, 0] += 1
+            if solarised < solarise[i]:
+                x = F.solarize(x, 0.5)
+                count[i, 1] += 1
             torch.testing.assert_close(mine, x, rtol=0, atol=2e-6)
     assert count[0].tolist() == [100, 0] and 3 <= count[1, 0] <= 20 and 10 <= count[1, 1] <= 30
 
 
 def test_two_views(photos):
     u = torch.stack([draws(64), draws(64, seed=1)])
-    crops = torch.stack([views.crop_flip(photos.train.images[:64], v, 32) for v in u])
-    v1, v2 = views.two_views(crops.clone(), u, photos.mean, photos.std)
-    again, _ = views.two_views(crops.clone(), u, photos.mean, photos.std)
+    crops = torch.stack([crop_flip(photos.train.images[:64], v, 32) for v in u])
+    v1, v2 = two_views(crops.clone(), u, photos.mean, photos.std)
+    again, _ = two_views(crops.clone(), u, photos.mean, photos.std)
     assert v1.shape == v2.shape == (64, 3, 32, 32) and torch.equal(v1, again) and not torch.equal(v1, v2)
-    alone, _ = views.two_views(crops[:, 5:6].clone(), u[:, 5:6], photos.mean, photos.std)
+    alone, _ = two_views(crops[:, 5:6].clone(), u[:, 5:6], photos.mean, photos.std)
     torch.testing.assert_close(alone[0], v1[5], rtol=0, atol=1e-5)  # a view depends on its own image and draws alone
     lowest, highest = ((x - torch.tensor(photos.mean)) / torch.tensor(photos.std) for x in (0, 1))
     assert (v1.amin((0, 2, 3)) >= lowest - 1e-5).all() and (v1.amax((0, 2, 3)) <= highest + 1e-5).all()
@@ -114,10 +133,10 @@ def test_two_views(photos):
 def test_chunks_and_types_make_no_difference(photos):
     """400 images pass in two chunks on a CPU; crops of files come as uint8."""
     u = torch.stack([draws(400), draws(400, seed=1)])
-    crops = (255 * torch.stack([views.crop_flip(photos.train.images[:400], v, 32) for v in u])).round().byte()
-    whole = views.two_views(crops, u, photos.mean, photos.std)
-    floats = views.two_views(crops / 255, u, photos.mean, photos.std)
-    last = views.two_views(crops[:, 399:], u[:, 399:], photos.mean, photos.std)
+    crops = (255 * torch.stack([crop_flip(photos.train.images[:400], v, 32) for v in u])).round().byte()
+    whole = two_views(crops, u, photos.mean, photos.std)
+    floats = two_views(crops / 255, u, photos.mean, photos.std)
+    last = two_views(crops[:, 399:], u[:, 399:], photos.mean, photos.std)
     for mine, same, alone in zip(whole, floats, last):
         torch.testing.assert_close(mine, same, rtol=0, atol=1e-5)
         torch.testing.assert_close(mine[399:], alone, rtol=0, atol=1e-5)

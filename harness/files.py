@@ -1,0 +1,46 @@
+"""The names of a run's files, and the one way in which files are written: whole or not at all."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from harness.errors import InputError
+
+LOG = "metrics.jsonl"  # the rows that were printed
+CKPT = "ckpt.safetensors"  # the whole state of a run
+ENCODER = "encoder.safetensors"  # the encoder alone, as the last whole epoch left it
+RUN_FILES = (LOG, CKPT, ENCODER)
+
+
+@contextlib.contextmanager
+def write_whole(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write bytes to, which appears under its name when it is whole, or not at all.
+
+    The bytes go to a hidden file beside it, which takes the name in one step once they are on the disk: a process that
+    is killed, or a disk that is full, leaves what was there before. InputError if the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror}); what it held before is as it was") from e
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk, where the file system can: a power cut would lose a new name."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,166 @@
+"""The log of a run, metrics.jsonl: rows out as they are printed, rows back in, and the log as columns and scores.
+
+    emit({"stage": "knn_eval", "top1": 78.4}, log)
+    run = read_log(Path("runs/photos-amhe"))
+    run.series("loss")          # {step: value}
+    run.score("knn_eval")       # the last top-1 accuracy in percent
+
+A row is one JSON object on one line. Its first keys say who wrote it and what it is about: "stage" and "of".
+"""
+
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from harness.errors import InputError
+from harness.files import LOG, write_whole
+
+LONGEST_LINE = 2**20  # bytes at a log's end in which a line that was cut short is looked for
+SETTINGS = {"dataset", "method", "reg", "accumulate"}  # some that the first row of every run has
+
+
+def is_main() -> bool:
+    """Whether this is the only process, or the first of several, which alone prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def emit(row: dict, log: Path | None = None) -> None:
+    """Print a row as one line of JSON on standard output and, with `log`, add it to that file.
+
+    Of several processes the first does so. ValueError for a NaN; InputError if the log cannot be written to.
+    """
+    if not is_main():
+        return
+    line = json.dumps(row, allow_nan=False)
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+    if log is not None:
+        _append(line, log)
+
+
+def _append(line: str, log: Path) -> None:
+    """Add a line to a log, in place of a last line without an end, left by a process that was killed as it wrote."""
+    try:
+        with open(log, "ab+") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - LONGEST_LINE))
+            cut_line = file.read().rpartition(b"\n")[2]
+            file.truncate(end - len(cut_line))
+            file.write(line.encode() + b"\n")
+    except OSError as e:
+        raise InputError(f"{log}: cannot be written ({e.strerror})") from e
+
+
+def log_of(checkpoint: str, settings: dict) -> Path | None:
+    """Return the log that lies beside a checkpoint, for a judge to add its rows to.
+
+    None where there is none, where it cannot be written to, or where it is of a run with other settings: a checkpoint
+    that was copied into the folder of another run must not leave its scores there. The data may have moved.
+    """
+    log = Path(checkpoint).with_name(LOG)
+    try:
+        with open(log) as file:
+            first_row = json.loads(file.readline())
+        same_stage = first_row["stage"] == "pretrain"
+        same_settings = first_row["settings"] | {"data_dir": None} == settings | {"data_dir": None}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    if same_stage and same_settings and os.access(log, os.W_OK):
+        return log
+    return None
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """Return the rows of a run's log; a last line that was cut short does not count.
+
+    InputError for a log that cannot be read, or that holds rows of others than the stages.
+    """
+    try:
+        content = (folder / LOG).read_bytes()
+    except OSError as e:
+        raise InputError(f"{folder}: no run, its {LOG} cannot be read ({e.strerror})") from e
+    whole_lines = content.split(b"\n")[:-1]
+    rows = []
+    for n, line in enumerate(whole_lines, 1):
+        try:
+            row = json.loads(line)
+            _ = row["stage"]
+        except (ValueError, KeyError, TypeError) as e:
+            raise InputError(f"{folder / LOG}: line {n} is not one that a stage writes") from e
+        rows.append(row)
+    return rows
+
+
+def rewind(folder: Path, epoch: int) -> list[dict]:
+    """Drop from a log the rows of epochs after `epoch`, which will be written again; return the rows that stay.
+
+    The first row counts as epoch 0, so that -1 drops all of a run. A line that was cut short goes, too.
+    """
+    rows = read_rows(folder) if (folder / LOG).exists() else []
+    kept = [row for row in rows if row["stage"] != "pretrain" or row.get("epoch", 0) <= epoch]
+    with write_whole(folder / LOG) as file:
+        for row in kept:
+            file.write(json.dumps(row).encode() + b"\n")
+    return kept
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """The log of a run: its folder, the settings it was trained with, and its rows."""
+
+    folder: Path
+    settings: dict
+    rows: list[dict]
+
+    def series(self, key: str, of: str | None = None) -> dict[int, float]:
+        """Return the finite values of a column of pretraining, by step; `of` names the kind of row."""
+        values = {}
+        for row in self.rows:
+            of_this_kind = row["stage"] == "pretrain" and row.get("of") == of
+            if of_this_kind and "step" in row and key in row and math.isfinite(row[key]):
+                values[row["step"]] = row[key]
+        return values
+
+    def score(self, stage: str) -> float | None:
+        """Return the last top-1 accuracy (%) by the protocol of knn_eval, at k = 20, or linear_eval; None without one.
+
+        Variants of the protocol do not count, nor do rows of a run that was still under way. Where knn_eval has not
+        been run, the online k-NN of the last epoch is the same number.
+        """
+        settings = self.settings
+        wanted = {"stage": stage, "split": "test", "net": "online"}
+        wanted["dataset"] = settings["dataset"]
+        wanted["eval_crop"] = settings["eval_crop"]
+        if stage == "knn_eval":
+            wanted |= {"of": "trained", "k": 20, "temperature": 0.07}
+        else:
+            wanted |= {"features": "augmented"}
+        score = self._last_top1(wanted)
+        if score is None and stage == "knn_eval":
+            online = {"stage": "pretrain", "of": "online", "split": "test", "k": 20}
+            online["epoch"] = settings["epochs"]
+            score = self._last_top1(online)
+        return score
+
+    def _last_top1(self, wanted: dict) -> float | None:
+        """Return the accuracy in the last row of a finished training that has all the wanted values."""
+        epochs = self.settings["epochs"]
+        for row in reversed(self.rows):
+            is_finished = row.get("trained_epochs", epochs) == epochs
+            if is_finished and all(row.get(key) == value for key, value in wanted.items()):
+                return row["top1"]
+        return None
+
+
+def read_log(folder: Path) -> RunLog:
+    """Return the log of a run folder. InputError for one whose first row is not that of pretrain.py."""
+    rows = read_rows(folder)
+    settings = rows[0].get("settings", {}) if rows else {}
+    if not settings.keys() >= SETTINGS:
+        raise InputError(f"{folder / LOG}: has no first row with a run's settings")
+    return RunLog(folder, settings, rows)

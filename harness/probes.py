@@ -1,0 +1,95 @@
+"""What is measured while a network trains, beside its loss: representations, gradients, and numbers that went wrong."""
+
+import math
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+import data
+import models
+from harness import processes
+from harness.errors import InputError
+from harness.files import CKPT
+from regularizers import mhe, uniformity
+
+PROBED_IMAGES = 256
+COLLAPSED = 0.1  # below this part of a full sphere's spread, projections are nearly one point
+COLLAPSED_EPOCHS = 3  # in a row, before it is a warning
+
+
+def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[str, float]:
+    """Measure what Figures 4 and 5 follow, on 256 images spread over a split: energies of the blocks' outputs, and G2.
+
+    The energy is `mhe` of the rows that a residual block's outputs are, averaged over their maps, at s = 0: at s = 2
+    two images that look the same would outweigh all others. G2 is the mean of exp(-2 |x - y|^2) over pairs of the
+    encoder's normalised features, Appendix A.2: its logarithm is Eq. 2.
+    """
+    n = len(test.labels)
+    rows = torch.linspace(0, n - 1, min(PROBED_IMAGES, n)).long()
+    sample = test.rows(rows.to(test.labels.device))
+    blocks = models.embed_blocks(encoder, data.evaluation_views(sample, **view))
+    features = models.embed(encoder, data.evaluation_views(sample, **view))
+    row = {"g2": uniformity(features).exp().item()}
+    for name, outputs in blocks.items():
+        row[f"block/{name}"] = mhe(outputs, s=0).item()
+    return row
+
+
+def gradient_norms(network: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
+    """Measure the norms of the gradients of encoder, projector and predictor, on the device.
+
+    In fp16 there are none: its scaler skips steps whose gradients are infinite, so these are no fault.
+    """
+    norms = {}
+    if accelerator.scaler is not None:
+        return norms
+    for part in ("encoder", "projector", "predictor"):
+        parameters = getattr(network, part, nn.Identity()).parameters()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
+            norms[f"gradient of {part}"] = nn.utils.get_total_norm(gradients)
+    return norms
+
+
+def first_fault(stored: dict[str, Tensor], latest: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the numbers of the latest step, or those stored if one of them was not finite; all stay on the device."""
+    if not stored:
+        return latest
+    was_finite = torch.stack(list(stored.values())).isfinite().all()
+    return {name: torch.where(was_finite, number, stored[name]) for name, number in latest.items()}
+
+
+def refuse_faults(numbers: dict[str, Tensor], network: nn.Module, folder: Path, accelerator: Accelerator) -> None:
+    """Raise InputError, in all processes, for numbers of a step or for weights that are not finite."""
+    weights_finite = torch.stack([x.isfinite().all() for x in network.state_dict().values()]).all()
+    numbers = {**numbers, "weights": torch.where(weights_finite, 0.0, math.nan)}
+    mine = torch.stack(list(numbers.values()))
+    rows = accelerator.gather(mine[None]).tolist()  # one for each process
+    for row in rows:
+        faults = {name: x for name, x in zip(numbers, row) if not math.isfinite(x)}
+        if faults:
+            break
+    else:
+        return
+    step = int(dict(zip(numbers, row)).get("step", -1)) + 1
+    listed = ", ".join(f"{name} {x}" for name, x in faults.items())
+    ckpt = folder / CKPT
+    kept = f"{ckpt} is as it was" if ckpt.exists() else "no checkpoint is written"
+    raise InputError(f"step {step}: not finite: {listed}; {kept}; a smaller --lr or --weight may help")
+
+
+def warn_of_collapse(spread: float, collapsed_epochs: int) -> int:
+    """Count the epochs in a row in which projections were nearly one point, and warn from the third on.
+
+    spread: the projections' standard deviation, 1 where they fill the sphere.
+    """
+    collapsed_epochs = collapsed_epochs + 1 if spread < COLLAPSED else 0
+    if collapsed_epochs >= COLLAPSED_EPOCHS:
+        processes.say(
+            f"WARNING: collapse? For {collapsed_epochs} epochs all projections have been nearly one point, "
+            f"std {spread:.1e} of a full sphere's. "
+            "Try a smaller --lr, a --tau nearer 1, a longer --warmup, or --reg uniform"
+        )
+    return collapsed_epochs

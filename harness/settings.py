@@ -1,0 +1,278 @@
+"""What a run is asked to do: flags checked before anything is read, then every setting with the value in force.
+
+    folder = check(flags, defaults, recipes)
+    cfg, images = resolve(flags, recipes, accelerator)
+
+A flag that is None takes its value from the recipe, from the data set or from other flags. The stage passes its flags,
+their defaults and its recipes as arguments, so that this file does not import it.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+import data
+import models
+from harness.errors import InputError
+from harness.files import RUN_FILES
+
+NOT_SETTINGS = ("out", "save_every", "resume", "tracker")  # flags that change nothing in what a run computes
+TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what --weight weighs
+FOLDER_RECIPE = "cifar10-300"  # of a folder of pictures, unless --recipe names another
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting that decides what a run computes, with the value in force. pretrain.py explains the flags."""
+
+    dataset: str
+    data_dir: str
+    recipe: str
+    method: str
+    model: str
+    stem: str
+    norm: str
+    reg: str
+    s: float
+    weight: float
+    reg_on: list[str]
+    temperature: float
+    epochs: int
+    batch_size: int
+    accumulate: int
+    lr: float
+    weight_decay: float
+    warmup: float
+    tau: float
+    hidden_dim: int
+    out_dim: int
+    blur_p: tuple[float, float]  # of the first and the second view
+    eval_crop: float
+    holdout: bool
+    skip_broken: bool
+    seed: int
+    eval_every: int
+
+    @property
+    def term(self) -> str | None:
+        """The term of the objective that `weight` weighs."""
+        return TERMS[self.reg]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before anything is read
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
+    """Return the run folder. InputError for whatever can be seen to be wrong before a file is read."""
+    folder = Path(flags["out"] or Path("runs", run_name(flags, defaults)))
+    refuse_idle_flags(flags, defaults)
+    if flags["method"] == "simclr" and "predictor" in (flags["reg_on"] or ()):
+        raise InputError("--reg_on predictor: simclr has none; take encoder, projector or both")
+    if flags["resume"] == "never" and any((folder / name).exists() for name in RUN_FILES):
+        raise InputError(f"--out {folder}: already holds a run; name another folder, or take --resume auto")
+    tracker = flags["tracker"]
+    if tracker != "none" and find_spec(tracker) is None:
+        raise InputError(f"--tracker {tracker}: is not installed; pip install {tracker}")
+    recipe_name(flags, recipes)
+    refuse_unwritable(folder)
+    with torch.device("meta"):
+        encoder = models.build_encoder(flags["model"], "imagenet")
+    if "encoder" in (flags["reg_on"] or ()):
+        models.neurons(SimpleNamespace(encoder=encoder), ["encoder"])
+    return folder
+
+
+def run_name(flags: dict, defaults: dict) -> str:
+    """Name a run by its data set, method, regularizer and every other flag that is not a default: photos-amhe-s1."""
+    named_first = ("dataset", "method", "reg", *NOT_SETTINGS)
+    parts = [Path(flags["dataset"]).resolve().name]
+    if flags["method"] != "byol" or flags["reg"] == "none":
+        parts.append(flags["method"])
+    if flags["reg"] != "none":
+        parts.append(flags["reg"])
+    for name, value in flags.items():
+        if value != defaults[name] and name not in named_first:
+            text = "+".join(value) if isinstance(value, tuple) else str(value)
+            parts.append(name + text)
+    return re.sub(r"[^\w.+-]+", "_", "-".join(parts))[:200]
+
+
+def refuse_idle_flags(flags: dict, defaults: dict) -> None:
+    """Raise InputError for a flag that has no effect beside another."""
+    term = TERMS[flags["reg"]]
+    idle_beside = {}
+    if term != "energy":
+        idle_beside |= {"s": "reg", "reg_on": "reg"}
+    if term is None:
+        idle_beside["weight"] = "reg"
+    if flags["method"] == "byol":
+        idle_beside["temperature"] = "method"
+    else:
+        idle_beside["tau"] = "method"
+    if flags["model"] == "alexnet":
+        idle_beside["stem"] = "model"
+    for name, other in idle_beside.items():
+        if flags[name] != defaults[name]:
+            raise InputError(f"--{name} {flags[name]}: has no effect with --{other} {flags[other]}")
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise InputError if a run folder cannot be made."""
+    for place in (folder, *folder.parents):
+        if os.path.exists(place):
+            break
+    if not place.is_dir():
+        raise InputError(f"--out {folder}: cannot be written ({place} is a file)")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"--out {folder}: cannot be written ({place} is read-only)")
+
+
+def recipe_name(flags: dict, recipes: Mapping) -> str:
+    """Return the name of the recipe in force. InputError for one that belongs to another data set."""
+    dataset, name = flags["dataset"], flags["recipe"]
+    own = [recipe for recipe in recipes if recipe.partition("-")[0] == dataset]
+    if name and own and name not in own:
+        raise InputError(f"--recipe {name}: is not for {dataset}, which has {', '.join(own)}")
+    if name:
+        return name
+    return own[0] if own else FOLDER_RECIPE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every setting with its value in force
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def resolve(flags: dict, recipes: Mapping, accelerator: Accelerator) -> tuple[Settings, data.Dataset]:
+    """Return the settings in force and the data set. InputError for settings that do not go together."""
+    values = resolve_recipe(flags, recipes, accelerator.num_processes)
+    with accelerator.main_process_first():  # the first process downloads a set, the others find it
+        images = data.load(flags["dataset"], flags["data_dir"], pretraining=True, skip_broken=flags["skip_broken"])
+    if flags["holdout"]:
+        images = data.hold_out(images)
+    return resolve_images(values, flags, images), images
+
+
+def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
+    """Return every setting that flags and recipe decide. InputError for settings that do not go together."""
+    chosen = recipe_name(flags, recipes)
+    recipe = recipes[chosen]
+    epochs = flags["epochs"] or recipe.epochs
+    weights = {None: 0.0, "energy": float(recipe.energy_weight), "uniformity": recipe.uniformity_weight}
+    defaults = asdict(recipe)
+    defaults["recipe"] = chosen
+    defaults["weight"] = weights[TERMS[flags["reg"]]]
+    defaults["reg_on"] = ("projector", "predictor")
+    defaults["warmup"] = recipe.warmup * epochs / recipe.epochs
+    values = {}
+    for name, value in flags.items():
+        if name not in NOT_SETTINGS:
+            values[name] = defaults.get(name) if value is None else value
+    parts = ["encoder", "projector"]
+    if flags["method"] == "byol":
+        parts.append("predictor")
+    values["reg_on"] = [part for part in parts if part in values["reg_on"]]
+    if values["warmup"] >= epochs:
+        raise InputError(f"--warmup {values['warmup']}: has to be shorter than the training, {epochs} epochs")
+    refuse_uneven_batch(values["batch_size"], values["accumulate"], world)
+    return values
+
+
+def refuse_uneven_batch(batch_size: int, accumulate: int, world: int) -> None:
+    """Raise InputError unless each micro-batch of each process has the same number of images, two at least."""
+    shares = accumulate * world
+    if batch_size % shares == 0 and batch_size >= 2 * shares:
+        return
+    below = batch_size // shares
+    suggestions = sorted({max(2, images) * shares for images in (below, below + 1)})
+    advice = " or ".join(map(str, suggestions))
+    plural = "es" if world > 1 else ""
+    among = f"{accumulate} micro-batches of {world} process{plural}"
+    raise InputError(
+        f"--batch_size {batch_size}: has to be a multiple of {shares}, twice or more, for {among}; take {advice}"
+    )
+
+
+def resolve_images(values: dict, flags: dict, images: data.Dataset) -> Settings:
+    """Add the settings that the data set decides. InputError if it is too small, or has no classes to judge by."""
+    dataset, batch_size = flags["dataset"], values["batch_size"]
+    n = len(images.pretraining.labels)
+    if batch_size > n:
+        source = "" if flags["batch_size"] else f" (recipe {values['recipe']})"
+        raise InputError(f"--batch_size {batch_size}{source}: {dataset} has {n} images to train on; take fewer")
+    if not images.classes and flags["eval_every"]:
+        raise InputError(f"--eval_every {flags['eval_every']}: {dataset} has no classes to judge by")
+    values = dict(values)
+    values["stem"] = flags["stem"] or images.stem
+    values["blur_p"] = images.blur_p if flags["blur_p"] is None else (flags["blur_p"], flags["blur_p"])
+    if not images.classes:
+        values["eval_every"] = 0
+    return Settings(**{field.name: values[field.name] for field in fields(Settings)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run says of itself before its first step
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def announcement(cfg: Settings, flags: dict, layers: dict[str, Tensor], accelerator: Accelerator) -> list[str]:
+    """Write the objective, the numbers in force with their sources, and how processes share a batch: lines."""
+    return [*formula(cfg, layers), *numbers_in_force(cfg, flags), *sharing(cfg, accelerator)]
+
+
+def formula(cfg: Settings, layers: dict[str, Tensor]) -> list[str]:
+    """Write the objective with every number in force."""
+    lines = [f"loss = {cfg.method}"]
+    if cfg.term:
+        lines[0] += f" + {cfg.weight:g} {cfg.term}"
+    if cfg.method == "byol":
+        lines.append("byol = E |p1 - t2|^2 + E |p2 - t1|^2 of unit rows, 0 ... 8 (Eq. 3 in both directions)")
+    else:
+        lines.append(f"simclr = E -log softmax(z_i . z_j / {cfg.temperature:g}) of unit rows (Eq. 1)")
+    if cfg.term == "uniformity":
+        lines.append("uniformity = log E exp(-2 |z_i - z_j|^2) of unit rows, averaged over both views (Eq. 2)")
+    if cfg.term == "energy":
+        distance, equation = ("|w_i - w_j|", "Eq. 5") if cfg.reg == "mhe" else ("arccos(w_i . w_j)", "Eq. A.3")
+        potential = f"{distance}^-{cfg.s:g}" if cfg.s else f"log(1 / {distance})"
+        lines.append(
+            f"energy = sum over layers of the mean over i != j of {potential} of unit rows ({equation}, Eq. 7)"
+        )
+        shapes = [f"{name} ({len(weight)} x {weight[0].numel()})" for name, weight in layers.items()]
+        lines.append(f"layers: {', '.join(shapes)}")
+    return lines
+
+
+def numbers_in_force(cfg: Settings, flags: dict) -> list[str]:
+    """Name the numbers that come from the recipe, and those that a flag has replaced."""
+    names = ["epochs", "batch_size", "lr", "weight_decay", "warmup", "hidden_dim", "out_dim"]
+    names.append("tau" if cfg.method == "byol" else "temperature")
+    if cfg.term:
+        names.append("weight")
+    lines = []
+    for source, given in ((f"recipe {cfg.recipe}", False), ("flag", True)):
+        numbers = [f"{name} {getattr(cfg, name):g}" for name in names if (flags[name] is not None) == given]
+        lines.append(f"{source}: {', '.join(numbers) or 'nothing'}")
+    return lines
+
+
+def sharing(cfg: Settings, accelerator: Accelerator) -> list[str]:
+    """Say how several processes share a batch and its statistics."""
+    world = accelerator.num_processes
+    if world == 1:
+        return []
+    line = f"{world} processes: {cfg.batch_size // world} images of each step a process"
+    if cfg.norm == "bn" and accelerator.device.type == "cuda":
+        line += "; statistics of BatchNorm: of all processes"
+    elif cfg.norm == "bn":
+        line += "; statistics of BatchNorm: of each process alone, as torch cannot share them on this device"
+    return [line]

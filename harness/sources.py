@@ -1,0 +1,354 @@
+"""Where data sets come from: the embedded photographs, torchvision's sets, and folders of pictures.
+
+Each source returns the names of the classes and a `Split` for training and for testing. What is known of the sets that
+have a name, and which source a name asks for, stands in data.py.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import datasets
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from harness import pictures, processes
+from harness.errors import InputError
+from harness.pictures import Files
+
+Classes = tuple[str, ...]
+Channels = tuple[float, ...]  # a number for each channel
+Found = tuple[Classes, "Split", "Split", dict]  # classes, train, test, facts
+
+PHOTOGRAPHS = (
+    "astronaut",
+    "brick",
+    "chelsea",
+    "coffee",
+    "coins",
+    "grass",
+    "gravel",
+    "hubble_deep_field",
+    "immunohistochemistry",
+    "retina",
+)
+MAKERS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}
+FORMS = {"cifar10": "python", "cifar100": "python", "stl10": "binary"}  # of several that their authors offer
+MEMORY = 2**30  # bytes of pictures of a folder, up to which they are kept in memory
+NO_CLASS = -1  # the label of an image without a class
+
+
+class Split(NamedTuple):
+    """Images, uint8 (n, 3, h, w) or Files, and their classes, int64 (n,); -1 is an image without one."""
+
+    images: Tensor | Files
+    labels: Tensor
+
+    def rows(self, rows: Tensor) -> "Split":
+        """Return the images of these rows and their labels."""
+        return Split(self.images[rows], self.labels[rows])
+
+    def to(self, device) -> "Split":
+        """Return the same on another device."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+def pixel_statistics(images: Tensor) -> tuple[Channels, Channels]:
+    """Return mean and standard deviation of each channel of uint8 images (n, 3, h, w), as parts of 255, to 4 digits."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    histograms = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
+    counts = torch.stack(histograms).double()
+    sums, squares = counts @ values, counts @ values.square()
+    return _mean_and_std(sums, squares, counts[0].sum())
+
+
+def _mean_and_std(sums: Tensor, squares: Tensor, n: Tensor) -> tuple[Channels, Channels]:
+    """Return mean and standard deviation, to 4 digits, of n numbers a channel from their sums and those of squares."""
+    mean = sums / n
+    variance = squares / n - mean.square()
+    std = variance.clamp_min(1 / 255**2).sqrt()  # one flat colour has none, and views are divided by it
+    return _rounded(mean), _rounded(std)
+
+
+def _rounded(numbers: Tensor) -> Channels:
+    return tuple(round(number, 4) for number in numbers.tolist())
+
+
+# ---- The embedded photographs ----------------------------------------------------------------------------------------
+
+
+def photos() -> tuple[Classes, Split, Split]:
+    """Return classes, train and test of the ten photographs that ship inside scikit-image.
+
+    Windows of 64x64 pixels, shrunk to 32x32: 200 a photograph from its left 70 %, 50 from its right 30 %, so that no
+    pixel is in both. InputError without scikit-image.
+    """
+    try:
+        from skimage import data as photographs
+    except ImportError as e:
+        raise InputError("dataset photos: its photographs ship inside scikit-image; pip install scikit-image") from e
+    generator = torch.Generator().manual_seed(2022)
+    train, test = [], []
+    for name in PHOTOGRAPHS:
+        image = torch.from_numpy(getattr(photographs, name)())
+        if image.ndim == 2:  # grey
+            image = image[..., None].expand(-1, -1, 3)
+        image = image.permute(2, 0, 1)
+        border = int(0.7 * image.shape[2])
+        train.append(_patches(image[:, :, :border], 200, generator))
+        test.append(_patches(image[:, :, border:], 50, generator))
+    return PHOTOGRAPHS, _by_class(train), _by_class(test)
+
+
+def _patches(image: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Return n windows (n, 3, 32, 32) of an image (3, h, w)."""
+    _, height, width = image.shape
+    top = torch.randint(height - 63, (n,), generator=generator)
+    left = torch.randint(width - 63, (n,), generator=generator)
+    windows = []
+    for y, x in zip(top.tolist(), left.tolist()):
+        windows.append(image[:, y : y + 64, x : x + 64])
+    windows = torch.stack(windows)
+    return F.resize(windows, [32, 32], InterpolationMode.BICUBIC, antialias=True)
+
+
+def _by_class(images: list[Tensor]) -> Split:
+    """Return the images of each class, (n, 3, h, w), as one split."""
+    n = len(images[0])
+    labels = torch.arange(len(images)).repeat_interleave(n)
+    return Split(torch.cat(images), labels)
+
+
+# ---- torchvision's sets ----------------------------------------------------------------------------------------------
+
+
+def torchvision_set(name: str, data_dir: str, unlabeled: bool) -> tuple[Classes, list[Split]]:
+    """Return the classes and splits of cifar10, cifar100 or stl10, downloaded to `data_dir` if need be.
+
+    The splits are train and test and, of stl10 with `unlabeled`, its 100,000 images without a label. InputError if they
+    can be neither read nor downloaded.
+    """
+    if name == "stl10":
+        parts = [{"split": "train"}, {"split": "test"}]
+        if unlabeled:
+            parts.append({"split": "unlabeled"})
+    else:
+        parts = [{"train": True}, {"train": False}]
+    sets = _downloaded(name, Path(data_dir), parts)
+    return tuple(sets[0].classes), [_split_of(part) for part in sets]
+
+
+def _downloaded(name: str, root: Path, parts: list[dict]) -> list[datasets.VisionDataset]:
+    """Return parts of a set, read or downloaded; where neither can be done, folders made for it are removed again."""
+    maker = MAKERS[name]
+    missing_folders = [place for place in (root, *root.parents) if not os.path.exists(place)]
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for rows
+            return [maker(root, download=True, **part) for part in parts]
+    except (OSError, RuntimeError) as e:
+        with contextlib.suppress(OSError):
+            for place in missing_folders:
+                place.rmdir()
+        raise InputError(
+            f"dataset {name}: cannot be read from or downloaded to {root} ({e}); put its {FORMS[name]} version at "
+            f"{root / maker.base_folder}, or take the embedded set, --dataset photos"
+        ) from e
+
+
+def _split_of(stored: datasets.VisionDataset) -> Split:
+    """Return images as (n, 3, h, w) and their labels; torchvision keeps CIFAR's as (n, h, w, 3) and in a list."""
+    images = torch.from_numpy(stored.data)
+    if isinstance(stored, datasets.STL10):
+        return Split(images, torch.from_numpy(stored.labels).long())
+    images = images.permute(0, 3, 1, 2).contiguous()
+    return Split(images, torch.tensor(stored.targets))
+
+
+# ---- A folder of pictures --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Listing:
+    """The pictures of one part of a folder, and the class of each."""
+
+    paths: list[str]
+    labels: list[int]
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all pictures but these."""
+        self.paths = [self.paths[row] for row in rows]
+        self.labels = [self.labels[row] for row in rows]
+
+    def in_files(self) -> Split:
+        """Return a split of pictures that stay in files."""
+        labels = torch.tensor(self.labels, dtype=torch.long)
+        return Split(Files(self.paths), labels)
+
+    def in_memory(self, images: list[Tensor]) -> Split:
+        """Return a split of these images, which are the pictures."""
+        labels = torch.tensor(self.labels, dtype=torch.long)
+        stacked = torch.stack(images) if images else torch.empty(0)
+        return Split(stacked, labels)
+
+
+class Layout(NamedTuple):
+    """What a folder holds. Without classes all pictures are in `train`, and `fault` says why there are none."""
+
+    classes: Classes
+    train: Listing
+    test: Listing
+    fault: str = ""
+
+
+def folder(
+    what: str, root: Path, tests: tuple[str, ...], facts: dict | None, pretraining: bool, skip_broken: bool
+) -> Found:
+    """Return classes, train, test and facts of a folder with train/ and one of `tests`, each with a sub-folder a class.
+
+    Pictures of one size are read into memory, if they fit; others stay in files. With `facts`, which are those of a set
+    that is known to be large, all stay in files, and none is looked at unless broken ones are to be skipped. With
+    `pretraining` the pictures may be without classes. `what` names the folder in messages. InputError for a broken
+    picture, unless these are to be skipped, and for a folder that is not laid out like this.
+    """
+    name = f"{what} {root}"
+    layout = _layout(name, root, tests)
+    if layout.fault:
+        if facts or not pretraining or not layout.train.paths:
+            raise InputError(f"{name}: {layout.fault}")
+        n = len(layout.train.paths)
+        processes.say(f"{name}: {n} pictures to train on, none to judge by ({layout.fault})")
+    if facts:
+        return _known_set(name, layout, facts, skip_broken)
+    shapes = _look(pictures.shape, layout, skip_broken)
+    if _fit_in_memory(shapes[0] + shapes[1]):
+        return _set_in_memory(name, layout, skip_broken)
+    return _set_in_files(name, layout, skip_broken)
+
+
+def _known_set(name: str, layout: Layout, facts: dict, skip_broken: bool) -> Found:
+    """Return a set of which the facts are known, in files."""
+    if skip_broken:
+        _look(pictures.survey, layout, skip_broken, pictures.workers())
+    _refuse_empty_classes(name, layout)
+    return layout.classes, layout.train.in_files(), layout.test.in_files(), facts
+
+
+def _set_in_memory(name: str, layout: Layout, skip_broken: bool) -> Found:
+    """Return a set of pictures of one size, read, and its facts."""
+    train_images, test_images = _look(pictures.read, layout, skip_broken)
+    _refuse_empty_classes(name, layout)
+    train = layout.train.in_memory(train_images)
+    test = layout.test.in_memory(test_images)
+    side = min(train.images.shape[2:])
+    facts = _facts(layout, side, *pixel_statistics(train.images))
+    return layout.classes, train, test, facts
+
+
+def _set_in_files(name: str, layout: Layout, skip_broken: bool) -> Found:
+    """Return a set of pictures that stay in files, and its facts, for which all are read once."""
+    surveys, _ = _look(pictures.survey, layout, skip_broken, pictures.workers())
+    _refuse_empty_classes(name, layout)
+    numbers = torch.from_numpy(np.stack(surveys)).T.contiguous()  # (8, n), as `survey` lists them
+    height, width = numbers[0], numbers[1]
+    sums, squares = numbers[2:].sum(1).chunk(2)
+    mean, std = _mean_and_std(sums, squares, (height * width).sum())
+    side = int(torch.minimum(height, width).median())
+    facts = _facts(layout, side, mean, std)
+    return layout.classes, layout.train.in_files(), layout.test.in_files(), facts
+
+
+def _facts(layout: Layout, side: int, mean: Channels, std: Channels) -> dict:
+    """Return what data.FACTS holds of a named set, for a folder: `side` is that of its pictures, the shorter one."""
+    images_per_class = len(layout.train.labels) / max(1, len(layout.classes))
+    tenth_of_a_class = round(images_per_class / 10)
+    return {
+        "size": min(side, 224),
+        "stem": "cifar" if side <= 32 else "imagenet",
+        "mean": mean,
+        "std": std,
+        "holdout": max(1, tenth_of_a_class),
+    }
+
+
+def _layout(name: str, root: Path, tests: tuple[str, ...]) -> Layout:
+    """Return what a folder holds. InputError where train and test do not hold the same classes."""
+    wanted = f"train/ and {'/ or '.join(tests)}/ hold a sub-folder of pictures a class"
+    train = root / "train"
+    test = _first_that_is_there([root / part for part in tests])
+    if not train.is_dir():
+        fault = f"no folder {train}; {wanted}"
+    elif not test.is_dir():
+        fault = f"no folder {test}; {wanted}"
+    else:
+        classes, *train_listing = pictures.find_classes(train)
+        test_classes, *test_listing = pictures.find_classes(test)
+        _refuse_other_classes(name, classes, test_classes, test.name)
+        if len(classes) > 1:
+            return Layout(classes, Listing(*train_listing), Listing(*test_listing))
+        few = f"one class, {classes[0]}" if classes else "no class"
+        fault = f"{few}; {wanted}, two or more"
+    # There are no classes. Where the folder has parts, only train/ is trained on: the rest was laid aside to judge by.
+    has_parts = train.is_dir() or test.is_dir()
+    paths = _pictures_below(train if has_parts else root)
+    labels = [NO_CLASS] * len(paths)
+    return Layout((), Listing(paths, labels), Listing([], []), fault)
+
+
+def _first_that_is_there(folders: list[Path]) -> Path:
+    """Return the first folder that exists, or the first."""
+    for path in folders:
+        if path.is_dir():
+            return path
+    return folders[0]
+
+
+def _pictures_below(root: Path) -> list[str]:
+    """Return all pictures below a folder, which need not exist."""
+    return pictures.find(root) if root.is_dir() else []
+
+
+def _refuse_other_classes(name: str, classes: Classes, test_classes: Classes, test: str) -> None:
+    """Raise InputError for classes that train or test alone has; it names five of them."""
+    unpaired = sorted(set(classes) ^ set(test_classes))
+    places = []
+    for label in unpaired[:5]:
+        part = "train" if label in classes else test
+        places.append(f"{label} in {part} alone")
+    if places:
+        raise InputError(f"{name}: train and {test} do not hold the same classes: {', '.join(places)}")
+
+
+def _look(look: Callable, layout: Layout, skip_broken: bool, n_workers: int = 0) -> list[list]:
+    """Return what `look` returns for the pictures of train and of test; broken ones are dropped from the layout."""
+    answers = []
+    for listing in (layout.train, layout.test):
+        rows, answers_of_part = pictures.sound(listing.paths, look, skip_broken, n_workers)
+        listing.keep(rows)
+        answers.append(answers_of_part)
+    return answers
+
+
+def _fit_in_memory(shapes: list[tuple[int, int]]) -> bool:
+    """Whether pictures of these heights and widths make one tensor that is not too large."""
+    if len(set(shapes)) != 1:
+        return False
+    height, width = shapes[0]
+    return 3 * height * width * len(shapes) <= MEMORY
+
+
+def _refuse_empty_classes(name: str, layout: Layout) -> None:
+    """Raise InputError if no picture is left to train on, or none of some class."""
+    for listing in (layout.train, layout.test):
+        labels = set(listing.labels)
+        for label, class_name in enumerate(layout.classes):
+            if label not in labels:
+                raise InputError(f"{name}: no picture that can be read in class {class_name}")
+    if not layout.train.paths:
+        raise InputError(f"{name}: no picture that can be read")

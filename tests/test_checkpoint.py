@@ -1,0 +1,157 @@
+"""Files that come back bit for bit or not at all."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import models
+from harness import checkpoint, judging
+from harness.errors import InputError
+
+SETTINGS = {"method": "byol", "model": "resnet18", "stem": "imagenet", "norm": "bn", "hidden_dim": 16, "out_dim": 8}
+SETTINGS |= {"dataset": "photos", "data_dir": "data", "seed": 0}
+VIEW = {"size": 32, "crop": 0.875, "mean": [0.5] * 3, "std": [0.2] * 3}
+
+
+@pytest.fixture(scope="module")
+def byol():
+    torch.manual_seed(0)
+    return models.BYOL("resnet18", "imagenet", "bn", 16, 8)
+
+
+@pytest.fixture
+def pair(byol, tmp_path):
+    """ckpt.safetensors and encoder.safetensors as pretrain writes them."""
+    for name, part, holds in (("ckpt", byol, "checkpoint"), ("encoder", byol.encoder, "encoder")):
+        description = {"settings": SETTINGS, "view": VIEW, "holds": holds}
+        checkpoint.save(tmp_path / f"{name}.safetensors", part.state_dict(), description)
+    return tmp_path
+
+
+def test_the_pair_comes_back_bit_for_bit(byol, pair):
+    tensors, description = checkpoint.load(pair / "ckpt.safetensors")
+    assert description["settings"] == SETTINGS and tensors.keys() == byol.state_dict().keys()
+    assert all(torch.equal(x, byol.state_dict()[name]) for name, x in tensors.items())
+    for name in ("ckpt", "encoder"):
+        encoder, _ = judging.open_encoder(pair / f"{name}.safetensors")
+        assert not encoder.training
+        assert all(torch.equal(x, byol.encoder.state_dict()[key]) for key, x in encoder.state_dict().items())
+    assert sorted(p.name for p in pair.iterdir()) == ["ckpt.safetensors", "encoder.safetensors"]
+    (pair / "plain").touch()
+    assert (pair / "ckpt.safetensors").stat().st_mode == (pair / "plain").stat().st_mode  # as readable as any file
+
+
+def test_equal_content_makes_equal_files(byol, pair, tmp_path):
+    description = {"holds": "checkpoint", "view": VIEW, "settings": SETTINGS}
+    checkpoint.save(tmp_path / "again.safetensors", byol.state_dict(), description)
+    assert (tmp_path / "again.safetensors").read_bytes() == (pair / "ckpt.safetensors").read_bytes()
+
+
+def test_timm_loads_the_encoder(byol, pair):
+    path = str(pair / "encoder.safetensors")
+    encoder = timm.create_model("resnet18", num_classes=0, checkpoint_path=path)
+    assert all(torch.equal(x, byol.encoder.state_dict()[key]) for key, x in encoder.state_dict().items())
+
+
+def test_timm_loads_an_encoder_with_the_cifar_stem(tmp_path):
+    """By the lines in the README."""
+    ours = models.build_encoder("resnet18", "cifar")
+    checkpoint.save(tmp_path / "encoder.safetensors", ours.state_dict(), {})
+    encoder = timm.create_model("resnet18", num_classes=0)
+    encoder.conv1, encoder.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    encoder.load_state_dict(load_file(tmp_path / "encoder.safetensors"))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(encoder.eval()(x), ours.eval()(x))
+
+
+def test_a_failed_save_leaves_the_old_file(byol, pair, monkeypatch):
+    before = (pair / "ckpt.safetensors").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"ckpt.safetensors: cannot be written \(No space left on device\); what"):
+        checkpoint.save(pair / "ckpt.safetensors", {"x": torch.ones(3)}, {})
+    assert (pair / "ckpt.safetensors").read_bytes() == before
+    assert sorted(p.name for p in pair.iterdir()) == ["ckpt.safetensors", "encoder.safetensors"]
+
+
+def rewrite(path, tensors=None, **changes):
+    """A file with other tensors or another description, and a digest that agrees."""
+    old, description = checkpoint.load(path)
+    checkpoint.save(path, old if tensors is None else tensors(old), {**description, **changes})
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda p: p.unlink(), "no such file"),
+        (lambda p: p.write_bytes(b""), "not a whole safetensors file"),
+        (lambda p: p.write_bytes(b"\x80\x04pickle" * 9), "not a whole safetensors file"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-1000]), "not a whole safetensors file"),
+        (lambda p: p.write_bytes(p.read_bytes()[:50]), "not a whole safetensors file"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-9] + b"\x01" + p.read_bytes()[-8:]), "damaged"),
+        (lambda p: save_file({"x": torch.ones(2)}, p), "without a description"),
+        (lambda p: save_file({"x": torch.ones(2)}, p, {"description": "{"}), "not one that pretrain.py writes"),
+        (lambda p: save_file({"x": torch.ones(2)}, p, {"description": json.dumps([1])}), "not one that"),
+        (
+            lambda p: rewrite(p, lambda t: {k: x for k, x in t.items() if k != "encoder.bn1.bias"}),
+            "missing.*encoder.bn1.bias",
+        ),
+        (lambda p: rewrite(p, lambda t: {**t, "encoder.extra": torch.ones(2)}), "superfluous.*encoder.extra"),
+        (lambda p: rewrite(p, lambda t: {**t, "encoder.bn1.bias": torch.ones(2)}), r"encoder.bn1.bias is \(2,\)"),
+        (lambda p: rewrite(p, settings=SETTINGS | {"model": "resnet34"}), "missing, for what is described"),
+        (lambda p: rewrite(p, settings=SETTINGS | {"out_dim": 9}), r"projector.out.weight is \(8, 16\)"),
+        (lambda p: rewrite(p, settings=SETTINGS | {"model": "resnet17"}), "resnet17"),
+        (lambda p: rewrite(p, settings={}), "not one that pretrain.py writes"),
+        (lambda p: rewrite(p, view={}), "not one that pretrain.py writes"),
+        (lambda p: (p.unlink(), p.mkdir()), "a folder; name the ckpt.safetensors"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_by_name(pair, damage, message):
+    path = pair / "ckpt.safetensors"
+    damage(path)
+    with pytest.raises(InputError, match=message) as e:
+        judging.open_encoder(path)
+    assert str(path) in str(e.value) or "resnet17" in str(e.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped on Linux alone")
+def test_loaded_tensors_let_go_of_their_file(pair):
+    """What maps the file would hold its space on the disk when a newer one takes its name."""
+    tensors, _ = checkpoint.load(pair / "ckpt.safetensors")
+    assert "ckpt.safetensors" not in Path("/proc/self/maps").read_text() and tensors
+
+
+def test_a_damaged_checkpoint_is_refused_or_intact(tmp_path):
+    """2,000 random cuts and flips of a valid file: the clear error, or the very tensors that were written."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"layer{i}.weight": torch.randn(7, i + 1, generator=generator) for i in range(5)} | {
+        "n": torch.tensor(3)
+    }
+    checkpoint.save(tmp_path / "good", tensors, {"settings": {"lr": 0.1}, "epoch": 2})
+    whole, description = (tmp_path / "good").read_bytes(), checkpoint.load(tmp_path / "good")[1]
+    refused, path = 0, tmp_path / "bad"
+    for case in range(2000):
+        at, bit = (int(torch.randint(n, (), generator=generator)) for n in (len(whole), 8))
+        damaged = bytearray(whole[:at] if case % 4 == 0 else whole)
+        for _ in range(case % 4):
+            damaged[at] ^= 1 << bit
+            at, bit = (int(torch.randint(n, (), generator=generator)) for n in (len(whole), 8))
+        path.write_bytes(damaged)
+        try:
+            held, told = checkpoint.load(path)
+        except InputError as e:
+            refused += 1
+            assert str(path) in str(e) and "\n" not in str(e).strip()
+        else:
+            assert told == description and held.keys() == tensors.keys()
+            assert all(torch.equal(x, tensors[name]) for name, x in held.items())
+    assert refused > 1900

@@ -1,0 +1,92 @@
+"""The vote against one written by hand, and what is judged."""
+
+import math
+
+import pytest
+import torch
+from conftest import rows_of
+
+from harness import checkpoint, judging
+from knn_eval import knn_eval, vote
+from linear_eval import linear_eval
+
+
+def test_vote_is_the_one_written_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(300, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    bank_labels, labels = (torch.randint(7, (n,), generator=generator) for n in (300, 40))
+    for temperature in (0.07, 1.0, 1e-4, 1e-50):
+        scores = vote(bank, bank_labels, queries, labels, (1, 20, 500), temperature)
+        assert list(scores) == [1, 20, 300]
+        for k, score in scores.items():
+            right = {1: 0, 5: 0}
+            for query, label in zip(queries.double(), labels.tolist()):
+                similarity = torch.nn.functional.cosine_similarity(query[None], bank.double())
+                nearest = similarity.argsort(descending=True)[:k].tolist()
+                votes = dict.fromkeys(bank_labels[nearest].tolist(), 0.0)
+                for i in nearest:
+                    votes[bank_labels[i].item()] += math.exp((similarity[i] - similarity[nearest[0]]) / temperature)
+                order = sorted((c for c in votes if votes[c] > 0), key=lambda c: (-votes[c], c))
+                for n in right:
+                    right[n] += label in order[:n]
+            assert score == {f"top{n}": pytest.approx(100 * right[n] / 40, abs=1e-3) for n in right}, (k, temperature)
+
+
+@pytest.mark.parametrize("tile", [(7, 9), (512, 30), (1, 1)])
+def test_vote_by_tiles_is_the_vote(monkeypatch, tile):
+    """Tiles that divide neither the bank nor the queries, smaller and larger than k."""
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (40, 25))
+    there = bank, torch.arange(40) % 4, queries, torch.arange(25) % 4
+    whole = vote(*there, (1, 15, 40), 0.07)
+    monkeypatch.setattr("harness.neighbours.QUERIES_IN_TILE", tile[0])
+    monkeypatch.setattr("harness.neighbours.BANK_IN_TILE", tile[1])
+    monkeypatch.setattr("knn_eval.QUERIES_AT_ONCE", tile[0])
+    assert vote(*there, (1, 15, 40), 0.07) == whole
+
+
+def test_vote_on_few_classes_and_images():
+    bank = torch.eye(2)
+    assert vote(bank, torch.tensor([0, 1]), bank, torch.tensor([0, 1]), (20,), 0.07) == {
+        2: {"top1": 100.0, "top5": 100.0}
+    }
+    assert vote(bank, torch.tensor([0, 1]), bank, torch.tensor([1, 0]), (1,), 0.07) == {1: {"top1": 0.0, "top5": 0.0}}
+
+
+@pytest.mark.parametrize("file", ["ckpt.safetensors", "encoder.safetensors"])
+def test_both_files_are_judged_alike(command, trained, file):
+    code, rows, _ = command(knn_eval, trained / file, "--k", "5,20,100", "--floors")
+    assert code == 0 and [row["k"] for row in rows if row["of"] == "trained"] == [5, 20, 48]  # clipped to the bank
+    assert [r["of"] for r in rows] == ["trained"] * 3 + ["untrained"] * 3 + ["pixels"] * 3
+    code, probe, _ = command(linear_eval, trained / file, "--epochs", 4, "--batch_size", 20)
+    assert code == 0 and [row["epoch"] for row in probe] == [1, 2, 3, 4, 4] and probe[-1]["features"] == "augmented"
+    assert probe[-1]["top1"] > 40 and probe[-1]["top5"] == 100
+    assert rows_of(trained)[-14:] == rows + probe
+
+
+def test_the_target_and_another_crop_are_judged(command, trained):
+    of = ["--k", 5, "--nofloors"]
+    _, (online,), _ = command(knn_eval, trained / "ckpt.safetensors", *of)
+    _, (target,), _ = command(knn_eval, trained / "ckpt.safetensors", *of, "--net", "target", "--eval_crop", "1")
+    assert (online["net"], online["eval_crop"]) == ("online", 0.875) and (target["net"], target["eval_crop"]) == (
+        "target",
+        1,
+    )
+    online, _ = judging.open_encoder(trained / "ckpt.safetensors")
+    target, _ = judging.open_encoder(trained / "ckpt.safetensors", "target")
+    tensors, _ = checkpoint.load(trained / "ckpt.safetensors")
+    assert torch.equal(target.bn1.weight, tensors["target.encoder.bn1.weight"])
+    assert not torch.equal(target.bn1.weight, online.bn1.weight)
+    code, _, err = command(linear_eval, trained / "encoder.safetensors", "--net", "target")
+    assert code == 2 and "encoder.safetensors: holds no target network" in err
+
+
+def test_a_checkpoint_judges_another_set(command, trained):
+    code, rows, _ = command(knn_eval, trained / "ckpt.safetensors", "--dataset", "photos", "--k", 20, "--nofloors")
+    assert code == 0 and (rows[0]["dataset"], rows[0]["bank"], rows[0]["queries"]) == ("photos", 2000, 500)
+
+
+def test_a_checkpoint_elsewhere_is_judged_without_a_log(command, trained, tmp_path):
+    (tmp_path / "moved.safetensors").write_bytes((trained / "encoder.safetensors").read_bytes())
+    assert command(knn_eval, tmp_path / "moved.safetensors", "--k", 1, "--nofloors")[0] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["moved.safetensors"]

@@ -1,0 +1,71 @@
+"""Runs that differ in their seed alone, under one name: what a line of a figure and a row of a table stand for."""
+
+import json
+import statistics
+
+from harness.errors import InputError
+from harness.log import RunLog
+
+METHODS = {"byol": "BYOL", "simclr": "SimCLR"}
+NOT_COMPARED = ("seed", "data_dir", "eval_every")  # settings that make no difference to what is compared
+
+Groups = dict[str, list[RunLog]]
+
+
+def groups(runs: list[RunLog], apart: tuple[str, ...] = ()) -> Groups:
+    """Group runs that differ in their seed alone, named by the method and by what tells it from other groups.
+
+    The settings named in `apart` may differ, too. InputError for two runs that agree in their seed as well.
+    """
+    ignored = (*NOT_COMPARED, *apart)
+    alike = {}
+    for run in runs:
+        compared = {name: value for name, value in run.settings.items() if name not in ignored}
+        compared["precision"] = run.rows[0].get("precision")
+        alike.setdefault(json.dumps(compared, sort_keys=True), []).append(run)
+    by_method = {}
+    for group in alike.values():
+        refuse_twins(group, apart)
+        by_method.setdefault(method_name(group[0].settings), []).append(group)
+    named = {}
+    for method, same_method in by_method.items():
+        settings = [group[0].settings for group in same_method]
+        differing = [name for name in settings[0] if name not in ignored and differs(settings, name)]
+        for group in same_method:
+            details = [f"{name} {as_text(group[0].settings.get(name))}" for name in differing]
+            named[", ".join([method, *details])] = group
+    return named
+
+
+def refuse_twins(group: list[RunLog], apart: tuple[str, ...]) -> None:
+    """Raise InputError for two runs of a group with the same seed."""
+    by_seed = {}
+    for run in group:
+        seed = tuple(run.settings[name] for name in ("seed", *apart))
+        if seed in by_seed:
+            raise InputError(f"{by_seed[seed].folder} and {run.folder} have the same settings and seed; name one")
+        by_seed[seed] = run
+
+
+def differs(settings: list[dict], name: str) -> bool:
+    """Whether a setting has several values."""
+    return len({as_text(values.get(name)) for values in settings}) > 1
+
+
+def as_text(value) -> str:
+    """Write a setting's value as it appears in a name: networks joined by a plus."""
+    is_networks = isinstance(value, list) and value and isinstance(value[0], str)
+    return "+".join(value) if is_networks else str(value)
+
+
+def method_name(settings: dict) -> str:
+    """Name the method and its regularizer: BYOL-aMHE, s = 2."""
+    s = f"{settings['s']:g}"
+    suffixes = {"none": "", "uniform": " + uniformity", "mhe": f"-MHE, s = {s}", "amhe": f"-aMHE, s = {s}"}
+    return METHODS[settings["method"]] + suffixes[settings["reg"]]
+
+
+def mean_and_std(values: list[float]) -> tuple[float, float]:
+    """Compute the mean and the sample standard deviation; that of one value is 0."""
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.fmean(values), std

@@ -1,0 +1,93 @@
+"""A table of runs: mean and sample standard deviation over seeds, with the paper's figure beside its rows."""
+
+import csv
+import io
+from pathlib import Path
+
+from harness.errors import InputError
+from harness.files import write_whole
+from harness.log import RunLog
+from tools.groups import groups, mean_and_std
+from tools.paper import is_row, paper_rows
+
+DIGITS = {"k-NN": 1, "linear": 1, "uniformity": 2, "alignment": 2, "energy": 3, "images_per_s": 1}
+HEADS = ("run", "data set", "seeds", "k-NN (%)", "linear (%)", "uniformity", "alignment", "energy", "images/s")
+
+
+def table(runs: list[RunLog]) -> list[dict]:
+    """Make a row for each group of seeds: mean, sample standard deviation and number of each column's values.
+
+    Rows of the paper come first, in its order, the others by data set.
+    """
+    paper = [(row, row.settings()) for row in paper_rows()]
+    ordered = []
+    for label, group in groups(runs).items():
+        settings = group[0].settings
+        places = [i for i, (_, expected) in enumerate(paper) if is_row(settings, expected)]
+        row = {"run": label, "dataset": settings["dataset"], "seeds": len(group)}
+        for key, values in columns(group).items():
+            mean, std = mean_and_std(values) if values else (None, None)
+            row[key] = mean
+            row[f"{key} std"] = std if len(values) > 1 else None
+            row[f"{key} n"] = len(values)
+        row["paper"] = "; ".join(f"{paper[i][0].top1:.2f} ({paper[i][0].name})" for i in places)
+        order = (min(places, default=len(paper)), row["dataset"])
+        ordered.append((order, row))
+    ordered.sort(key=lambda pair: pair[0])
+    return [row for _, row in ordered]
+
+
+def columns(group: list[RunLog]) -> dict[str, list[float]]:
+    """Collect the numbers of a group of seeds, without those that a run does not have."""
+    found = {
+        "k-NN": [run.score("knn_eval") for run in group],
+        "linear": [run.score("linear_eval") for run in group],
+    }
+    for key in ("uniformity", "alignment", "energy", "images_per_s"):
+        series = [list(run.series(key).values()) for run in group]
+        found[key] = [values[-1] for values in series if values]
+    return {key: [value for value in values if value is not None] for key, values in found.items()}
+
+
+def cell(row: dict, key: str) -> str:
+    """Write mean and standard deviation, and the number of seeds where it is not all of them."""
+    if row[key] is None:
+        return ""
+    digits = DIGITS[key]
+    text = f"{row[key]:.{digits}f}"
+    if row[f"{key} std"] is not None:
+        text += f" ± {row[f'{key} std']:.{digits}f}"
+    if row[f"{key} n"] != row["seeds"]:
+        text += f" ({row[f'{key} n']})"
+    return text
+
+
+def markdown(rows: list[dict]) -> list[str]:
+    """Write the rows as the lines of a Markdown table."""
+    heads = [*HEADS, "the paper's linear (%)"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for row in rows:
+        cells = [row["run"], Path(row["dataset"]).name, str(row["seeds"])]
+        cells += [cell(row, key) for key in DIGITS]
+        cells.append(row["paper"])
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def write_table(runs: list[RunLog], folder: Path) -> None:
+    """Write table.md and table.csv; print the first, and the names of both. InputError if they cannot be written."""
+    rows = table(runs)
+    lines = markdown(rows)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--out {folder}: cannot be written ({e.strerror})") from e
+    with write_whole(folder / "table.md") as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with write_whole(folder / "table.csv") as file:
+        file.write(text.getvalue().encode())
+    print(*lines, folder / "table.md", folder / "table.csv", sep="\n")
