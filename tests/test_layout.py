@@ -1,0 +1,113 @@
+"""The laws of the layout that can be counted: what lies where, how long and how dense a page is, what imports what."""
+
+import ast
+import io
+import re
+import statistics
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("pretrain", "linear_eval", "knn_eval", "regularizers", "models", "data")
+FIRST_FLOOR = ("errors", "files", "cli", "log", "processes", "augment", "pictures", "neighbours", "sources")
+SECOND_FLOOR = ("settings", "checkpoint", "foreign", "judging", "probes", "run")
+FIRST = {f"harness.{name}" for name in FIRST_FLOOR}
+SECOND = {f"harness.{name}" for name in SECOND_FLOOR}
+ALLOWED = {  # what a module of the project may import of the project
+    "regularizers": set(),
+    "models": {"harness.errors"},
+    "data": FIRST,
+    "knn_eval": {"models", "data", "regularizers"} | FIRST | SECOND,
+    "linear_eval": {"models", "data", "regularizers"} | FIRST | SECOND,
+    "pretrain": {"models", "data", "regularizers", "knn_eval"} | FIRST | SECOND,
+    **{name: FIRST for name in FIRST},
+    **{name: {"models", "data", "regularizers"} | FIRST | SECOND for name in SECOND},
+}
+MODULES = {*PAGES, *FIRST, *SECOND}
+
+
+def path_of(module):
+    return ROOT / f"{module.replace('.', '/')}.py"
+
+
+def imports_of(path):
+    """All modules that a file imports, wherever in it, `harness` resolved to the modules taken from it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "harness":
+            found |= {f"harness.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+def tokens_by_line(path):
+    """The number of tokens of each code line, without docstrings, comments and blanks."""
+    source = path.read_text()
+    docstrings = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and ast.get_docstring(node):
+            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    counts = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        line = token.start[0]
+        if token.type not in silent and line not in docstrings:
+            counts[line] = counts.get(line, 0) + 1
+    return list(counts.values())
+
+
+def test_the_top_level_holds_the_six_pages():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(PAGES)
+    assert {path.stem for path in (ROOT / "harness").glob("*.py")} == {"__init__", *FIRST_FLOOR, *SECOND_FLOOR}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_short_and_its_lines_are(page):
+    assert len(path_of(page).read_text().splitlines()) <= 280
+    counts = tokens_by_line(path_of(page))
+    assert statistics.mean(counts) <= 11.5
+    assert sum(count > 25 for count in counts) <= 0.06 * len(counts)
+
+
+def test_the_pages_together_read_in_one_sitting():
+    assert sum(len(path_of(page).read_text().splitlines()) for page in PAGES) <= 1350
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_one_way(module):
+    ours = {
+        name for name in imports_of(path_of(module)) if name in MODULES or name.split(".")[0] in ("harness", "tools")
+    }
+    assert ours <= ALLOWED[module], f"{module} must not import {sorted(ours - ALLOWED[module])}"
+
+
+def test_what_others_copy_needs_little():
+    assert {name.split(".")[0] for name in imports_of(path_of("regularizers"))} == {"math", "torch"}
+    foreign = {name.split(".")[0] for name in imports_of(path_of("models"))} - {"harness"}
+    assert foreign - {"copy", "difflib", "collections", "itertools"} == {"torch", "timm"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_every_public_function_says_what_it_does(module):
+    tree = ast.parse(path_of(module).read_text())
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{module}.{node.name}"
+
+
+def test_the_readme_is_for_visitors():
+    text = (ROOT / "README.md").read_bytes()
+    assert text.count(b"\n") <= 150 and len(text) <= 9000
+
+
+def test_links_of_readme_and_docs_lead_somewhere():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
