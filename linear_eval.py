@@ -35,8 +35,7 @@ def linear_eval(
     ckpt: judging.Ckpt,
     *,
     epochs: Annotated[int, ">= 1", "length of the training"] = 80,
-    batch_size: Annotated[int, ">= 1", "images in one step; None = 100, or all where the set holds fewer"]
-    | None = None,
+    batch_size: Annotated[int, ">= 1", "images in one step; None = 100, or all of a smaller set"] | None = None,
     lr: Annotated[float, "> 0", "< 1e6", "per 256 images at the start; falls to 0; None = 0.2"] | None = None,
     sweep: Annotated[bool, "take the best of 0.4, 0.3, 0.2, 0.1, 0.05 for lr, judged on a hold-out"] = False,
     weight_decay: Annotated[float, ">= 0", "of the classifier"] = 0.0,
@@ -57,8 +56,8 @@ def linear_eval(
     accelerator = processes.start()
     judged = judging.open_judged(accelerator, flags)
     images = judged.images
-    halves = data.hold_out(images) if sweep else images
-    n = len(halves.train.labels)
+    tuning = data.hold_out(images) if sweep else images
+    n = len(tuning.train.labels)
     if batch_size and batch_size > n:
         raise InputError(f"--batch_size {batch_size}: {judged.dataset} has {n} images to train on; take fewer")
     batch_size = batch_size or min(BATCH_SIZE, n)
@@ -67,7 +66,7 @@ def linear_eval(
 
     row = {"stage": "linear_eval", "features": "cached" if cached else "augmented"}
     if sweep:
-        lr = best_rate(judged, halves, cached, row, hyper)
+        lr = best_rate(judged, tuning, cached, row, hyper)
     lr = lr or LR
     train = ready(judged, images.train, cached)
     test = ready(judged, images.test, cached=True)
@@ -83,10 +82,10 @@ def linear_eval(
     emit(row | scores | protocol, judged.log)
 
 
-def best_rate(judged: Judged, halves: data.Dataset, cached: bool, row: dict, hyper: dict) -> float:
+def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyper: dict) -> float:
     """Train a classifier for each rate of SWEEP and return the rate of the best on the held-out images."""
-    train = ready(judged, halves.train, cached)
-    held_out = ready(judged, halves.test, cached=True)
+    train = ready(judged, tuning.train, cached)
+    held_out = ready(judged, tuning.test, cached=True)
     rows = {rate: {**row, "sweep": rate} for rate in SWEEP}
     top1 = {}
     for rate, classifier in fit(judged, train, rows, **hyper).items():

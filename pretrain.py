@@ -2,7 +2,7 @@
 
     accelerate launch pretrain.py --reg amhe --s 2
 
-trains ResNet-18 on the embedded photographs (one to three minutes on two CPU cores) and leaves a run folder with
+trains ResNet-18 on the embedded photographs (minutes on two CPU cores) and leaves a run folder with
 ckpt.safetensors (all networks), encoder.safetensors (the encoder alone) and metrics.jsonl (the rows that were printed).
 """
 
