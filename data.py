@@ -1,10 +1,10 @@
 """From a data set's name to tensors: images as uint8, batches of random crops, the two views, the evaluations' view.
 
-    images = load("photos")  # or "cifar10", "imagenet", ..., or a folder of pictures
-    for crops, labels, u in batches(images.train, 64, images.size, seed=0, epochs=[1]):
-        v1, v2 = two_views(crops, u, images.mean, images.std)
+    dataset = load("photos")  # or "cifar10", "imagenet", ..., or a folder of pictures
+    for crops, labels, u in batches(dataset.pretraining, 64, dataset.size, seed=0, epochs=[1]):
+        v1, v2 = two_views(crops, u, dataset.mean, dataset.std)
 
-Small images lie in memory, on the device, as uint8. Pictures of a large set stay in files; workers read and crop them.
+Small images lie in memory as uint8, and move with `Split.to`. Pictures of a large set stay in files; workers read them.
 """
 
 import difflib
@@ -44,7 +44,7 @@ FACTS = {
 }
 # fmt: on
 IMAGENET_HOLDOUT = 10_009
-EVAL_CROP = 0.875  # of the shorter side: 28 of 32 pixels, 56 of 64 (84 of STL-10's 96), 224 of 256, Appendix B.5
+EVAL_CROP = 0.875  # of the shorter side: 28 of CIFAR's 32 pixels, 84 of STL-10's 96, 224 of 256, Appendix B.5
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Dataset:
 
     classes: tuple[str, ...]
     pretraining: Split  # what an encoder is trained on; its labels are not used
-    train: Split  # what a judge learns from
-    test: Split  # what it judges by
+    train: Split  # what the k-NN vote and the linear classifier learn from
+    test: Split  # what they are tested on
     size: int
     stem: str
     mean: tuple[float, ...]
@@ -64,7 +64,7 @@ class Dataset:
     solarise_p: tuple[float, float] = (0.0, 0.0)
 
     def view(self, crop: float) -> dict:
-        """Make the arguments of `evaluation_views`, with the central `crop` of the side."""
+        """Return the keyword arguments of `evaluation_views`, with the central `crop` of the side."""
         return {"size": self.size, "crop": crop, "mean": self.mean, "std": self.std}
 
 
@@ -75,17 +75,17 @@ def load(name: str, data_dir: str = "data", pretraining: bool = False, skip_brok
     classes. InputError for a set that cannot be read, and for a broken picture unless `skip_broken` leaves these out.
     """
     facts = FACTS.get(name)
-    reading = (facts, pretraining, skip_broken)
+    options = (facts, pretraining, skip_broken)
     unlabeled = []
     if name == "photos":
         classes, train, test = sources.photos()
     elif name == "imagenet":
         what = "dataset imagenet: --data_dir"
-        classes, train, test, facts = sources.folder(what, Path(data_dir), ("val",), *reading)
+        classes, train, test, facts = sources.folder(what, Path(data_dir), ("val",), *options)
     elif name in FACTS:
         classes, (train, test, *unlabeled) = sources.torchvision_set(name, data_dir, unlabeled=pretraining)
     elif os.path.isdir(name):
-        classes, train, test, facts = sources.folder("dataset", Path(name), ("test", "val"), *reading)
+        classes, train, test, facts = sources.folder("dataset", Path(name), ("test", "val"), *options)
     else:
         suggestions = difflib.get_close_matches(name, FACTS, 1)
         hint = f" (did you mean {suggestions[0]}?)" if suggestions else ""
@@ -93,8 +93,8 @@ def load(name: str, data_dir: str = "data", pretraining: bool = False, skip_brok
     if facts["mean"] is None:
         mean, std = sources.pixel_statistics(train.images)
         facts = {**facts, "mean": mean, "std": std}
-    own = unlabeled[0] if unlabeled else train
-    return Dataset(classes, own, train, test, **facts)
+    pretraining_split = unlabeled[0] if unlabeled else train
+    return Dataset(classes, pretraining_split, train, test, **facts)
 
 
 def hold_out(dataset: Dataset) -> Dataset:
@@ -114,14 +114,14 @@ def hold_out(dataset: Dataset) -> Dataset:
     is_held = torch.zeros(len(labels), dtype=torch.bool)
     is_held[held] = True
     kept = _rows(~is_held)
-    left = labels[kept].bincount(minlength=len(dataset.classes))
-    if not left.all():
-        empty = int(left.argmin())
+    remaining = labels[kept].bincount(minlength=len(dataset.classes))
+    if not remaining.all():
+        empty = int(remaining.argmin())
         n = int((labels == empty).sum())
         raise InputError(f"--holdout: class {dataset.classes[empty]} would keep none of its {n} training images")
-    rest = train.rows(kept)
-    own = rest if dataset.pretraining is train else dataset.pretraining
-    return replace(dataset, pretraining=own, train=rest, test=train.rows(held))
+    kept_train = train.rows(kept)
+    pretraining = kept_train if dataset.pretraining is train else dataset.pretraining
+    return replace(dataset, pretraining=pretraining, train=kept_train, test=train.rows(held))
 
 
 # ---- The two views, Appendix B.5 -------------------------------------------------------------------------------------
@@ -134,20 +134,20 @@ NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # the factor of each that changes nothing
 def two_views(
     crops: Tensor, u: Tensor, mean: tuple, std: tuple, blur_p=(0.0, 0.0), solarise_p=(0.0, 0.0)
 ) -> tuple[Tensor, Tensor]:
-    """Make the two views (b, 3, size, size) of crops (2, b, 3, size, size); changes crops in [0, 1] in place.
+    """Make the two views (b, 3, size, size) of crops (2, b, 3, size, size); overwrites float crops.
 
-    crops: uint8, or in [0, 1], cropped and flipped. u: draws (2, b, DRAWS_PER_IMAGE), uniform on [0, 1), on the CPU:
-    each image has draws of its own. Then come colour jitter, grey, blur and solarisation, the last two with a
+    crops: uint8, or floats in [0, 1], cropped and flipped. u: draws (2, b, DRAWS_PER_IMAGE), uniform on [0, 1), on the
+    CPU: each image has draws of its own. Then come colour jitter, grey, blur and solarisation, the last two with a
     probability for each view, and normalisation by mean and std.
     """
     views = []
-    for x, draws, blur, solarise in zip(crops, u, blur_p, solarise_p):
-        views.append(augment.in_chunks(one_view, x, draws, mean, std, blur, solarise))
+    for x, u_of_view, blur, solarise in zip(crops, u, blur_p, solarise_p):
+        views.append(augment.in_chunks(one_view, x, u_of_view, mean, std, blur, solarise))
     return tuple(views)
 
 
 def one_view(x: Tensor, u: Tensor, mean: tuple, std: tuple, blur_p: float, solarise_p: float) -> Tensor:
-    """Make one view of crops x (b, 3, size, size) by draws u (b, DRAWS_PER_IMAGE); changes an x in [0, 1] in place."""
+    """Make one view of crops x (b, 3, size, size) by draws u (b, DRAWS_PER_IMAGE); overwrites a float x."""
     draws = named_draws(u)
     x = recolour(F.to_dtype(x, scale=True), u)
     blurred = _rows(draws["blur"] < blur_p)
@@ -190,12 +190,12 @@ def batches(
     world: int = 1,
     drop_last: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield crops (views, b, 3, size, size), labels (b,) and draws u (views, b, DRAWS_PER_IMAGE) of epochs.
+    """Yield crops (views, b, 3, size, size), labels (b,) and draws u (views, b, DRAWS_PER_IMAGE) of these epochs.
 
     Crops of images in memory are in [0, 1], those of files uint8, and files are read ahead from one epoch into the
-    next. The first `start` batches are left out. Each batch comes in `micro_batches`, of which process `rank` of
-    `world` gets its share. Order and draws are functions of (seed, epoch, step) alone, whatever the device, the
-    micro-batches and the processes. u is on the CPU. InputError if a file cannot be read.
+    next. The first `start` batches are left out. Each batch is cut into `micro_batches` parts; process `rank` of
+    `world` gets its share of each part. Order and draws are functions of (seed, epoch, step) alone, whatever the
+    device, the micro-batches and the processes. u is on the CPU. InputError if a file cannot be read.
     """
 
     def plan() -> Iterator[tuple[Tensor, Tensor]]:
@@ -211,20 +211,20 @@ def batches(
                     continue
                 u = torch.rand(views, len(rows), DRAWS_PER_IMAGE, generator=_generator(seed, epoch, step))
                 parts = zip(rows.tensor_split(micro_batches), u.tensor_split(micro_batches, 1))
-                for part, draws in parts:
+                for part, part_u in parts:
                     mine = processes.share(len(part), rank, world)
-                    # index_select: draws[:, mine] wakes torch's threads, which keep cores from the workers
-                    yield part[mine], draws.index_select(1, mine)
+                    # index_select: part_u[:, mine] wakes torch's threads, which keep cores from the workers
+                    yield part[mine], part_u.index_select(1, mine)
 
     device = split.labels.device
     if isinstance(split.images, Tensor):
         for rows, u in plan():
             rows = rows.to(device, non_blocking=True)
-            images = split.images[rows]
-            crops = torch.stack([augment.crop_flip(images, draws, size) for draws in u])
+            batch = split.images[rows]
+            crops = torch.stack([augment.crop_flip(batch, u_of_view, size) for u_of_view in u])
             yield crops, split.labels[rows], u
         return
-    read_ahead, now = itertools.tee(plan())
+    read_ahead, now = itertools.tee(plan())  # the loader runs ahead; `now` repeats the plan in step with its results
     keys = ([*zip(rows.tolist(), u.transpose(0, 1).numpy())] for rows, u in read_ahead)
     loader = pictures.loader(pictures.Crops(split.images.paths, size), keys, device)
     for (rows, u), crops in zip(now, loader):
@@ -243,8 +243,8 @@ def evaluation_views(
     device = split.labels.device
     if isinstance(split.images, Tensor):
         side = max(1, round(crop * min(split.images.shape[2:])))
-        of_256_mb = max(1, 2**26 // split.images[0].numel())
-        for batch in split.images.split(min(batch_size, of_256_mb)):
+        fits_256_mb = max(1, 2**26 // split.images[0].numel())
+        for batch in split.images.split(min(batch_size, fits_256_mb)):
             x = F.center_crop(batch.float() / 255, [side, side])
             x = F.resize(x, [size, size], InterpolationMode.BICUBIC, antialias=True)
             yield normalise(x.clamp_(0, 1), mean, std)

@@ -2,9 +2,10 @@
 
     python knn_eval.py runs/photos-amhe/ckpt.safetensors
 
-The training set is the bank, the test set asks. Features are the encoder's pooled output, compared by cosine; each of
-the k nearest votes for its class with weight exp(cosine / temperature), as in Wu et al. (2018) and DINO. One row a k.
-The same vote on an untrained network (the run's own initial weights) and on raw pixels gives floors for the score.
+The training set is the bank, the test set is classified. Features are the encoder's pooled output, compared by cosine;
+each of the k nearest votes for its class with weight exp(cosine / temperature), as in Wu et al. (2018) and DINO. One
+row is printed for each encoder and k. The floors are the same vote on an untrained network, which is that of the run
+before its first step, and on the pixels of the view.
 """
 
 from typing import Annotated
@@ -72,7 +73,7 @@ def knn_eval(
 def nearest_neighbours(
     encoder: nn.Module, bank: Split, queries: Split, view: dict, accelerator: Accelerator, k=(20,), temperature=0.07
 ) -> dict[int, dict[str, float]]:
-    """Take the `vote` on an encoder's features of the evaluation views of two splits; k and temperature are DINO's.
+    """Take the `vote` on an encoder's features of the evaluation views of two splits; the defaults are DINO's.
 
     Each process embeds its share of the images, and takes the vote over all of them.
     """
@@ -100,19 +101,19 @@ def vote(
     cosines, rows = nearest(queries, bank, max(ks))
     ranks = {neighbours: [] for neighbours in ks}
     chunks = [x.split(QUERIES_AT_ONCE) for x in (cosines, rows, labels)]
-    for cosine, row, truth in zip(*chunks):
+    for cosine, voters, truth in zip(*chunks):
         advantage = (cosine - cosine[:, :1]).double()
-        weight = (advantage / temperature).exp()  # that of the nearest is 1: only ratios count, and none overflows
+        weight = (advantage / temperature).exp()  # the nearest has weight 1; only ratios matter, so nothing overflows
         for neighbours in ks:
             votes = weight.new_zeros(len(truth), classes)
-            voted = bank_labels[row[:, :neighbours]]
+            voted = bank_labels[voters[:, :neighbours]]
             votes.scatter_add_(1, voted, weight[:, :neighbours])
             ranks[neighbours].append(rank_of(truth, votes))
     return {neighbours: accuracy(torch.cat(parts)) for neighbours, parts in ranks.items()}
 
 
 def rank_of(truth: Tensor, votes: Tensor) -> Tensor:
-    """The rank from 0 of the true classes (b,) by their votes (b, classes); beyond 4 for a class without a vote."""
+    """Rank from 0 of the true classes (b,) by their votes (b, classes); 5 or more, a miss, for one without a vote."""
     classes = votes.shape[1]
     index = torch.arange(classes, device=votes.device)
     won = votes.gather(1, truth[:, None])

@@ -3,7 +3,7 @@
     python linear_eval.py runs/photos-amhe/ckpt.safetensors
 
 80 epochs of SGD with Nesterov momentum 0.9, batches of 100, a rate of 0.2 per 256 images that falls by a cosine step by
-step, crops and flips as the only augmentation. One row an epoch; the last holds the result, after the last epoch.
+step, crops and flips as the only augmentation. One row per epoch, then one row with the result.
 --cached computes the features of the evaluation view once: minutes become seconds, but the protocol is another.
 """
 
@@ -74,7 +74,7 @@ def linear_eval(
     for name, x in judged.encoder.state_dict().items():
         if not torch.equal(x, frozen[name]):
             raise RuntimeError(f"the frozen encoder has changed: {name}")
-    scores = accuracy(classifier(test.images), test.labels)
+    scores = accuracy(classifier(test.images), test.labels)  # these images are features: see `ready`
     protocol = {**hyper, "lr": lr, "net": net, "eval_crop": judged.view["crop"], "swept": sweep}
     protocol |= {"trained_epochs": judged.trained_epochs, "dataset": judged.dataset, "split": "test"}
     protocol |= {"train": len(train.labels), "test": len(test.labels)}
@@ -87,17 +87,17 @@ def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyp
     train = ready(judged, tuning.train, cached)
     held_out = ready(judged, tuning.test, cached=True)
     rows = {rate: {**row, "sweep": rate} for rate in SWEEP}
-    top1 = {}
+    top1_of = {}
     for rate, classifier in fit(judged, train, rows, **hyper).items():
         scores = accuracy(classifier(held_out.images), held_out.labels)
-        row = {**rows[rate], "epoch": hyper["epochs"], **scores, "split": "holdout"}
-        emit(row, judged.log)
-        top1[rate] = scores["top1"]
-    return max(top1, key=top1.get)
+        result = {**rows[rate], "epoch": hyper["epochs"], **scores, "split": "holdout"}
+        emit(result, judged.log)
+        top1_of[rate] = scores["top1"]
+    return max(top1_of, key=top1_of.get)
 
 
 def ready(judged: Judged, split: Split, cached: bool) -> Split:
-    """Bring a split to the device; where features are cached, they take the place of the images."""
+    """Bring a split to the device; if cached, features replace the images."""
     split = split.to(judged.accelerator.device)
     if not cached:
         return split
@@ -111,16 +111,16 @@ def ready(judged: Judged, split: Split, cached: bool) -> Split:
 def fit(
     judged: Judged, train: Split, rows: dict[float, dict], epochs: int, batch_size: int, weight_decay: float, seed: int
 ) -> dict[float, nn.Linear]:
-    """Train a linear classifier for each rate of `rows`, all on the same features.
+    """Train one linear classifier for each rate, a key of `rows`, all on the same features.
 
-    train is a split of images, or of features in their place. Each rate gets a row an epoch, which begins as it does in
-    `rows`. Several processes embed a share of each batch, and train the same classifiers on the whole of it. InputError
-    for a loss that is not finite.
+    train is a split of images, or of features in their place. After each epoch each rate logs a row: its columns in
+    `rows`, then loss, accuracy and the rate of the moment. Several processes embed a share of each batch, and train the
+    same classifiers on the whole of it. InputError for a loss that is not finite.
     """
     n = len(train.labels)
     classifiers, groups = {}, []
     for rate in rows:
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # the same start for each rate
         classifier = nn.Linear(judged.encoder.num_features, len(judged.images.classes))
         classifiers[rate] = classifier.to(train.labels.device)
         groups.append({"params": classifier.parameters(), "lr": rate * batch_size / 256})
@@ -134,23 +134,23 @@ def fit(
             total_loss, right = torch.zeros(2, len(rows), device=train.labels.device)
             rates_now = schedule.get_last_lr()
             for features, labels in islice(batches, steps_per_epoch):
-                scores = [classifier(features) for classifier in classifiers.values()]
-                losses = torch.stack([cross_entropy(x, labels) for x in scores])
+                logits = [classifier(features) for classifier in classifiers.values()]
+                losses = torch.stack([cross_entropy(x, labels) for x in logits])
                 optimizer.zero_grad()
                 losses.sum().backward()
                 optimizer.step()
                 schedule.step()
                 total_loss += losses.detach() * len(labels)
-                is_right = [x.argmax(1) == labels for x in scores]
+                is_right = [x.argmax(1) == labels for x in logits]
                 right += torch.stack(is_right).sum(1)
                 bar.update()
             mean_loss = (total_loss / n).tolist()
-            top1 = (100 * right / n).tolist()
+            train_top1 = (100 * right / n).tolist()
             for i, (rate, row) in enumerate(rows.items()):
                 if not math.isfinite(mean_loss[i]):
                     raise InputError(f"--lr {rate}: the loss is not finite after epoch {epoch}; take a smaller one")
-                row = {**row, "epoch": epoch, "loss": mean_loss[i]}
-                emit({**row, "train_top1": round(top1[i], 4), "lr": rates_now[i]}, judged.log)
+                numbers = {"loss": mean_loss[i], "train_top1": round(train_top1[i], 4), "lr": rates_now[i]}
+                emit({**row, "epoch": epoch, **numbers}, judged.log)
     return classifiers
 
 
@@ -164,13 +164,13 @@ def feature_batches(
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
             order = torch.randperm(n, generator=generator).to(train.labels.device)
-            for rows in order.split(batch_size):
-                yield train.images[rows], train.labels[rows]
+            for chosen in order.split(batch_size):
+                yield train.images[chosen], train.labels[chosen]
         return
     view, accelerator = judged.view, judged.accelerator
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    numbers = range(1, epochs + 1)
-    crops = data.batches(train, batch_size, view["size"], seed, numbers, views=1, drop_last=False, **share)
+    epoch_numbers = range(1, epochs + 1)
+    crops = data.batches(train, batch_size, view["size"], seed, epoch_numbers, views=1, drop_last=False, **share)
     lengths = [min(batch_size, n - start) for start in range(0, n, batch_size)]
     for (x, labels, _), length in zip(crops, cycle(lengths)):
         with torch.no_grad():
@@ -178,13 +178,13 @@ def feature_batches(
             features = judged.encoder(views).float()
         features = accelerator.gather(features)
         labels = accelerator.gather(labels)
-        yield features[:length], labels[:length]  # processes have equal shares, which repeat rows beyond the length
+        yield features[:length], labels[:length]  # shares are equal in length: rows past the end repeat
 
 
 @torch.no_grad()
-def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent of scores (n, classes)."""
-    best = scores.topk(min(5, scores.shape[1])).indices
+def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent of logits (n, classes)."""
+    best = logits.topk(min(5, logits.shape[1])).indices
     is_right = best == labels[:, None]
     top1 = 100 * is_right[:, 0].double().mean().item()
     top5 = 100 * is_right.any(1).double().mean().item()

@@ -55,8 +55,8 @@ def _resnet(name: str) -> ResNet:
     except RuntimeError as e:  # an unknown tag after the name
         raise InputError(f"model {name}: timm cannot make it ({e})") from e
     if not isinstance(encoder.bn1, nn.BatchNorm2d):
-        norm = type(encoder.bn1).__name__
-        raise InputError(f"model {name}: is normalised by {norm}; take a ResNet with BatchNorm")
+        kind = type(encoder.bn1).__name__
+        raise InputError(f"model {name}: is normalised by {kind}; take a ResNet with BatchNorm")
     return encoder
 
 
@@ -85,20 +85,20 @@ class AlexNet(nn.Sequential):
 
 # ---- Norms -----------------------------------------------------------------------------------------------------------
 class _PerView:
-    """A norm of a batch that holds two views, one after the other; in training each view has its own statistics."""
+    """BatchNorm for a batch of two views, concatenated; in training each view has its own statistics."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (2b, c, ...) to the same shape; in evaluation mode the batch has any size."""
-        norm = super().forward
+        normalise = super().forward
         if not self.training:
-            return norm(x)
-        return torch.cat([norm(view) for view in x.chunk(2)])
+            return normalise(x)
+        return torch.cat([normalise(view) for view in x.chunk(2)])
 
 
 class ViewNorm(_PerView, _BatchNorm):
     """BatchNorm of each view, (b, c) or (b, c, h, w)."""
 
-    def _check_input_dim(self, x: Tensor) -> None: ...
+    def _check_input_dim(self, x: Tensor) -> None: ...  # any shape: _BatchNorm alone would raise
 
 
 class SyncViewNorm(_PerView, nn.SyncBatchNorm):
@@ -109,18 +109,18 @@ NORMS = {"bn": ViewNorm, "sync": SyncViewNorm, "none": nn.Identity}
 
 
 def with_norm(network: nn.Module, norm: str) -> nn.Module:
-    """Replace each BatchNorm of the network by a new layer of NORMS, which is frozen where the old one was."""
-    for layer, module in list(network.named_modules()):
+    """Replace each BatchNorm of the network by a fresh layer of NORMS, which is frozen if the old one was."""
+    for name, module in list(network.named_modules()):
         if isinstance(module, _BatchNorm):
             replacement = NORMS[norm](module.num_features)
             replacement.requires_grad_(module.weight.requires_grad)
-            network.set_submodule(layer, replacement)
+            network.set_submodule(name, replacement)
     return network
 
 
 # ---- Heads and methods -----------------------------------------------------------------------------------------------
 def mlp(in_dim: int, hidden_dim: int, out_dim: int, norm: str = "bn") -> nn.Sequential:
-    """Build a projector or predictor, (b, in_dim) to (b, out_dim), Section 3.6; the last has no bias, as in BYOL."""
+    """Build a projector or predictor, (b, in_dim) to (b, out_dim), Section 3.6; the last layer has no bias."""
     layers = OrderedDict(
         hidden=nn.Linear(in_dim, hidden_dim),
         norm=nn.BatchNorm1d(hidden_dim),
@@ -139,7 +139,7 @@ class SimCLR(nn.Module):
         self.projector = mlp(self.encoder.num_features, hidden_dim, out_dim, norm)
 
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[tuple[Tensor, Tensor]]:
-        """Project views (b, 3, h, w), in one batch (see ViewNorm), to z, (b, out_dim) each: a pair alone in a tuple."""
+        """Project both views (b, 3, h, w), in one batch (see ViewNorm); returns (z,), z a pair of (b, out_dim)."""
         views = torch.cat([v1, v2])
         z = self.projector(self.encoder(views))
         return (z.chunk(2),)
@@ -181,7 +181,7 @@ METHODS = {"byol": BYOL, "simclr": SimCLR}
 
 
 def neurons(network: BYOL | SimCLR, parts: Iterable[str]) -> dict[str, Tensor]:
-    """Find the weights whose rows are neurons, by layer: all of 2 dimensions or more in `parts` of the online network.
+    """Return {layer: weight} for each weight of 2 dimensions or more in `parts`; its rows are the neurons.
 
     parts: any of encoder, projector, predictor. Biases and norms are not neurons. InputError for a grouped convolution:
     rows of different groups see different inputs, so no angle lies between them.
@@ -190,8 +190,7 @@ def neurons(network: BYOL | SimCLR, parts: Iterable[str]) -> dict[str, Tensor]:
     for part in parts:
         for layer, module in getattr(network, part).named_modules(prefix=part):
             if getattr(module, "groups", 1) > 1:
-                rule = f"the energy of {part} is defined for networks without"
-                raise InputError(f"{layer} is a grouped convolution; {rule}")
+                raise InputError(f"{layer} is a grouped convolution, which has no energy; leave {part} out of --reg_on")
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.ndim > 1:
                 weights[layer] = weight
@@ -203,7 +202,7 @@ def neurons(network: BYOL | SimCLR, parts: Iterable[str]) -> dict[str, Tensor]:
 def embed(encoder: nn.Module, views: Iterable[Tensor]) -> Tensor:
     """Compute features (n, d), in fp32, of batches of views (b, 3, h, w), with the encoder in evaluation mode.
 
-    InputError if a feature is not finite: every judge would take it for a number.
+    InputError if a feature is not finite: every evaluation would accept it silently.
     """
     was_training = encoder.training
     encoder.eval()

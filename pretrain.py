@@ -47,7 +47,7 @@ class Recipe:
 
 # Rates, batches, epochs, warm-up, tau and weight decay: Appendix B.2; it gives no decay for CIFAR and STL-10, which
 # have ImageNet's. Lambda of energies: Appendix C.1, for ImageNet Section 4. The paper gives no temperatures; these are
-# SimCLR's. photos is ours: it takes minutes on two cores, and so few steps want a large rate and a slow target.
+# SimCLR's. photos is ours: it takes minutes on two cores; with so few steps it needs a large rate and a tau near 1.
 RECIPES = {
     #                     epochs batch   lr   decay  warm-up  tau  lambda temp.
     "photos":        Recipe(   9,   64,    6,   1e-6,   0, 0.996,   10,  0.5, hidden_dim=512, eval_every=1),
@@ -66,7 +66,7 @@ def pretrain(
     *,
     dataset: Annotated[str, "photos (embedded), cifar10, cifar100, stl10, imagenet, or a folder"] = "photos",
     data_dir: Annotated[str, "where cifar10, cifar100 and stl10 lie or are downloaded to; imagenet's folder"] = "data",
-    recipe: Annotated[Literal[*RECIPES], "None = the data set's shorter one, for a folder cifar10-300"] | None = None,
+    recipe: Annotated[Literal[*RECIPES], "None = the shorter of the data set; cifar10-300 for a folder"] | None = None,
     method: Annotated[Literal["byol", "simclr"], "the loss, with its network"] = "byol",
     model: Annotated[str, "any ResNet of timm, or alexnet"] = "resnet18",
     stem: Annotated[Literal["cifar", "imagenet"], "3x3, no pooling, or timm's; None = the data set's"] | None = None,
@@ -81,7 +81,7 @@ def pretrain(
     accumulate: Annotated[int, ">= 1", "micro-batches of a batch; their gradients are averaged before the step"] = 1,
     lr: Annotated[float, "> 0", "< 1e6", "learning rate per 256 images, after the warm-up"] | None = None,
     weight_decay: Annotated[float, ">= 0", "of all weights but biases and norms"] | None = None,
-    warmup: Annotated[float, ">= 0", "epochs of linear warm-up; None = in proportion to epochs"] | None = None,
+    warmup: Annotated[float, ">= 0", "epochs of linear warm-up; None = the recipe's part of all epochs"] | None = None,
     tau: Annotated[float, ">= 0", "<= 1", "of the target's moving average at the start; it rises to 1"] | None = None,
     hidden_dim: Annotated[int, ">= 1", "<= 65536", "width of the hidden layers of the heads"] | None = None,
     out_dim: Annotated[int, ">= 1", "<= 65536", "width of the projections"] | None = None,
@@ -93,7 +93,7 @@ def pretrain(
     out: Annotated[str, "run folder; None = runs/ and a name made of the flags"] | None = None,
     eval_every: Annotated[int, ">= 0", "epochs between k-NN rows, besides the last epoch; 0 = never"] | None = None,
     save_every: Annotated[int, ">= 0", "steps between checkpoints, besides each epoch's end; 0 = none"] = 500,
-    resume: Annotated[Literal["auto", "never"], "auto goes on with the run in the folder; never refuses it"] = "auto",
+    resume: Annotated[Literal["auto", "never"], "auto continues the folder's run; never stops with an error"] = "auto",
     tracker: Annotated[Literal["none", "tensorboard", "wandb", "trackio"], "gets the log's numbers, too"] = "none",
 ):
     """Pre-train an encoder by BYOL or SimCLR. None = the value of the recipe, printed before the first step."""
@@ -122,18 +122,19 @@ def pretrain(
                 run.after(terms, norms)  # sums for the log; counts the step; saves or stops if that is due
             row = run.means()
             if "energy" not in row:  # the objective has none: log the energy that the weights have come to
-                energies = layer_energies(training.layers, cfg)
+                with torch.no_grad():
+                    energies = layer_energies(training.layers, cfg)
                 row |= {name: energy.item() for name, energy in energies.items()}
             if cfg.method == "byol":
                 row["tau"] = tau_at(run.step - 1, steps, cfg.tau)
             row["lr"] = lr_at(run.step - 1, steps, warmup_steps, peak_lr)
-            run.log(**row, images_per_s=run.images_per_s)
+            run.log(**row, images_per_s=run.images_per_s)  # set by run.means()
             run.warn_of_collapse(row["std"])
             if run.judges_now():
                 encoder = training.network.encoder
                 processes.broadcast_buffers(encoder, accelerator)
-                tops = nearest_neighbours(encoder, run.train, run.test, run.view, accelerator)
-                for k, scores in tops.items():
+                scores_by_k = nearest_neighbours(encoder, run.train, run.test, run.view, accelerator)
+                for k, scores in scores_by_k.items():
                     run.log(of="online", split=run.split, k=k, **scores)
                 run.log(of="representations", **representations(encoder, run.test, run.view))
             run.end_epoch()
@@ -202,7 +203,7 @@ def train_step(training: Training, crops: Tensor, u: Tensor, lr: float, tau: flo
 
 
 # ---- The objective ---------------------------------------------------------------------------------------------------
-Pair = tuple[Tensor, Tensor]  # of both views
+Pair = tuple[Tensor, Tensor]  # a tensor for each view
 Layers = dict[str, Tensor]  # weights by the name of their layer
 
 
@@ -211,18 +212,17 @@ def objective(cfg: Settings, layers: Layers, z: Pair, p: Pair = None, t: Pair = 
 
     Each is (b, out_dim) a view; simclr has no p and t. byol is Eq. 3 in both directions, 0 ... 8; simclr is Eq. 1. The
     loss is Eq. 7 with an energy, Eq. 4 with uniformity. alignment and std of the normalised projections are for the
-    log; std is 1 / sqrt(out_dim) where they fill the sphere, 0 where they collapse.
+    log; std is 1 / sqrt(out_dim) if they fill the sphere, 0 if they collapse.
     """
     z1, z2 = z
-    terms = {"loss": None}
+    all_z1, all_z2 = processes.gather(z1), processes.gather(z2)
+    terms = {"loss": None}  # the first column
     if cfg.method == "byol":
         (p1, p2), (t1, t2) = p, t
         terms["byol"] = alignment(p1, t2) + alignment(p2, t1)
     else:
-        all_z1, all_z2 = processes.gather(z1), processes.gather(z2)
         terms["simclr"] = info_nce(all_z1, all_z2, cfg.temperature)
     with torch.set_grad_enabled(cfg.reg == "uniform"):
-        all_z1, all_z2 = processes.gather(z1), processes.gather(z2)
         terms["uniformity"] = (uniformity(all_z1) + uniformity(all_z2)) / 2
     with torch.no_grad():
         terms["alignment"] = alignment(z1, z2)
@@ -231,7 +231,7 @@ def objective(cfg: Settings, layers: Layers, z: Pair, p: Pair = None, t: Pair = 
     if cfg.term == "energy":
         terms |= layer_energies(layers, cfg)
     terms["loss"] = terms[cfg.method]
-    if cfg.term:
+    if cfg.term:  # what --reg adds
         terms["loss"] = terms["loss"] + cfg.weight * terms[cfg.term]
     return terms
 
@@ -240,8 +240,8 @@ def layer_energies(layers: Layers, cfg: Settings) -> dict[str, Tensor]:
     """Compute the sum of Eq. 7 without lambda, and what each layer adds: by chord for --reg mhe, else by angle."""
     energy = mhe if cfg.reg == "mhe" else amhe
     energies = {}
-    for name, weight in layers.items():
-        energies[f"energy/{name}"] = energy(weight, cfg.s)
+    for name, rows in layers.items():
+        energies[f"energy/{name}"] = energy(rows, cfg.s)
     return {"energy": sum(energies.values())} | energies
 
 

@@ -7,7 +7,7 @@
     amhe(weight)        Eq. A.3, the same mean with angles
 
 Each function projects its rows to the unit sphere, computes in fp32 (float64 stays float64) even under autocast, and
-gives a zero row the gradient 0. Equations: Durrant & Leontidis (2022). This file imports torch alone, to be copied.
+gives a zero row the gradient 0. Equations: Durrant & Leontidis (2022). To copy this file, torch is all you need.
 """
 
 import math
@@ -68,7 +68,7 @@ def info_nce(x: Tensor, y: Tensor, temperature: float = 0.5) -> Tensor:
 
 
 def mhe(weight: Tensor, s: float = 2) -> Tensor:
-    """Hyperspherical energy of a layer, Eq. 5 over N (N - 1): mean over i != j of ||w_i - w_j||^-s for unit rows w.
+    """Hyperspherical energy of a layer, Eq. 5 / (N (N - 1)): mean over i != j of ||w_i - w_j||^-s for unit rows w.
 
     weight: (N, ...), one neuron a row of weight.flatten(1); N = 1 has no pair and the energy 0. s >= 0; s = 0 is the
     mean of log(1 / ||w_i - w_j||). Distances below 1e-4 count as 1e-4. ValueError for a weight below 2-d or s < 0.
@@ -78,20 +78,20 @@ def mhe(weight: Tensor, s: float = 2) -> Tensor:
 
 
 def amhe(weight: Tensor, s: float = 2) -> Tensor:
-    """Angular hyperspherical energy of a layer, Eq. A.3 over N (N - 1): `mhe` with the angle arccos(w_i . w_j) in
+    """Angular hyperspherical energy of a layer, Eq. A.3 / (N (N - 1)): `mhe` with the angle arccos(w_i . w_j) in
     radians in place of the chord.
 
     Shapes, errors and the smallest distance (1e-4 rad) are those of `mhe`. wy1iu/MHE divides the angle by pi, adds 1e-4
-    to it, and multiplies its a1 and a2 by 0.1.
+    to it, and multiplies its energies for s = 1 and 2 by 0.1.
     """
     return _energy(weight, s, angular=True)
 
 
 def energy_by_definition(weight: Tensor, s: float, angular: bool) -> Tensor:
-    """Eq. 5 and Eq. A.3 as they are printed, over N (N - 1): the reference that tests hold `mhe` and `amhe` to.
+    """Eq. 5 and Eq. A.3 as they are printed, / (N (N - 1)): the reference that tests hold `mhe` and `amhe` to.
 
-    Arguments as for `mhe`; angular chooses Eq. A.3. It keeps several N x N matrices for autograd, and in fp32 close
-    pairs lose their digits: the result is 2 % off at an angle of 1e-3.
+    Arguments as for `mhe`, but N >= 2 and no zero rows; angular chooses Eq. A.3. It keeps several N x N matrices for
+    autograd, and in fp32 close pairs lose their digits: the result is 2 % off at an angle of 1e-3.
     """
     w = F.normalize(weight.flatten(1))
     i, j = torch.triu_indices(len(w), len(w), 1, device=w.device)
@@ -129,9 +129,9 @@ def _inverse_norm(x: Tensor) -> Tensor:
 # sweep over blocks of the symmetric Gram matrix yields energy and gradient together, and keeps no block. A cosine near
 # 1 or -1 has lost the digits of its angle; such pairs are few, and are computed from their rows.
 
-SMALLEST = 1e-4  # smallest distance, so that two equal neurons have a finite energy and gradient
+SMALLEST = 1e-4  # smaller distances count as this, so that the energy is finite; close neurons are still pushed apart
 NEAR = 0.99  # pairs beyond this |cosine| are computed from their rows
-CPU_BLOCK, GPU_BLOCK = 512, 2048  # rows in a block: 1 MB of cosines, which a cache holds, or few kernel launches
+CPU_BLOCK, GPU_BLOCK = 512, 2048  # rows in a block: on a CPU 1 MB of cosines, to fit a cache; on a GPU few launches
 
 
 def _energy(weight, s, angular) -> Tensor:
@@ -198,7 +198,7 @@ def _sweep(rows, w, s, angular, want_grad) -> tuple[Tensor, Tensor | None]:
 
 
 def _near_pairs(cosine) -> tuple[Tensor, Tensor] | None:
-    """Rows and columns of the pairs beyond NEAR; None, as a rule, where there are none."""
+    """Rows and columns of the pairs beyond NEAR; None if there are none, which is usual."""
     low, high = cosine.aminmax()
     if torch.maximum(-low, high) <= NEAR:
         return None
@@ -224,12 +224,12 @@ def _potential(cosine, s, angular, want_slope) -> tuple[Tensor, Tensor | None]:
         value = square.pow(-s / 2) if s > 0 else square.log().div_(-2)
     if not want_slope:
         return value, None
+    # bend = z |dc / dz|, so that the slope f'(c) is s f / bend, or 1 / bend for s = 0
     if angular:
         square_of_sine = torch.addcmul(cosine.new_ones(()), cosine, cosine, value=-1, out=cosine)
         bend = angle.mul_(square_of_sine.sqrt_())
     else:
         bend = square
-    # bend = z |dc / dz|, so that f'(c) is s f / bend, or 1 / bend for s = 0
     slope = torch.div(value, bend, out=bend).mul_(s) if s > 0 else bend.reciprocal_()
     return value, slope
 
@@ -255,7 +255,7 @@ def _exact_pairs(rows, grad, p, q, s, angular, both) -> Tensor:
         slope = (s * value if s > 0 else 1) / bend
         slope = slope[:, None]
         side = torch.where(apart < across, 1, -1)[:, None]
-        pull_p = slope * (y - side * x)  # along the sphere, y - side x is y, but it keeps all its digits
+        pull_p = slope * (y - side * x)  # subtracting side * x changes nothing along the sphere, but keeps all digits
         grad.index_add_(0, p, pull_p.to(grad.dtype))
         if both:
             pull_q = slope * (x - side * y)

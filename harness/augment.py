@@ -65,8 +65,6 @@ def change_rows(x: Tensor, rows: Tensor, operation: Callable, *numbers: Tensor) 
     """
     if len(rows) == 0:
         return
-    if len(rows) == 0:
-        return
     rows = rows.to(x.device, non_blocking=True)
     numbers = [number.to(x.device, non_blocking=True) for number in numbers]
     changed = operation(x.index_select(0, rows), *numbers)

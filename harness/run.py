@@ -6,7 +6,7 @@
 
 A state is the tensors and the description of ckpt.safetensors. Tensors without a slash in their name are the network's.
 The order of the images and their views are functions of (seed, epoch, step), so that a run that goes on ends in the
-bits of one that never stopped. `Run` is the one object with state; it knows no network beyond the training it is given.
+bits of a run that never stopped. `Run` is the one object with state; of networks it knows only the training.
 """
 
 import fcntl
@@ -38,7 +38,7 @@ from harness.log import emit, read_log, read_rows, rewind
 from harness.settings import Settings
 
 PLACES = ("data_dir",)  # settings that may change while a run is stopped: where the data lie, not what they are
-STEPS_BETWEEN_LOOKS = 10  # several processes ask each other for a signal this often: each time all of them wait
+STEPS_BETWEEN_LOOKS = 10  # several processes ask each other for a signal this often: each look makes all of them wait
 
 
 class Run:
