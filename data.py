@@ -1,4 +1,4 @@
-"""From a data set's name to tensors: images as uint8, batches of random crops, the two views, the evaluations' view.
+"""Load a data set by name; make batches of random crops, the two augmented views and the evaluation view.
 
     dataset = load("photos")  # or "cifar10", "imagenet", ..., or a folder of pictures
     for crops, labels, u in batches(dataset.pretraining, 64, dataset.size, seed=0, epochs=[1]):
@@ -29,7 +29,7 @@ from harness.sources import Split
 # size: side of the views in pixels, Appendix B.5. stem: Appendix B.1. holdout: images of each class that `hold_out`
 # takes from the training set, Appendix B.4; None = IMAGENET_HOLDOUT of all. mean, std: of the training pixels in
 # [0, 1]; None = computed when the set is read. blur_p, solarise_p: probabilities in the first and the second view;
-# Appendix B.5.2 has neither, those of ImageNet are BYOL's, Appendix B.3.
+# Appendix B.5.2 uses neither; ImageNet's are BYOL's, Appendix B.3.
 # fmt: off
 FACTS = {
     "photos": dict(size=32, stem="imagenet", holdout=20, mean=None, std=None),  # ours; holds out a tenth of each class
@@ -59,7 +59,7 @@ class Dataset:
     stem: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    holdout: int | None
+    holdout: int | None  # images of each class
     blur_p: tuple[float, float] = (0.0, 0.0)
     solarise_p: tuple[float, float] = (0.0, 0.0)
 
@@ -213,7 +213,7 @@ def batches(
                 parts = zip(rows.tensor_split(micro_batches), u.tensor_split(micro_batches, 1))
                 for part, part_u in parts:
                     mine = processes.share(len(part), rank, world)
-                    # index_select: part_u[:, mine] wakes torch's threads, which keep cores from the workers
+                    # index_select: part_u[:, mine] starts torch's threads, which take cores from the workers
                     yield part[mine], part_u.index_select(1, mine)
 
     device = split.labels.device
@@ -224,7 +224,7 @@ def batches(
             crops = torch.stack([augment.crop_flip(batch, u_of_view, size) for u_of_view in u])
             yield crops, split.labels[rows], u
         return
-    read_ahead, now = itertools.tee(plan())  # the loader runs ahead; `now` repeats the plan in step with its results
+    read_ahead, now = itertools.tee(plan())  # the loader reads ahead; `now` follows its results
     keys = ([*zip(rows.tolist(), u.transpose(0, 1).numpy())] for rows, u in read_ahead)
     loader = pictures.loader(pictures.Crops(split.images.paths, size), keys, device)
     for (rows, u), crops in zip(now, loader):

@@ -23,8 +23,8 @@ from harness.log import emit
 from harness.neighbours import nearest
 
 DEFAULT_K = (10, 20, 100, 200)
-QUERIES_AT_ONCE = 512  # whose votes are counted together
-FLOORS_UP_TO = 10_000  # images in the bank up to which the floors come unasked
+QUERIES_AT_ONCE = 512  # queries in one chunk of the vote
+FLOORS_UP_TO = 10_000  # largest bank for which floors are on by default
 
 
 def knn_eval(
@@ -73,7 +73,7 @@ def knn_eval(
 def nearest_neighbours(
     encoder: nn.Module, bank: Split, queries: Split, view: dict, accelerator: Accelerator, k=(20,), temperature=0.07
 ) -> dict[int, dict[str, float]]:
-    """Take the `vote` on an encoder's features of the evaluation views of two splits; the defaults are DINO's.
+    """Take the `vote` on an encoder's features of the evaluation views of two splits; k = 20 and 0.07 are DINO's.
 
     Each process embeds its share of the images, and takes the vote over all of them.
     """

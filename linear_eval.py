@@ -2,9 +2,9 @@
 
     python linear_eval.py runs/photos-amhe/ckpt.safetensors
 
-80 epochs of SGD with Nesterov momentum 0.9, batches of 100, a rate of 0.2 per 256 images that falls by a cosine step by
-step, crops and flips as the only augmentation. One row per epoch, then one row with the result.
---cached computes the features of the evaluation view once: minutes become seconds, but the protocol is another.
+80 epochs of SGD with Nesterov momentum 0.9 and batches of 100. The rate starts at 0.2 per 256 images and follows a
+cosine to 0, updated every step. Crops and flips are the only augmentation. One row per epoch, then one row with the
+result. --cached computes the features of the evaluation view once: much faster, but it is another protocol.
 """
 
 import math
@@ -74,7 +74,7 @@ def linear_eval(
     for name, x in judged.encoder.state_dict().items():
         if not torch.equal(x, frozen[name]):
             raise RuntimeError(f"the frozen encoder has changed: {name}")
-    scores = accuracy(classifier(test.images), test.labels)  # these images are features: see `ready`
+    scores = accuracy(classifier(test.images), test.labels)  # .images holds features: see `ready`
     protocol = {**hyper, "lr": lr, "net": net, "eval_crop": judged.view["crop"], "swept": sweep}
     protocol |= {"trained_epochs": judged.trained_epochs, "dataset": judged.dataset, "split": "test"}
     protocol |= {"train": len(train.labels), "test": len(test.labels)}
@@ -114,7 +114,7 @@ def fit(
     """Train one linear classifier for each rate, a key of `rows`, all on the same features.
 
     train is a split of images, or of features in their place. After each epoch each rate logs a row: its columns in
-    `rows`, then loss, accuracy and the rate of the moment. Several processes embed a share of each batch, and train the
+    `rows`, then loss, accuracy and the rate at its start. Several processes embed a share of each batch, and train the
     same classifiers on the whole of it. InputError for a loss that is not finite.
     """
     n = len(train.labels)
@@ -131,7 +131,7 @@ def fit(
     batches = feature_batches(judged, train, epochs, batch_size, seed)
     with tqdm(total=steps, unit="step", disable=not judged.accelerator.is_main_process) as bar:
         for epoch in range(1, epochs + 1):
-            total_loss, right = torch.zeros(2, len(rows), device=train.labels.device)
+            total_loss, correct = torch.zeros(2, len(rows), device=train.labels.device)
             rates_now = schedule.get_last_lr()
             for features, labels in islice(batches, steps_per_epoch):
                 logits = [classifier(features) for classifier in classifiers.values()]
@@ -141,11 +141,11 @@ def fit(
                 optimizer.step()
                 schedule.step()
                 total_loss += losses.detach() * len(labels)
-                is_right = [x.argmax(1) == labels for x in logits]
-                right += torch.stack(is_right).sum(1)
+                is_correct = [x.argmax(1) == labels for x in logits]
+                correct += torch.stack(is_correct).sum(1)
                 bar.update()
             mean_loss = (total_loss / n).tolist()
-            train_top1 = (100 * right / n).tolist()
+            train_top1 = (100 * correct / n).tolist()
             for i, (rate, row) in enumerate(rows.items()):
                 if not math.isfinite(mean_loss[i]):
                     raise InputError(f"--lr {rate}: the loss is not finite after epoch {epoch}; take a smaller one")

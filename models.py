@@ -3,7 +3,7 @@
 network = BYOL("resnet18", "cifar", norm="bn", hidden_dim=4096, out_dim=256)
 z, p, t = network(v1, v2)  # projections, predictions and the target's projections of both views
 network.update_target(tau)
-features = embed(network.encoder, [views])
+features = embed(network.encoder, [v1])
 """
 
 import copy
@@ -43,7 +43,7 @@ def build_encoder(name: str, stem: str, norm: str = "bn") -> nn.Module:
 
 
 def _resnet(name: str) -> ResNet:
-    """Build a ResNet of timm whose residual branches start at one, as BYOL's do; timm's default is zero."""
+    """Build a ResNet of timm whose blocks' last BatchNorm scale starts at one, as in BYOL; timm's default is zero."""
     if not timm.is_model(name):
         suggestions = difflib.get_close_matches(name, timm.list_models("*res*"), 1)
         hint = f" (did you mean {suggestions[0]}?)" if suggestions else ""
@@ -89,16 +89,16 @@ class _PerView:
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (2b, c, ...) to the same shape; in evaluation mode the batch has any size."""
-        normalise = super().forward
+        batch_norm = super().forward
         if not self.training:
-            return normalise(x)
-        return torch.cat([normalise(view) for view in x.chunk(2)])
+            return batch_norm(x)
+        return torch.cat([batch_norm(view) for view in x.chunk(2)])
 
 
 class ViewNorm(_PerView, _BatchNorm):
     """BatchNorm of each view, (b, c) or (b, c, h, w)."""
 
-    def _check_input_dim(self, x: Tensor) -> None: ...  # any shape: _BatchNorm alone would raise
+    def _check_input_dim(self, x: Tensor) -> None: ...  # accept any shape; _BatchNorm's own check raises
 
 
 class SyncViewNorm(_PerView, nn.SyncBatchNorm):
@@ -171,7 +171,7 @@ class BYOL(nn.Module):
 
     @torch.no_grad()
     def update_target(self, tau: float) -> None:
-        """xi <- tau xi + (1 - tau) theta for the parameters of encoder and projector; buffers stay the target's own."""
+        """target <- tau target + (1 - tau) online, for parameters of encoder and projector; buffers stay its own."""
         online = [*self.encoder.parameters(), *self.projector.parameters()]
         target = list(self.target.parameters())
         torch._foreach_lerp_(target, online, 1 - tau)
@@ -181,7 +181,7 @@ METHODS = {"byol": BYOL, "simclr": SimCLR}
 
 
 def neurons(network: BYOL | SimCLR, parts: Iterable[str]) -> dict[str, Tensor]:
-    """Return {layer: weight} for each weight of 2 dimensions or more in `parts`; its rows are the neurons.
+    """Return {layer: weight} for each weight of 2 dimensions or more in `parts`; each row of a weight is a neuron.
 
     parts: any of encoder, projector, predictor. Biases and norms are not neurons. InputError for a grouped convolution:
     rows of different groups see different inputs, so no angle lies between them.

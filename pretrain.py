@@ -121,7 +121,7 @@ def pretrain(
                 terms, norms = train_step(training, crops, u, lr, tau)
                 run.after(terms, norms)  # sums for the log; counts the step; saves or stops if that is due
             row = run.means()
-            if "energy" not in row:  # the objective has none: log the energy that the weights have come to
+            if "energy" not in row:  # not part of the objective: log the weights' energy now
                 with torch.no_grad():
                     energies = layer_energies(training.layers, cfg)
                 row |= {name: energy.item() for name, energy in energies.items()}
@@ -147,7 +147,7 @@ class Training:
     """What a step works with."""
 
     cfg: Settings
-    images: data.Dataset  # for the facts of its views
+    images: data.Dataset  # for its mean, std and solarise_p
     accelerator: Accelerator
     network: models.BYOL | models.SimCLR
     parallel: nn.Module  # the same network, as it runs on all processes
@@ -179,9 +179,9 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def train_step(training: Training, crops: Tensor, u: Tensor, lr: float, tau: float) -> tuple[dict, dict]:
-    """Turn crops and draws of a micro-batch into gradients; after the last of a batch, LARS and the target step.
+    """Backpropagate one micro-batch; after the last one of a batch, update the weights and the target.
 
-    crops (2, b, 3, size, size), which are changed, and u (2, b, DRAWS_PER_IMAGE) are as `data.batches` yields them.
+    crops (2, b, 3, size, size), which are overwritten, and u (2, b, DRAWS_PER_IMAGE) are as `data.batches` yields them.
     Returns the terms of `objective` and the norms of the gradients so far, on the device.
     """
     cfg, images = training.cfg, training.images
@@ -216,7 +216,7 @@ def objective(cfg: Settings, layers: Layers, z: Pair, p: Pair = None, t: Pair = 
     """
     z1, z2 = z
     all_z1, all_z2 = processes.gather(z1), processes.gather(z2)
-    terms = {"loss": None}  # the first column
+    terms = {"loss": None}  # placeholder, so that loss is the first column
     if cfg.method == "byol":
         (p1, p2), (t1, t2) = p, t
         terms["byol"] = alignment(p1, t2) + alignment(p2, t1)
@@ -231,7 +231,7 @@ def objective(cfg: Settings, layers: Layers, z: Pair, p: Pair = None, t: Pair = 
     if cfg.term == "energy":
         terms |= layer_energies(layers, cfg)
     terms["loss"] = terms[cfg.method]
-    if cfg.term:  # what --reg adds
+    if cfg.term:  # the term that --reg adds
         terms["loss"] = terms["loss"] + cfg.weight * terms[cfg.term]
     return terms
 

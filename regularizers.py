@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-ZERO = 1e-12  # a row that is no longer than this has no direction; torch.nn.functional.normalize uses the same bound
+ZERO = 1e-12  # a row of at most this length has no direction; torch.nn.functional.normalize uses the same bound
 
 
 def alignment(x: Tensor, y: Tensor, alpha: float = 2) -> Tensor:
@@ -88,7 +88,7 @@ def amhe(weight: Tensor, s: float = 2) -> Tensor:
 
 
 def energy_by_definition(weight: Tensor, s: float, angular: bool) -> Tensor:
-    """Eq. 5 and Eq. A.3 as they are printed, / (N (N - 1)): the reference that tests hold `mhe` and `amhe` to.
+    """Eq. 5 and Eq. A.3 as they are printed, / (N (N - 1)): the reference that tests compare with.
 
     Arguments as for `mhe`, but N >= 2 and no zero rows; angular chooses Eq. A.3. It keeps several N x N matrices for
     autograd, and in fp32 close pairs lose their digits: the result is 2 % off at an angle of 1e-3.
@@ -178,7 +178,7 @@ def _sweep(rows, w, s, angular, want_grad) -> tuple[Tensor, Tensor | None]:
             times = 1 if on_diagonal else 2  # a block above the diagonal counts for its mirror image, too
             cosine = w[i] @ w[j].T
             if on_diagonal:
-                cosine.fill_diagonal_(0)  # i = j is not a pair; `_clear` removes its share
+                cosine.fill_diagonal_(0)  # i = j is not a pair; `_clear` zeroes its terms
             near = _near_pairs(cosine)
             if near is not None:
                 cosine.clamp_(-NEAR, NEAR)
