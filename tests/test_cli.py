@@ -148,8 +148,9 @@ def test_rows_go_to_standard_output_and_the_log(tmp_path, capsys):
 
 
 def test_a_reader_that_leaves_ends_the_stage_quietly():
-    script = "from harness import cli\nfrom harness.log import emit\n"
-    script += "def stage():\n    for i in range(9999): emit({'i': i})\ncli.run(stage)"
+    script = "from harness import cli, log\n"
+    script += "def stage():\n    for i in range(9999): log.emit({'i': i})\n"
+    script += "cli.run(stage)"
     done = subprocess.run(
         f"{sys.executable} -c {shlex.quote(script)} | head -1", shell=True, capture_output=True, text=True, cwd=ROOT
     )
