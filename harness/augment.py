@@ -255,9 +255,9 @@ def _blur_along(direction: int, x: Tensor, weights: Tensor) -> Tensor:
     radius = weights.shape[1] - 1
     edges = (radius, radius, 0, 0) if direction == 3 else (0, 0, radius, radius)
     padded = pad(x, edges, "reflect")
-    blurred = x * weights[:, 0]
+    x = x * weights[:, 0]  # takes the name of the input, whose memory the sums below can use again
     for distance in range(1, radius + 1):
         before = padded.narrow(direction, radius - distance, n)
         after = padded.narrow(direction, radius + distance, n)
-        blurred.addcmul_(before + after, weights[:, distance])
-    return blurred
+        x.addcmul_(before + after, weights[:, distance])
+    return x
