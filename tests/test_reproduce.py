@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from harness import cli
+from harness import checkpoint, cli
 from harness.errors import InputError
 from harness.settings import check
 from knn_eval import knn_eval
@@ -99,6 +100,27 @@ def test_a_signal_is_passed_on_and_awaited(tmp_path):
     driver.send_signal(signal.SIGTERM)
     _, err = driver.communicate(timeout=30)
     assert driver.returncode == 143 and ended.exists() and b"SIGTERM; the same command goes on" in err
+
+
+def test_a_child_finds_what_this_process_finds(tmp_path, monkeypatch):
+    """The project, from any working directory, and packages on PYTHONPATH."""
+    stage, packages = tmp_path / "stage.py", tmp_path / "packages"
+    stage.write_text("import a_package, harness.errors\n")
+    packages.mkdir()
+    (packages / "a_package.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(packages))
+    assert reproduce.run_child([str(stage)], {}) == 0
+    monkeypatch.delenv("PYTHONPATH")
+    assert reproduce.run_child([str(stage)], {}) == 1
+
+
+def test_a_run_whose_log_has_no_epochs_is_not_done(tmp_path):
+    settings = {"dataset": "photos", "method": "byol", "reg": "none", "accumulate": 1}
+    row = {"stage": "pretrain", "settings": settings}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    checkpoint.save(tmp_path / "ckpt.safetensors", {"x": torch.ones(1)}, {"epoch": 1})
+    assert reproduce.stages_done(tmp_path, {"dataset": "photos"}) == set()
 
 
 def test_every_run_of_the_list_is_one_of_pretrain():

@@ -130,9 +130,9 @@ def stages_done(run: Path, flags: dict[str, str]) -> set[str]:
         with safe_open(run / CKPT, "pt") as file:
             description = json.loads(file.metadata()["description"])
         trained_epochs = description["epoch"]
+        epochs = log.settings["epochs"]
     except (InputError, SafetensorError, OSError, ValueError, LookupError, TypeError):
         return set()
-    epochs = log.settings["epochs"]
     if trained_epochs != epochs or not has_settings(log.settings, flags):
         return set()
     done = {"pretrain"}
@@ -160,6 +160,9 @@ def run_child(command: list[str], environment: dict[str, str]) -> int:
     A signal is passed on to it, and Stopped is raised once it has ended.
     """
     caught, children = [], []
+    paths = [str(ROOT)]
+    if "PYTHONPATH" in os.environ:  # packages that this process finds, its children find, too
+        paths.append(os.environ["PYTHONPATH"])
 
     def pass_on(number: int, _frame) -> None:
         # It does not wait here: `wait` below holds a lock while it waits, and a second wait would never return.
@@ -171,7 +174,7 @@ def run_child(command: list[str], environment: dict[str, str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         handlers[number] = signal.signal(number, pass_on)
     try:
-        variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment}
         child = subprocess.Popen([sys.executable, *command], env=variables, start_new_session=True)
         children.append(child)
         exit_code = child.wait()
