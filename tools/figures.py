@@ -36,9 +36,19 @@ import matplotlib.pyplot as plt
 
 # Okabe and Ito's colours, told apart by the colour-blind, each with a dash of its own for black and white
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (8, 3)))
+DASHES = (
+    "-",
+    "--",
+    "-.",
+    ":",
+    (0, (5, 1)),  # lengths that are drawn and left out, in turns
+    (0, (1, 1)),
+    (0, (3, 1, 1, 1)),
+    (0, (8, 3)),
+)
 STYLES = list(zip(COLOURS, DASHES)) * 9
-GRID_SIDE = 113  # points of the plane on which a density is drawn
+GRID_SIDE = 113  # points on each side of the grid on which a density is drawn
+EXTENT = 1.4  # the grid spans -1.4 ... 1.4 in both directions
 
 
 def figures(
@@ -114,8 +124,8 @@ def lines(axis, runs: list[RunLog], key: str, of: str | None = None, per_epoch: 
         is_empty = False
         x = steps
         if per_epoch:
-            epochs = {row["step"]: row["epoch"] for row in group[0].rows if "step" in row}
-            x = [epochs[step] for step in steps]
+            epoch_of = {row["step"]: row["epoch"] for row in group[0].rows if "step" in row}
+            x = [epoch_of[step] for step in steps]
         points = [mean_and_std([values[step] for values in series]) for step in steps]
         mean = [m for m, _ in points]
         low = [m - std for m, std in points]
@@ -138,7 +148,8 @@ def energy(runs: list[RunLog]):
         raise InputError(f"no run has energies of blocks; {rule}")
     columns = min(4, len(blocks))
     rows = math.ceil(len(blocks) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.4 * rows), squeeze=False)
+    size = (3 * columns, 2.4 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     panels = list(axes.flat)
     for axis, block in zip(panels, blocks):
         lines(axis, runs, block, "representations")
@@ -154,7 +165,10 @@ def energy(runs: list[RunLog]):
 
 def dynamics(runs: list[RunLog]):
     """Draw Figure 5: G2 of the representations, and the energy of the regularized layers."""
-    kinds = {("chord" if run.settings["reg"] == "mhe" else "angle", run.settings["s"]) for run in runs}
+    kinds = set()
+    for run in runs:
+        distance = "chord" if run.settings["reg"] == "mhe" else "angle"
+        kinds.add((distance, run.settings["s"]))
     if len(kinds) > 1:
         listed = " and ".join(sorted(f"by the {distance} at s = {s:g}" for distance, s in kinds))
         raise InputError(f"dynamics: energies {listed} do not compare; draw these runs apart")
@@ -179,11 +193,9 @@ def knn(runs: list[RunLog]):
 
 def batch(runs: list[RunLog]):
     """Draw Figure 8: loss of accuracy when micro-batches shrink, by the linear evaluation if all have it, else k-NN."""
-    judges = ("linear_eval", "knn_eval")
-    judged_by = [judge for judge in judges if all(run.score(judge) is not None for run in runs)]
-    if not judged_by:
+    judge = judge_of_all(runs)
+    if judge is None:
         raise InputError("batch: not all runs have been judged; run linear_eval.py, or knn_eval.py, on each")
-    judge = judged_by[0]
     curves = {}
     for label, group in groups(runs, apart=("accumulate",)).items():
         curves[label] = {}
@@ -209,6 +221,15 @@ def batch(runs: list[RunLog]):
     return figure
 
 
+def judge_of_all(runs: list[RunLog]) -> str | None:
+    """Name the stage that has judged all runs, the linear evaluation before k-NN."""
+    for judge in ("linear_eval", "knn_eval"):
+        scores = [run.score(judge) for run in runs]
+        if None not in scores:
+            return judge
+    return None
+
+
 # ---- Circles ---------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +242,8 @@ def circle(runs: list[RunLog], data_dir: str | None = None):
     first = runs[0].settings
     images = data.load(first["dataset"], data_dir or first["data_dir"])
     torch.manual_seed(first["seed"])
-    columns = [("untrained\n", build_described("checkpoint", first), runs[0].rows[0]["view"])]
+    untrained = build_described("checkpoint", first)
+    columns = [("untrained\n", untrained, runs[0].rows[0]["view"])]
     for run in runs:
         network, description = load_network(run.folder / CKPT)
         columns.append((title_of(run), network, description["view"]))
@@ -255,15 +277,17 @@ def title_of(run: RunLog) -> str:
 def projections(network: nn.Module, test: data.Split, view: dict) -> Tensor:
     """Compute the normalised projections (n, 2) of a split."""
     pair = nn.Sequential(network.encoder, network.projector)
-    return nn.functional.normalize(models.embed(pair, data.evaluation_views(test, **view)))
+    z = models.embed(pair, data.evaluation_views(test, **view))
+    return nn.functional.normalize(z)
 
 
 def draw_plane(axis, z: Tensor) -> None:
     """Draw the Gaussian KDE of points on the unit circle, dark where they are dense."""
-    side = torch.linspace(-1.4, 1.4, GRID_SIDE)
+    side = torch.linspace(-EXTENT, EXTENT, GRID_SIDE)
     grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)
     density = gaussian_kde(z, grid.reshape(-1, 2)).view(GRID_SIDE, GRID_SIDE)
-    axis.imshow(density.numpy(), origin="lower", extent=(-1.4, 1.4, -1.4, 1.4), cmap="Blues")
+    extent = (-EXTENT, EXTENT, -EXTENT, EXTENT)
+    axis.imshow(density.numpy(), origin="lower", extent=extent, cmap="Blues")
     axis.set_xticks([])
     axis.set_yticks([])
 
@@ -289,7 +313,8 @@ def gaussian_kde(z: Tensor, x: Tensor, width: float = 0.1) -> Tensor:
 
 def von_mises_fisher_kde(z: Tensor, theta: Tensor, kappa: float = 100.0) -> Tensor:
     """Estimate the density at angles theta (m,) of samples z (n, 2) on the unit circle, by von-Mises-Fisher kernels."""
-    cosine = torch.stack([theta.cos(), theta.sin()], 1) @ z.T
+    directions = torch.stack([theta.cos(), theta.sin()], 1)
+    cosine = directions @ z.T
     scale = 2 * math.pi * torch.special.i0e(torch.tensor(kappa))  # i0e(x) = exp(-x) I_0(x)
     return torch.exp(kappa * (cosine - 1)).mean(1) / scale
 
@@ -299,7 +324,8 @@ def von_mises_fisher_kde(z: Tensor, theta: Tensor, kappa: float = 100.0) -> Tens
 
 def contact_sheet(images: data.Dataset, n: int = 8, pairs: int = 3):
     """Draw images of a data set, a row each: the central square, the evaluation view, and pairs of the two views."""
-    rows = torch.linspace(0, len(images.train.labels) - 1, n).long()
+    last = len(images.train.labels) - 1
+    rows = torch.linspace(0, last, n).long()
     sample = images.train.rows(rows)
     sample = data.Split(sample.images, torch.arange(n))  # labels that tell which image a view is of
     plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
@@ -312,11 +338,13 @@ def contact_sheet(images: data.Dataset, n: int = 8, pairs: int = 3):
         views = data.two_views(crops, u, **plain, blur_p=images.blur_p, solarise_p=images.solarise_p)
         columns += [view[order.argsort()] for view in views]
     titles = ["image", "evaluation", *["view 1", "view 2"] * pairs]
-    figure, axes = plt.subplots(n, len(columns), figsize=(len(columns), n), squeeze=False)
+    size = (len(columns), n)
+    figure, axes = plt.subplots(n, len(columns), figsize=size, squeeze=False)
     for column, pictures, title in zip(axes.T, columns, titles):
         column[0].set_title(title, fontsize=7)
         for axis, picture in zip(column, pictures):
-            axis.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            pixels = picture.clamp(0, 1).permute(1, 2, 0)
+            axis.imshow(pixels.numpy(), interpolation="nearest")
             axis.set_axis_off()
     return figure
 

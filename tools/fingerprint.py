@@ -34,6 +34,7 @@ RUNS = {
     "streamed": "--dataset pictures --model test_resnet --hidden_dim 32 --out_dim 16 --batch_size 16 --epochs 2 --lr 2",
     "killed": f"{SMALL} --reg mhe --save_every 3",
 }
+JUDGES = {"knn_eval.py": ["--k", "5,20"], "linear_eval.py": ["--epochs", "2"]}
 NOT_COMPARED = ("images_per_s", "command", "git")
 
 
@@ -46,8 +47,9 @@ def fingerprint():
             if name == "killed":
                 start(flags, run, kill_in_epoch=2)
             start(flags, run)
-            for script, more in (("knn_eval.py", ["--k", "5,20"]), ("linear_eval.py", ["--epochs", "2"])):
-                python(script, [str(run / "ckpt.safetensors"), *more], Path(place)).wait()
+            for script, judge_flags in JUDGES.items():
+                words = [str(run / "ckpt.safetensors"), *judge_flags]
+                python(script, words, Path(place)).wait()
             for file in ("ckpt.safetensors", "encoder.safetensors"):
                 print(f"{name:10} {file:22} {digest_of_tensors(run / file)}", flush=True)
             print(f"{name:10} {'metrics.jsonl':22} {digest_of_rows(run / 'metrics.jsonl', place)}", flush=True)
@@ -55,7 +57,8 @@ def fingerprint():
 
 def start(flags: str, run: Path, kill_in_epoch: int | None = None) -> None:
     """Train in a run folder, to the end or until the row of an epoch appears."""
-    process = python("pretrain.py", [*flags.split(), "--out", str(run)], run.parent)
+    words = [*flags.split(), "--out", str(run)]
+    process = python("pretrain.py", words, run.parent)
     for line in process.stdout:
         if kill_in_epoch and f'"epoch": {kill_in_epoch - 1}, ' in line:
             process.send_signal(signal.SIGKILL)
@@ -66,7 +69,7 @@ def start(flags: str, run: Path, kill_in_epoch: int | None = None) -> None:
 
 
 def python(script: str, words: list[str], folder: Path) -> subprocess.Popen:
-    """A stage as a process on one thread, with its standard output to read."""
+    """Start a stage as a process on one thread, with its standard output to read."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / script), *words]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
@@ -81,11 +84,13 @@ def make_pictures(folder: Path) -> None:
             place.mkdir(parents=True)
             images = split.images[split.labels == label][:count]
             for i, image in enumerate(images):
-                write_jpeg(image[:, : 32 - 8 * (i % 2)].contiguous(), str(place / f"{i:02}.jpg"))
+                height = 24 if i % 2 else 32
+                part_of_image = image[:, :height].contiguous()
+                write_jpeg(part_of_image, str(place / f"{i:02}.jpg"))
 
 
 def digest_of_tensors(path: Path) -> str:
-    """Names, types, shapes and bytes of all tensors of a safetensors file."""
+    """Digest of names, types, shapes and bytes of all tensors of a safetensors file."""
     sha = hashlib.sha256()
     with safe_open(path, "pt") as file:
         for name in sorted(file.keys()):
@@ -97,10 +102,14 @@ def digest_of_tensors(path: Path) -> str:
 
 
 def digest_of_rows(path: Path, place: str) -> str:
-    """All rows of a log, without what depends on the clock, the command and the folder."""
-    rows = [json.loads(line) for line in path.read_text().replace(place, "").splitlines()]
-    rows = [{key: x for key, x in row.items() if key not in NOT_COMPARED} for row in rows]
-    return f"{hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]} ({len(rows)} rows)"
+    """Digest and number of the rows of a log, without what depends on the clock, the command and the folder."""
+    rows = []
+    for line in path.read_text().replace(place, "").splitlines():
+        row = json.loads(line)
+        rows.append({name: x for name, x in row.items() if name not in NOT_COMPARED})
+    text = json.dumps(rows, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{digest[:16]} ({len(rows)} rows)"
 
 
 if __name__ == "__main__":
