@@ -104,7 +104,7 @@ def hold_out(dataset: Dataset) -> Dataset:
     """
     train, labels = dataset.train, dataset.train.labels
     if not dataset.classes:
-        raise InputError("--holdout: the pictures have no classes, and nothing is judged")
+        raise InputError("--holdout: the pictures have no classes, so nothing can be judged")
     order = torch.randperm(len(labels), generator=_generator("holdout"))
     if dataset.holdout is None:
         held = order[-IMAGENET_HOLDOUT:]

@@ -44,14 +44,14 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Read the tensors and the description of a file that `save` wrote. InputError for another or a damaged file."""
     tensors, header = read_tensors(path)
     if "description" not in header:
-        raise InputError(f"{path}: without a description, so not pretrain.py's; --model and --dataset say what it is")
+        raise InputError(f"{path}: has no description, so pretrain.py did not write it; name its --model and --dataset")
     try:
         description = json.loads(header["description"])
         stored_digest = description.pop("digest")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{path}: its description is not one that pretrain.py writes ({e!r})") from e
     if stored_digest != digest(tensors, description):
-        raise InputError(f"{path}: damaged, it does not hold what was written (the digest differs)")
+        raise InputError(f"{path}: damaged: its content is not what was written (the digest differs)")
     return tensors, description
 
 
@@ -120,7 +120,7 @@ def fill(network: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> No
     for name, tensor in expected.items():
         stored, wanted = _kind(tensors[name]), _kind(tensor)
         if stored != wanted:
-            raise InputError(f"{path}: {name} is {stored}, where what is described has {wanted}")
+            raise InputError(f"{path}: {name} is {stored}; the described network has {wanted}")
     on_meta = any(tensor.is_meta for tensor in expected.values())
     network.load_state_dict(tensors, assign=on_meta)
 
@@ -129,7 +129,7 @@ def _refuse_names(fault: str, names: set[str], path: str | Path) -> None:
     """Raise InputError if there are names that should not be, or that should be and are not."""
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise InputError(f"{path}: {fault}, for what is described: {', '.join(sorted(names)[:3])}{more}")
+        raise InputError(f"{path}: {fault} for the described network: {', '.join(sorted(names)[:3])}{more}")
 
 
 def _kind(tensor: Tensor) -> str:
@@ -163,9 +163,9 @@ def _read_pickle(path: str | Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises errors of many types on a file that does not hold tensors
         advice = "save the network's state_dict() in it"
-        raise InputError(f"{path}: not a file of tensors alone, and nothing of it was run; {advice}") from e
+        raise InputError(f"{path}: not a file of tensors alone (nothing in it was run); {advice}") from e
     while isinstance(content, dict) and {"state_dict", "model"} & content.keys():
         content = content["state_dict"] if "state_dict" in content else content["model"]
     if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, where tensors with names are wanted")
+        raise InputError(f"{path}: holds a {type(content).__name__}; it must hold tensors with names")
     return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}

@@ -361,7 +361,7 @@ def in_words(annotation: Any) -> str:
         limits = " and ".join(bounds(annotation))
         return f"{in_words(args[0])} {limits}".rstrip()
     if origin is tuple:
-        return f"comma-separated, each once: {in_words(args[0])}"
+        return f"values separated by commas, each once: {in_words(args[0])}"
     if origin is Literal:
         return ", ".join(args)
     return IN_WORDS[annotation]

@@ -29,7 +29,7 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror}); what it held before is as it was") from e
+        raise InputError(f"{path}: cannot be written ({e.strerror}); its old content is unchanged") from e
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -38,12 +38,12 @@ def adopt(path: str | Path, model: str, stem: str) -> nn.Module:
             found[name] = tensors[prefix + name].to(tensor.dtype)
     if not found:
         sample = ", ".join(list(tensors)[:3]) or "no tensor"
-        raise InputError(f"{path}: none of its names is one of {model}, with no prefix of ours; it holds {sample}")
+        raise InputError(f"{path}: none of its names belongs to {model}, under any known prefix; it holds {sample}")
     counters = {name: torch.tensor(0) for name in wanted if name.endswith("num_batches_tracked")}
     fill(encoder, counters | found, path)  # files of old versions of torch have no counters
     under = f" under {prefix}" if prefix else ""
     rest = left_out(tensors, {prefix + name for name in found})
-    processes.say(f"{path}: {len(found)} tensors of {model}{under}{rest}; no digest, so unchecked")
+    processes.say(f"{path}: {len(found)} tensors of {model}{under}{rest}; it has no digest, so it is unchecked")
     return encoder.to(memory_format=torch.channels_last).eval()
 
 

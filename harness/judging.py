@@ -98,6 +98,6 @@ def open_images(
     other_images = any(list(view[key]) != list(own_view[key]) for key in ("mean", "std"))
     if other_images and not dataset:
         processes.say(
-            f"dataset {name}: other images than in training, by their mean and std, which stay the training's"
+            f"dataset {name}: not the images of the training: mean and std differ; those of the training are used"
         )
     return images, view

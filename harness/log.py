@@ -83,7 +83,7 @@ def read_rows(folder: Path) -> list[dict]:
     try:
         content = (folder / LOG).read_bytes()
     except OSError as e:
-        raise InputError(f"{folder}: no run, its {LOG} cannot be read ({e.strerror})") from e
+        raise InputError(f"{folder}: not a run folder, its {LOG} cannot be read ({e.strerror})") from e
     whole_lines = content.split(b"\n")[:-1]
     rows = []
     for n, line in enumerate(whole_lines, 1):
@@ -91,7 +91,7 @@ def read_rows(folder: Path) -> list[dict]:
             row = json.loads(line)
             _ = row["stage"]
         except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f"{folder / LOG}: line {n} is not one that a stage writes") from e
+            raise InputError(f"{folder / LOG}: line {n} was not written by a command of this project") from e
         rows.append(row)
     return rows
 
@@ -162,5 +162,5 @@ def read_log(folder: Path) -> RunLog:
     rows = read_rows(folder)
     settings = rows[0].get("settings", {}) if rows else {}
     if not settings.keys() >= SETTINGS:
-        raise InputError(f"{folder / LOG}: has no first row with a run's settings")
+        raise InputError(f"{folder / LOG}: its first row does not hold the settings of a run")
     return RunLog(folder, settings, rows)

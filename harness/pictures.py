@@ -82,7 +82,9 @@ def find_classes(folder: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
     for label, name in enumerate(classes):
         paths_of_class = find(folder / name)
         if not paths_of_class:
-            raise InputError(f"{folder / name}: holds no picture ({', '.join(IMG_EXTENSIONS)}), and is no class")
+            raise InputError(
+                f"{folder / name}: holds no picture ({', '.join(IMG_EXTENSIONS)}); put pictures in it, or remove it"
+            )
         paths += paths_of_class
         labels += [label] * len(paths_of_class)
     return classes, paths, labels
@@ -98,7 +100,7 @@ def opened(path: str) -> Iterator[Image.Image]:
         with Image.open(path) as picture:
             is_integer = picture.mode == "I" and picture.format != "PNG"  # some Pillows open PNGs of 16 bits as "I"
             if picture.mode == "F" or is_integer:
-                raise ValueError("32 bits a pixel, whose range is not known")
+                raise ValueError("32 bits a pixel, of an unknown range")
             yield picture
     except Exception as e:  # Pillow raises errors of many types on broken files
         reason = " ".join(str(e).split())

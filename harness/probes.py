@@ -76,7 +76,7 @@ def refuse_faults(numbers: dict[str, Tensor], network: nn.Module, folder: Path, 
     step = int(dict(zip(numbers, row)).get("step", -1)) + 1
     listed = ", ".join(f"{name} {x}" for name, x in faults.items())
     ckpt = folder / CKPT
-    kept = f"{ckpt} is as it was" if ckpt.exists() else "no checkpoint is written"
+    kept = f"{ckpt} is unchanged" if ckpt.exists() else "no checkpoint is written"
     raise InputError(f"step {step}: not finite: {listed}; {kept}; a smaller --lr or --weight may help")
 
 

@@ -100,7 +100,9 @@ def agree(accelerator: Accelerator, **facts) -> None:
             if theirs[name] != value:
                 differences.append(f"{name} {theirs[name]} (process 0: {value})")
         if differences:
-            raise InputError(f"process {rank} has {', '.join(differences)}; give all the same flags and the same files")
+            raise InputError(
+                f"process {rank} has {', '.join(differences)}; give all processes the same flags and files"
+            )
 
 
 def broadcast_buffers(network: nn.Module, accelerator: Accelerator) -> None:

@@ -242,7 +242,7 @@ class Run:
             return
         ckpt = shlex.quote(str(self.folder / CKPT))
         judges = f"; judge it by\n    python knn_eval.py {ckpt}\n    python linear_eval.py {ckpt}"
-        print(f"{ckpt} is whole{judges if self.images.classes else ''}", file=sys.stderr)
+        print(f"{ckpt} is complete{judges if self.images.classes else ''}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def stored_state(folder: Path) -> tuple[dict[str, Tensor], dict | None]:
     except InputError as e:
         raise InputError(f"{e}; name another --out, or remove it") from e
     if not {"settings", "epoch", "step"} <= description.keys() or "rng/cpu" not in tensors:
-        raise InputError(f"{ckpt}: a network alone, without the momentum that a run goes on with; name another --out")
+        raise InputError(f"{ckpt}: holds a network without the momentum that a run needs; name another --out")
     return tensors, description
 
 

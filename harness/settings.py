@@ -183,7 +183,7 @@ def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
         parts.append("predictor")
     values["reg_on"] = [part for part in parts if part in values["reg_on"]]
     if values["warmup"] >= epochs:
-        raise InputError(f"--warmup {values['warmup']}: has to be shorter than the training, {epochs} epochs")
+        raise InputError(f"--warmup {values['warmup']}: must be shorter than the training, {epochs} epochs")
     refuse_uneven_batch(values["batch_size"], values["accumulate"], world)
     return values
 
@@ -198,9 +198,8 @@ def refuse_uneven_batch(batch_size: int, accumulate: int, world: int) -> None:
     advice = " or ".join(map(str, suggestions))
     plural = "es" if world > 1 else ""
     among = f"{accumulate} micro-batches of {world} process{plural}"
-    raise InputError(
-        f"--batch_size {batch_size}: has to be a multiple of {shares}, twice or more, for {among}; take {advice}"
-    )
+    rule = f"must be a multiple of {shares}, and at least twice that, for {among}"
+    raise InputError(f"--batch_size {batch_size}: {rule}; take {advice}")
 
 
 def resolve_images(values: dict, flags: dict, images: data.Dataset) -> Settings:

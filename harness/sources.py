@@ -279,7 +279,7 @@ def _facts(layout: Layout, side: int, mean: Channels, std: Channels) -> dict:
 
 def _layout(name: str, root: Path, tests: tuple[str, ...]) -> Layout:
     """Return what a folder holds. InputError where train and test do not hold the same classes."""
-    wanted = f"train/ and {'/ or '.join(tests)}/ hold a sub-folder of pictures a class"
+    wanted = f"train/ and {'/ or '.join(tests)}/ must hold a sub-folder of pictures for each class"
     train = root / "train"
     test = _first_that_is_there([root / part for part in tests])
     if not train.is_dir():

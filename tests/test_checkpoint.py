@@ -77,7 +77,10 @@ def test_a_failed_save_leaves_the_old_file(byol, pair, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match=r"ckpt.safetensors: cannot be written \(No space left on device\); what"):
+    with pytest.raises(
+        InputError,
+        match=r"ckpt.safetensors: cannot be written \(No space left on device\); its old content is unchanged",
+    ):
         checkpoint.save(pair / "ckpt.safetensors", {"x": torch.ones(3)}, {})
     assert (pair / "ckpt.safetensors").read_bytes() == before
     assert sorted(p.name for p in pair.iterdir()) == ["ckpt.safetensors", "encoder.safetensors"]
@@ -107,7 +110,7 @@ def rewrite(path, tensors=None, **changes):
         ),
         (lambda p: rewrite(p, lambda t: {**t, "encoder.extra": torch.ones(2)}), "superfluous.*encoder.extra"),
         (lambda p: rewrite(p, lambda t: {**t, "encoder.bn1.bias": torch.ones(2)}), r"encoder.bn1.bias is \(2,\)"),
-        (lambda p: rewrite(p, settings=SETTINGS | {"model": "resnet34"}), "missing, for what is described"),
+        (lambda p: rewrite(p, settings=SETTINGS | {"model": "resnet34"}), "missing for the described network"),
         (lambda p: rewrite(p, settings=SETTINGS | {"out_dim": 9}), r"projector.out.weight is \(8, 16\)"),
         (lambda p: rewrite(p, settings=SETTINGS | {"model": "resnet17"}), "resnet17"),
         (lambda p: rewrite(p, settings={}), "not one that pretrain.py writes"),

@@ -83,10 +83,10 @@ def test_values_arrive_as_the_signature_types_them(monkeypatch, capsys, text, va
         ("x --epochs", "--epochs: expected a whole number"),
         ("x --data_dir --s 1", "--data_dir: expected a text"),
         ("x --floors=maybe", "--floors maybe: expected True or False"),
-        ("x --reg_on head", "--reg_on head: expected comma-separated, each once: encoder, projector"),
+        ("x --reg_on head", "--reg_on head: expected values separated by commas, each once: encoder, projector"),
         (
             "x --reg_on encoder,encoder",
-            "--reg_on encoder,encoder: expected comma-separated, each once: encoder, projector",
+            "--reg_on encoder,encoder: expected values separated by commas, each once: encoder, projector",
         ),
         ("x --s 1 --s 2", "--s 2: given twice"),
         ("x --nofloors=true", "--nofloors=true: --nofloors takes no value"),
@@ -114,7 +114,7 @@ def test_help_explains_each_flag(monkeypatch, capsys):
         "[a text] a file: of any kind\n",
         "--reg=REG\n        Default: 'none'\n        [none, mhe, amhe] energy of the weights, by chord or angle\n",
         "[a number >= 0 and < 9] power of the energy; 0 is logarithmic\n",
-        "Default: ('projector',)\n        [comma-separated, each once: encoder, projector] networks\n",
+        "Default: ('projector',)\n        [values separated by commas, each once: encoder, projector] networks\n",
         "Default: None \n        [a whole number] length of the training\n",
         "[a text]\n",
     ):

@@ -31,7 +31,7 @@ def test_weights_of_other_projects_are_judged_like_ours(command, folder, tmp_pat
     torch.save(NAMINGS[name](encoder.state_dict()), tmp_path / name)
     flags = ["--model", "resnet50", "--dataset", folder]
     code, rows, err = command(knn_eval, name, *flags, "--k", 5)
-    assert code == 0 and "tensors of resnet50" in err and "no digest, so unchecked" in err
+    assert code == 0 and "tensors of resnet50" in err and "it has no digest, so it is unchecked" in err
     assert ("left out" in err) == (name in ("moco.pth.tar", "barlow.pth", "torchvision.pth"))
     by = {row["of"]: row["top1"] for row in rows}
     assert by.keys() == {"trained", "untrained", "pixels"} and by["trained"] == by["untrained"]  # both are of seed 0

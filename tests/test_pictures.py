@@ -148,7 +148,7 @@ def test_pictures_without_classes_train_and_are_not_judged(command, picture, tmp
     assert code == 2 and rows == [] and err.startswith("knn_eval.py: dataset heap: no folder heap/train; train/")
     for flags, why in (
         (["--eval_every", 1], "--eval_every 1: heap has no classes to judge by"),
-        (["--holdout"], "holdout: the pictures have no classes, and nothing is judged"),
+        (["--holdout"], "holdout: the pictures have no classes, so nothing can be judged"),
     ):
         code, rows, err = command(pretrain, "--dataset", "heap", *TINY[:-1], "other", *flags)
         assert code == 2 and why in err and not (tmp_path / "other").exists()
@@ -164,16 +164,16 @@ def test_folders_that_are_no_two_halves_of_the_same_classes(picture, tmp_path):
     with pytest.raises(InputError, match="not hold the same classes: b in train alone, c in test alone"):
         data.load(str(tmp_path), pretraining=True)
     (tmp_path / "train").rename(tmp_path / "trian")
-    with pytest.raises(InputError, match=r"no folder .*train; train/ and test/ or val/ hold"):
+    with pytest.raises(InputError, match=r"no folder .*train; train/ and test/ or val/ must hold"):
         data.load(str(tmp_path), pretraining=True)
 
 
 def test_a_set_that_is_not_the_trainings_is_told(command, crowd, picture, tmp_path):
     assert command(pretrain, "--dataset", crowd, *TINY)[0] == 0
-    assert "other images" not in command(knn_eval, "run/ckpt.safetensors", "--k", 3)[2]
+    assert "not the images of the training" not in command(knn_eval, "run/ckpt.safetensors", "--k", 3)[2]
     picture.rotate(90).point(lambda x: 255 - x).save(next((crowd / "train").glob("*/0.png")))
     code, rows, err = command(knn_eval, "run/ckpt.safetensors", "--k", 3)
-    assert code == 0 and rows and err.count(f"dataset {crowd}: other images than in training") == 1
+    assert code == 0 and rows and err.count(f"dataset {crowd}: not the images of the training") == 1
     crowd.rename(tmp_path / "moved")
     code, rows, err = command(knn_eval, "run/ckpt.safetensors", "--k", 3)
     assert code == 2 and rows == [] and err.count("\n") == 1

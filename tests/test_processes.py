@@ -188,7 +188,7 @@ def test_terms_over_processes_are_those_of_the_whole_batch(two, name):
 def test_processes_that_differ_are_refused(two):
     for rank in (0, 1):
         told = (two / f"refused{rank}").read_text()
-        assert told == "process 1 has step 1 (process 0: 0); give all the same flags and the same files"
+        assert told == "process 1 has step 1 (process 0: 0); give all processes the same flags and files"
 
 
 def test_weights_that_are_not_finite_in_one_process_end_all(two):

@@ -216,7 +216,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(command, folder, whole, tmp_path)
             code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == 2 and "safetensors: cannot be written (File too large); what it held before" in err.splitlines()[-1]
+    fault = "safetensors: cannot be written (File too large); its old content is unchanged"
+    assert code == 2 and fault in err.splitlines()[-1]
     assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 3
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted(p.name for p in whole.iterdir())
     assert command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")[0] == 0
@@ -236,7 +237,7 @@ def test_a_fault_is_told_by_step_terms_and_norms(command, folder, tmp_path, monk
     code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
     last = err.splitlines()[-1]
     assert code == 2 and last.startswith("pretrain.py: step 5: not finite: gradient of encoder inf; "), last
-    assert "run/ckpt.safetensors is as it was" in last
+    assert "run/ckpt.safetensors is unchanged" in last
     assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 4
 
 
