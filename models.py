@@ -20,22 +20,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from harness.errors import InputError
 
-
 # ---- Encoders --------------------------------------------------------------------------------------------------------
+STRIDES = {"cifar": 1, "stride2": 2}  # of the first convolution of these stems
+
+
 def build_encoder(name: str, stem: str, norm: str = "bn") -> nn.Module:
     """Build timm's ResNet `name`, or AlexNet, without classifier: (b, 3, h, w) to (b, d), d = `.num_features`.
 
     stem "imagenet" is the ResNet as it is; "cifar" has a 3x3 convolution of stride 1 and padding 1 and no max-pooling,
-    Appendix B.1. With norm "none" there is no BatchNorm, Table 4. InputError for a name that is neither a ResNet of
-    timm nor alexnet.
+    Appendix B.1; "stride2" is the same with stride 2, a quarter of the work. With norm "none" there is no BatchNorm,
+    Table 4. InputError for a name that is neither a ResNet of timm nor alexnet.
     """
     if name == "alexnet":
         encoder = AlexNet()
     else:
         encoder = _resnet(name)
-        if stem == "cifar":
-            width = encoder.bn1.num_features
-            encoder.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
+        if stem != "imagenet":
+            width, stride = encoder.bn1.num_features, STRIDES[stem]
+            encoder.conv1 = nn.Conv2d(3, width, 3, stride, padding=1, bias=False)
             nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as in timm
             encoder.maxpool = nn.Identity()
     encoder = with_norm(encoder, norm)

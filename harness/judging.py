@@ -19,7 +19,7 @@ Ckpt = Annotated[str, "ckpt.safetensors or encoder.safetensors of a run, or with
 DatasetName = Annotated[str, "as in pretrain.py; None = the one the checkpoint was trained on"] | None
 DataDir = Annotated[str, "as in pretrain.py; None = as in training"] | None
 Model = Annotated[str, "any ResNet of timm, for a file of another project; then --dataset is needed"] | None
-Stem = Annotated[Literal["cifar", "imagenet"], "of such a file; None = imagenet"] | None
+Stem = Annotated[Literal["cifar", "stride2", "imagenet"], "of such a file; None = imagenet"] | None
 Net = Annotated[Literal["online", "target"], "the network that is judged"]
 EvalCrop = Annotated[float, "> 0", "<= 1", "part of the side that the view keeps; None = as in training"] | None
 SkipBroken = Annotated[bool, "leave out pictures that cannot be read; done in any case if it was done in training"]

@@ -51,10 +51,11 @@ def test_parameters_are_those_counted_by_hand():
     assert count(models.mlp(512, 4096, 256)) == 512 * 4096 + 4096 + 2 * 4096 + 4096 * 256
 
 
-def test_maps_of_the_two_stems():
+@pytest.mark.parametrize("stem, side", [("cifar", 4), ("stride2", 2), ("imagenet", 1)])
+def test_maps_of_the_stems(stem, side):
     x = torch.zeros(2, 3, 32, 32)
-    assert models.build_encoder("resnet18", "cifar").eval().forward_features(x).shape == (2, 512, 4, 4)
-    assert models.build_encoder("resnet18", "imagenet").eval().forward_features(x).shape == (2, 512, 1, 1)
+    encoder = models.build_encoder("resnet18", stem).eval()
+    assert encoder.forward_features(x).shape == (2, 512, side, side)
 
 
 def test_cifar_stem_starts_as_timms_convolutions_do():
