@@ -21,10 +21,10 @@ from harness import cli, judging, processes
 from harness.errors import InputError
 from harness.log import emit
 from harness.neighbours import nearest
+from harness.probes import FLOORS_UP_TO
 
 DEFAULT_K = (10, 20, 100, 200)
 QUERIES_AT_ONCE = 512  # queries in one chunk of the vote
-FLOORS_UP_TO = 10_000  # largest bank for which floors are on by default
 
 
 def knn_eval(

@@ -16,6 +16,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from timm.optim import Lars
 from torch import Tensor, nn
+from torch.optim import SGD
 
 import data
 import models
@@ -32,25 +33,30 @@ class Recipe:
     """What a data set is trained with, unless a flag says otherwise."""
 
     epochs: int
-    batch_size: int  # images in one optimizer step, over all processes
+    batch_size: int | None  # images in one optimizer step, over all processes; None = by the size of the set
     lr: float  # per 256 images: the peak rate is lr * batch_size / 256, Appendix B.2
     weight_decay: float
     warmup: float  # epochs
-    tau: float  # of the target's moving average at the start; it ends at 1
+    tau: float  # of the target's moving average at the start
     energy_weight: float  # lambda of mhe and amhe
     temperature: float  # of simclr
     uniformity_weight: float = 0.125  # lambda of uniform, Section 4
     hidden_dim: int = 4096  # Section 3.6
     out_dim: int = 256  # Section 3.6
     eval_every: int = 10  # epochs
+    optimizer: str = "lars"
+    tau_end: float = 1.0
 
 
 # Rates, batches, epochs, warm-up, tau and weight decay: Appendix B.2; it gives no decay for CIFAR and STL-10, which
 # have ImageNet's. Lambda of energies: Appendix C.1, for ImageNet Section 4. The paper gives no temperatures; these are
 # SimCLR's. photos is ours: it takes minutes on two cores; with so few steps it needs a large rate and a tau near 1.
+# folder is ours, too: docs/results.md has the runs in which LARS and a tau near 1 kept BYOL below raw pixels.
 RECIPES = {
     #                     epochs batch   lr   decay  warm-up  tau  lambda temp.
     "photos":        Recipe(   9,   64,    6,   1e-6,   0, 0.996,   10,  0.5, hidden_dim=512, eval_every=1),
+    "folder":        Recipe(  40, None, 0.48,   5e-4,   0,   0.9,   10,  0.5, hidden_dim=512, eval_every=4,
+                            optimizer="sgd", tau_end=0.9),
     "cifar10-300":   Recipe( 300, 1024,  1.5,   1e-6,  10,  0.99,   10,  0.5),
     "cifar10-1000":  Recipe(1000, 1024,  1.0,   1e-6,  10, 0.996,   10,  0.5),
     "cifar100-300":  Recipe( 300, 1024,  1.5,   1e-6,  10,  0.99,   10,  0.5),
@@ -60,16 +66,17 @@ RECIPES = {
     "imagenet-1000": Recipe(1000, 4096,  0.2, 1.5e-6,  10, 0.996,    1,  0.1),
 }  # fmt: skip
 PARTS = ("encoder", "projector", "predictor")
+STEMS = ("cifar", "stride2", "imagenet")
 
 
 def pretrain(
     *,
     dataset: Annotated[str, "photos (embedded), cifar10, cifar100, stl10, imagenet, or a folder"] = "photos",
     data_dir: Annotated[str, "where cifar10, cifar100 and stl10 lie or are downloaded to; imagenet's folder"] = "data",
-    recipe: Annotated[Literal[*RECIPES], "None = the shorter of the data set; cifar10-300 for a folder"] | None = None,
+    recipe: Annotated[Literal[*RECIPES], "None = the shorter of the data set, or folder"] | None = None,
     method: Annotated[Literal["byol", "simclr"], "the loss, with its network"] = "byol",
     model: Annotated[str, "any ResNet of timm, or alexnet"] = "resnet18",
-    stem: Annotated[Literal["cifar", "imagenet"], "3x3, no pooling, or timm's; None = the data set's"] | None = None,
+    stem: Annotated[Literal[*STEMS], "3x3 of stride 1 or 2, or timm's; None = the data set's"] | None = None,
     norm: Annotated[Literal["bn", "none"], "BatchNorm, or networks without it"] = "bn",
     reg: Annotated[Literal["none", "mhe", "amhe", "uniform"], "energy by chord or angle, or uniformity"] = "none",
     s: Annotated[float, ">= 0", "power of the energy; 0 is logarithmic"] = 2.0,
@@ -79,10 +86,12 @@ def pretrain(
     epochs: Annotated[int, ">= 1", "length of the training"] | None = None,
     batch_size: Annotated[int, ">= 2", "images in one step, over all processes"] | None = None,
     accumulate: Annotated[int, ">= 1", "micro-batches of a batch; their gradients are averaged before the step"] = 1,
+    optimizer: Annotated[Literal["lars", "sgd"], "both with momentum 0.9"] | None = None,
     lr: Annotated[float, "> 0", "< 1e6", "learning rate per 256 images, after the warm-up"] | None = None,
     weight_decay: Annotated[float, ">= 0", "of all weights but biases and norms"] | None = None,
     warmup: Annotated[float, ">= 0", "epochs of linear warm-up; None = the recipe's part of all epochs"] | None = None,
-    tau: Annotated[float, ">= 0", "<= 1", "of the target's moving average at the start; it rises to 1"] | None = None,
+    tau: Annotated[float, ">= 0", "<= 1", "of the target's moving average at the start"] | None = None,
+    tau_end: Annotated[float, ">= 0", "<= 1", "of the target's moving average at the end"] | None = None,
     hidden_dim: Annotated[int, ">= 1", "<= 65536", "width of the hidden layers of the heads"] | None = None,
     out_dim: Annotated[int, ">= 1", "<= 65536", "width of the projections"] | None = None,
     blur_p: Annotated[float, ">= 0", "<= 1", "probability of blur in both views; None = the data set's"] | None = None,
@@ -105,7 +114,6 @@ def pretrain(
     steps_per_epoch = len(images.pretraining.labels) // cfg.batch_size
     steps = steps_per_epoch * cfg.epochs
     warmup_steps = round(steps_per_epoch * cfg.warmup)
-    peak_lr = cfg.lr * cfg.batch_size / 256
     run = Run(folder, cfg, images, steps, flags, accelerator)  # refuses a folder that holds another run
 
     set_seed(cfg.seed)
@@ -114,10 +122,13 @@ def pretrain(
     run.announce(settings.announcement(cfg, flags, training.layers, accelerator))
 
     with run:  # a signal ends the run between two steps, with its state saved
+        if run.wants_floors():
+            judge(run, training.network.encoder, "untrained")
+            judge(run, nn.Flatten(), "pixels")
         for _ in run.epochs():
             for crops, u in run.micro_batches():
-                lr = lr_at(run.step, steps, warmup_steps, peak_lr)
-                tau = tau_at(run.step, steps, cfg.tau)
+                lr = lr_at(run.step, steps, warmup_steps, cfg.peak_lr)
+                tau = tau_at(run.step, steps, cfg.tau, cfg.tau_end)
                 terms, norms = train_step(training, crops, u, lr, tau)
                 run.after(terms, norms)  # sums for the log; counts the step; saves or stops if that is due
             row = run.means()
@@ -126,19 +137,25 @@ def pretrain(
                     energies = layer_energies(training.layers, cfg)
                 row |= {name: energy.item() for name, energy in energies.items()}
             if cfg.method == "byol":
-                row["tau"] = tau_at(run.step - 1, steps, cfg.tau)
-            row["lr"] = lr_at(run.step - 1, steps, warmup_steps, peak_lr)
+                row["tau"] = tau_at(run.step - 1, steps, cfg.tau, cfg.tau_end)
+            row["lr"] = lr_at(run.step - 1, steps, warmup_steps, cfg.peak_lr)
             run.log(**row, images_per_s=run.images_per_s)  # set by run.means()
             run.warn_of_collapse(row["std"])
             if run.judges_now():
                 encoder = training.network.encoder
                 processes.broadcast_buffers(encoder, accelerator)
-                scores_by_k = nearest_neighbours(encoder, run.train, run.test, run.view, accelerator)
-                for k, scores in scores_by_k.items():
-                    run.log(of="online", split=run.split, k=k, **scores)
+                judge(run, encoder, "online")
                 run.log(of="representations", **representations(encoder, run.test, run.view))
+                run.warn_of_poor_features()
             run.end_epoch()
     run.finish()
+
+
+def judge(run: Run, encoder: nn.Module, of: str) -> None:
+    """Log the k-NN accuracy of an encoder."""
+    scores_by_k = nearest_neighbours(encoder, run.train, run.test, run.view, run.accelerator)
+    for k, scores in scores_by_k.items():
+        run.log(of=of, split=run.split, k=k, **scores)
 
 
 # ---- One step --------------------------------------------------------------------------------------------------------
@@ -151,18 +168,21 @@ class Training:
     accelerator: Accelerator
     network: models.BYOL | models.SimCLR
     parallel: nn.Module  # the same network, as it runs on all processes
-    optimizer: AcceleratedOptimizer  # of Lars
+    optimizer: AcceleratedOptimizer  # of Lars or SGD
     layers: dict[str, Tensor]  # the weights that Eq. 7 sums over
 
 
 def build(cfg: Settings, images: data.Dataset, accelerator: Accelerator) -> Training:
-    """Build a network with fresh weights, on its device, and LARS, Appendix B.2."""
+    """Build a network with fresh weights, on its device, and its optimizer; LARS is that of Appendix B.2."""
     method = models.METHODS[cfg.method]
     network = method(cfg.model, cfg.stem, cfg.norm, cfg.hidden_dim, cfg.out_dim)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         models.with_norm(network, "sync")
     groups = parameter_groups(network, cfg.weight_decay)
-    optimizer = Lars(groups, momentum=0.9, trust_coeff=1e-3)
+    if cfg.optimizer == "lars":
+        optimizer = Lars(groups, momentum=0.9, trust_coeff=1e-3)
+    else:
+        optimizer = SGD(groups, momentum=0.9)
     parallel, optimizer = accelerator.prepare(network, optimizer)
     network = accelerator.unwrap_model(parallel, keep_torch_compile=False)
     layers = models.neurons(network, cfg.reg_on)
@@ -170,7 +190,7 @@ def build(cfg: Settings, images: data.Dataset, accelerator: Accelerator) -> Trai
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
-    """Separate weights, which LARS adapts and decays, from biases and norms, which it does not, Appendix B.2."""
+    """Separate weights, which decay and which LARS adapts, from biases and norms, Appendix B.2."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     weights = [p for p in parameters if p.ndim > 1]
     others = [p for p in parameters if p.ndim <= 1]
@@ -254,10 +274,10 @@ def lr_at(step: int, steps: int, warmup_steps: int, peak: float) -> float:
     return peak * (1 + cosine) / 2
 
 
-def tau_at(step: int, steps: int, tau: float) -> float:
-    """1 - (1 - tau) (cos(pi k / K) + 1) / 2 at step k of K: from tau to 1."""
+def tau_at(step: int, steps: int, tau: float, end: float = 1) -> float:
+    """end - (end - tau) (cos(pi k / K) + 1) / 2 at step k of K: from tau to end, which is 1 in the paper."""
     cosine = math.cos(math.pi * step / steps)
-    return 1 - (1 - tau) * (cosine + 1) / 2
+    return end - (end - tau) * (cosine + 1) / 2
 
 
 if __name__ == "__main__":

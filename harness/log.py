@@ -22,6 +22,7 @@ from harness.files import LOG, write_whole
 
 LONGEST_LINE = 2**20  # bytes at a log's end in which a line that was cut short is looked for
 SETTINGS = {"dataset", "method", "reg", "accumulate"}  # some that the first row of every run has
+EARLIER = {"optimizer": "lars", "tau_end": 1.0}  # settings that runs of earlier versions do not name, with their values
 
 
 def is_main() -> bool:
@@ -67,7 +68,8 @@ def log_of(checkpoint: str, settings: dict) -> Path | None:
         with open(log) as file:
             first_row = json.loads(file.readline())
         same_stage = first_row["stage"] == "pretrain"
-        same_settings = first_row["settings"] | {"data_dir": None} == settings | {"data_dir": None}
+        theirs = EARLIER | first_row["settings"] | {"data_dir": None}
+        same_settings = theirs == EARLIER | settings | {"data_dir": None}
     except (OSError, ValueError, LookupError, TypeError):
         return None
     if same_stage and same_settings and os.access(log, os.W_OK):
@@ -163,4 +165,4 @@ def read_log(folder: Path) -> RunLog:
     settings = rows[0].get("settings", {}) if rows else {}
     if not settings.keys() >= SETTINGS:
         raise InputError(f"{folder / LOG}: its first row does not hold the settings of a run")
-    return RunLog(folder, settings, rows)
+    return RunLog(folder, EARLIER | settings, rows)

@@ -17,6 +17,10 @@ from regularizers import mhe, uniformity
 PROBED_IMAGES = 256
 COLLAPSED = 0.1  # below this part of a full sphere's spread, projections are nearly one point
 COLLAPSED_EPOCHS = 3  # in a row, before it is a warning
+FLOORS_UP_TO = 10_000  # images in the largest bank for which the floors of a k-NN are judged unasked
+FLOORS_MEMORY = 2**31  # bytes of pixels, likewise
+LOW_RANK = 2  # features of a lower effective rank differ in little more than one direction
+CURES = "a smaller --lr, --optimizer sgd, a --tau and --tau_end further from 1, or --reg uniform"
 
 
 def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[str, float]:
@@ -24,17 +28,44 @@ def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[st
 
     The energy is `mhe` of the rows that a residual block's outputs are, averaged over their maps, at s = 0: at s = 2
     two images that look the same would outweigh all others. G2 is the mean of exp(-2 |x - y|^2) over pairs of the
-    encoder's normalised features, Appendix A.2: its logarithm is Eq. 2.
+    encoder's normalised features, Appendix A.2: its logarithm is Eq. 2. The rank is their effective rank.
     """
     n = len(test.labels)
     rows = torch.linspace(0, n - 1, min(PROBED_IMAGES, n)).long()
     sample = test.rows(rows.to(test.labels.device))
     blocks = models.embed_blocks(encoder, data.evaluation_views(sample, **view))
     features = models.embed(encoder, data.evaluation_views(sample, **view))
-    row = {"g2": uniformity(features).exp().item()}
+    row = {"g2": uniformity(features).exp().item(), "rank": effective_rank(features)}
     for name, outputs in blocks.items():
         row[f"block/{name}"] = mhe(outputs, s=0).item()
     return row
+
+
+def effective_rank(features: Tensor) -> float:
+    """Effective rank of features (n, d), within 1 ... min(n, d): exp of the entropy of their singular values' shares.
+
+    It is RankMe of Garrido et al. (2023), without their 1e-7, which only keeps a logarithm finite.
+    """
+    values = torch.linalg.svdvals(features.cpu().double())
+    shares = values / values.sum()
+    return torch.special.entr(shares).sum().exp().item()
+
+
+def floors_are_cheap(bank: data.Split, queries: data.Split, size: int) -> bool:
+    """Whether the k-NN floors of two splits, with views of size x size pixels, take little time and memory."""
+    n = len(bank.labels) + len(queries.labels)
+    bytes_of_pixels = 4 * 3 * size**2 * n
+    return len(bank.labels) <= FLOORS_UP_TO and bytes_of_pixels <= FLOORS_MEMORY
+
+
+def poor_features(top1: float, floors: dict[str, float], rank: float) -> str:
+    """Say what is wrong with features that a vote judges below a floor, or that differ in one direction alone."""
+    if rank < LOW_RANK:
+        return f"collapse? the effective rank of the features is {rank:.2f}, in one direction they hardly differ"
+    higher = [f"{of} {floor:g}" for of, floor in floors.items() if top1 < floor]
+    if higher:
+        return f"the k-NN accuracy, {top1:g} %, lies below its floors: {', '.join(higher)}"
+    return ""
 
 
 def gradient_norms(network: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:

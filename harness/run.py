@@ -34,7 +34,7 @@ import data
 from harness import checkpoint, probes, processes
 from harness.errors import InputError, Stopped
 from harness.files import CKPT, ENCODER, LOG, RUN_FILES
-from harness.log import emit, read_log, read_rows, rewind
+from harness.log import EARLIER, emit, read_log, read_rows, rewind
 from harness.settings import Settings
 
 PLACES = ("data_dir",)  # settings that may change while a run is stopped: where the data lie, not what they are
@@ -63,6 +63,7 @@ class Run:
         self.whole_epochs, self.step = position(self.description, self._stored, folder)
         processes.agree(accelerator, **asdict(cfg), view=self.view, steps=steps, step=self.step)
         self.sums, self.numbers, self.collapsed_epochs = {}, {}, 0
+        self.epoch, self.has_warned = 0, False
         self.log_file, self.signals = None, []
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -182,6 +183,23 @@ class Run:
         """Warn if the projections have been nearly one point for some epochs; `std` as the log has it."""
         spread = std * self.cfg.out_dim**0.5  # 1 where they fill the sphere
         self.collapsed_epochs = probes.warn_of_collapse(spread, self.collapsed_epochs)
+
+    def wants_floors(self) -> bool:
+        """Whether the untrained network and the pixels are judged now: before the first step, on a small bank."""
+        is_judged = self.cfg.eval_every > 0
+        return self.step == 0 and is_judged and probes.floors_are_cheap(self.train, self.test, self.images.size)
+
+    def warn_of_poor_features(self) -> None:
+        """Warn once, and log it, if a third of the run has brought features that are worse than none."""
+        if self.log_file is None or self.has_warned or 3 * self.step < self.steps:
+            return
+        latest = {row["of"]: row for row in read_rows(self.folder) if "of" in row}
+        floors = {of: latest[of]["top1"] for of in ("untrained", "pixels") if of in latest}
+        fault = probes.poor_features(latest["online"]["top1"], floors, latest["representations"]["rank"])
+        if fault:
+            self.has_warned = True
+            self.log(of="warning", text=fault)
+            processes.say(f"WARNING: {fault}; try {probes.CURES}")
 
     def judges_now(self) -> bool:
         """Whether the encoder is judged after this epoch: each `eval_every` epochs, and after the last."""
@@ -325,7 +343,7 @@ def position(description: dict, stored: dict | None, folder: Path) -> tuple[int,
 
 def differences(settings: dict, stored: dict) -> list[str]:
     """Name each setting that is not what it was in the run, as a flag."""
-    settings, stored = as_json(settings), dict(stored)
+    settings, stored = as_json(settings), EARLIER | stored
     for values in (settings, stored):
         if os.path.isdir(values.get("dataset", "")):
             values["dataset"] = os.path.realpath(values["dataset"])

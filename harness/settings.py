@@ -7,6 +7,7 @@ A flag that is None takes its value from the recipe, from the data set or from o
 their defaults and its recipes as arguments, so that this file does not import it.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from harness.files import RUN_FILES
 
 NOT_SETTINGS = ("out", "save_every", "resume", "tracker")  # flags that change nothing in what a run computes
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what --weight weighs
-FOLDER_RECIPE = "cifar10-300"  # of a folder of pictures, unless --recipe names another
+FOLDER_RECIPE = "folder"  # of a folder of pictures, unless --recipe names another
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,18 @@ class Settings:
     skip_broken: bool
     seed: int
     eval_every: int
+    optimizer: str
+    tau_end: float
 
     @property
     def term(self) -> str | None:
         """The term of the objective that `weight` weighs."""
         return TERMS[self.reg]
+
+    @property
+    def peak_lr(self) -> float:
+        """The rate of a step after the warm-up, Appendix B.2."""
+        return self.lr * self.batch_size / 256
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,7 +126,7 @@ def refuse_idle_flags(flags: dict, defaults: dict) -> None:
     if flags["method"] == "byol":
         idle_beside["temperature"] = "method"
     else:
-        idle_beside["tau"] = "method"
+        idle_beside |= {"tau": "method", "tau_end": "method"}
     if flags["model"] == "alexnet":
         idle_beside["stem"] = "model"
     for name, other in idle_beside.items():
@@ -141,7 +149,7 @@ def recipe_name(flags: dict, recipes: Mapping) -> str:
     """Return the name of the recipe in force. InputError for one that belongs to another data set."""
     dataset, name = flags["dataset"], flags["recipe"]
     own = [recipe for recipe in recipes if recipe.partition("-")[0] == dataset]
-    if name and own and name not in own:
+    if name and own and name not in (*own, FOLDER_RECIPE):
         raise InputError(f"--recipe {name}: is not for {dataset}, which has {', '.join(own)}")
     if name:
         return name
@@ -160,6 +168,9 @@ def resolve(flags: dict, recipes: Mapping, accelerator: Accelerator) -> tuple[Se
         images = data.load(flags["dataset"], flags["data_dir"], pretraining=True, skip_broken=flags["skip_broken"])
     if flags["holdout"]:
         images = data.hold_out(images)
+    if not values["batch_size"]:
+        values["batch_size"] = batch_size_for(len(images.pretraining.labels))
+        refuse_uneven_batch(values["batch_size"], flags["accumulate"], accelerator.num_processes)
     return resolve_images(values, flags, images), images
 
 
@@ -184,8 +195,15 @@ def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
     values["reg_on"] = [part for part in parts if part in values["reg_on"]]
     if values["warmup"] >= epochs:
         raise InputError(f"--warmup {values['warmup']}: must be shorter than the training, {epochs} epochs")
-    refuse_uneven_batch(values["batch_size"], values["accumulate"], world)
+    if values["batch_size"]:
+        refuse_uneven_batch(values["batch_size"], values["accumulate"], world)
     return values
+
+
+def batch_size_for(n: int) -> int:
+    """Return the largest power of two of which n images make 128 batches, but at least 32, or n, and at most 512."""
+    power = 2 ** int(math.log2(max(1, n / 128)))
+    return min(max(power, 32), 512, n)
 
 
 def refuse_uneven_batch(batch_size: int, accumulate: int, world: int) -> None:
@@ -253,15 +271,20 @@ def formula(cfg: Settings, layers: dict[str, Tensor]) -> list[str]:
 
 def numbers_in_force(cfg: Settings, flags: dict) -> list[str]:
     """Name the numbers that come from the recipe, and those that a flag has replaced."""
-    names = ["epochs", "batch_size", "lr", "weight_decay", "warmup", "hidden_dim", "out_dim"]
-    names.append("tau" if cfg.method == "byol" else "temperature")
+    names = ["epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "hidden_dim", "out_dim"]
+    names += ["tau", "tau_end"] if cfg.method == "byol" else ["temperature"]
     if cfg.term:
         names.append("weight")
     lines = []
     for source, given in ((f"recipe {cfg.recipe}", False), ("flag", True)):
-        numbers = [f"{name} {getattr(cfg, name):g}" for name in names if (flags[name] is not None) == given]
+        numbers = [f"{name} {_short(getattr(cfg, name))}" for name in names if (flags[name] is not None) == given]
         lines.append(f"{source}: {', '.join(numbers) or 'nothing'}")
+    lines.append(f"peak learning rate: {cfg.peak_lr:g} (lr * batch_size / 256)")
     return lines
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def sharing(cfg: Settings, accelerator: Accelerator) -> list[str]:

@@ -12,7 +12,7 @@ from harness import cli
 from pretrain import pretrain
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16".split()
+SMALL = "--recipe cifar10-300 --model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16".split()
 SMALL += "--batch_size 16 --epochs 2 --eval_every 1 --lr 8".split()
 
 
@@ -75,7 +75,7 @@ def trained(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", argv)
         pretrain(
-            dataset=str(folder), model="test_resnet", reg="mhe", out=str(out), stem="imagenet", hidden_dim=32,
-            out_dim=16, batch_size=16, epochs=2, eval_every=1, lr=8.0,
+            dataset=str(folder), recipe="cifar10-300", model="test_resnet", reg="mhe", out=str(out), stem="imagenet",
+            hidden_dim=32, out_dim=16, batch_size=16, epochs=2, eval_every=1, lr=8.0,
         )  # fmt: skip
     return out

@@ -101,7 +101,7 @@ def rewrite(path, tensors=None, **changes):
         (lambda p: p.write_bytes(p.read_bytes()[:-1000]), "not a whole safetensors file"),
         (lambda p: p.write_bytes(p.read_bytes()[:50]), "not a whole safetensors file"),
         (lambda p: p.write_bytes(p.read_bytes()[:-9] + b"\x01" + p.read_bytes()[-8:]), "damaged"),
-        (lambda p: save_file({"x": torch.ones(2)}, p), "without a description"),
+        (lambda p: save_file({"x": torch.ones(2)}, p), "has no description, so pretrain.py did not write it"),
         (lambda p: save_file({"x": torch.ones(2)}, p, {"description": "{"}), "not one that pretrain.py writes"),
         (lambda p: save_file({"x": torch.ones(2)}, p, {"description": json.dumps([1])}), "not one that"),
         (

@@ -82,7 +82,7 @@ def test_g2_of_known_representations(monkeypatch):
     split = data.Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4))
     view = {"size": 8, "crop": 1.0, "mean": (0,) * 3, "std": (1,) * 3}
     row = representations(nn.Flatten(), split, view)
-    assert row == {"g2": pytest.approx((4 * math.exp(-4) + 2 * math.exp(-8)) / 6, rel=1e-5)}
+    assert row == {"g2": pytest.approx((4 * math.exp(-4) + 2 * math.exp(-8)) / 6, rel=1e-5), "rank": pytest.approx(2)}
 
 
 def test_table_is_numpys_mean_and_sample_standard_deviation(drawn, tmp_path):

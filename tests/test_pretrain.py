@@ -39,12 +39,27 @@ def test_what_a_run_leaves(folder, trained):
     assert description["view"]["size"] == 32 and len(description["view"]["mean"]) == 3
 
 
-def test_one_step_is_the_one_written_by_hand(command, folder, tmp_path):
-    """Seed, order, views, Eq. 3 in both directions, Eq. 7, LARS and the target, from one batch of all images."""
+def lars_direction(w, grad, weight_decay):
+    """You et al. (2017): the decayed gradient at 1e-3 of the weight's norm; biases and norms take the bare gradient."""
+    if w.ndim == 1:
+        return grad
+    return (grad + weight_decay * w) * 1e-3 * w.norm() / (grad.norm() + weight_decay * w.norm())
+
+
+def sgd_direction(w, grad, weight_decay):
+    """The decayed gradient; biases and norms take the bare one."""
+    return grad if w.ndim == 1 else grad + weight_decay * w
+
+
+@pytest.mark.parametrize("optimizer, direction", [("lars", lars_direction), ("sgd", sgd_direction)])
+def test_one_step_is_the_one_written_by_hand(command, folder, tmp_path, optimizer, direction):
+    """Seed, order, views, Eq. 3 in both directions, Eq. 7, optimizer and target, from one batch of all images."""
     flags = "--stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 48 --epochs 1 --lr 8 --weight_decay 0.1".split()
-    flags += "--reg mhe --weight 3 --tau 0.7 --seed 5 --out run".split()
-    code, rows, _ = command(pretrain, "--dataset", folder, *flags)
+    flags += f"--reg mhe --weight 3 --tau 0.7 --seed 5 --out run --optimizer {optimizer}".split()
+    code, rows, prose = command(pretrain, "--dataset", folder, *flags)
+    rows = [row for row in rows if "of" not in row]
     assert code == 0 and rows[1]["lr"] == 8 * 48 / 256 and rows[1]["tau"] == pytest.approx(0.7)
+    assert f"optimizer {optimizer}, lr 8, " in prose and "peak learning rate: 1.5 (lr * batch_size / 256)" in prose
     tensors, _ = checkpoint.load(tmp_path / "run" / "ckpt.safetensors")
 
     torch.manual_seed(5)
@@ -70,7 +85,7 @@ def test_one_step_is_the_one_written_by_hand(command, folder, tmp_path):
     assert {name: rows[1][name] for name in expected} == {n: pytest.approx(e.item(), 1e-4) for n, e in expected.items()}
     for name, w in network.named_parameters():
         if w.requires_grad:
-            after = before[name] - 1.5 * lars_direction(before[name], w.grad, 0.1)
+            after = before[name] - 1.5 * direction(before[name], w.grad, 0.1)
             torch.testing.assert_close(tensors[name], after, rtol=1e-3, atol=1e-5)
             if not name.startswith("predictor."):
                 target = 0.7 * before[f"target.{name}"] + 0.3 * after
@@ -81,7 +96,7 @@ def test_one_step_is_the_one_written_by_hand(command, folder, tmp_path):
 def test_accumulation_averages_gradients_over_micro_batches(command, folder, tmp_path, reg):
     """One step on 48 images in 8 parts: the large batch's for BYOL and energies, an average of parts for uniformity."""
     flags = "--stem imagenet --norm none --hidden_dim 32 --out_dim 16 --batch_size 48 --epochs 1 --lr 8".split()
-    flags += ["--reg", reg, "--weight", 3]
+    flags += ["--reg", reg, "--weight", 3, "--recipe", "cifar10-300", "--eval_every", 0]
     one = command(pretrain, "--dataset", folder, *flags, "--out", "one")[1][1]
     eight = command(pretrain, "--dataset", folder, *flags, "--accumulate", 8, "--out", "eight")[1][1]
     assert eight["step"] == one["step"] == 1 and eight["byol"] == pytest.approx(one["byol"], rel=1e-5)
@@ -111,13 +126,6 @@ def test_accumulation_averages_gradients_over_micro_batches(command, folder, tmp
         assert (off < 1e-6) == same, (run, off)
 
 
-def lars_direction(w, grad, weight_decay):
-    """You et al. (2017): the decayed gradient at 1e-3 of the weight's norm; biases and norms take the bare gradient."""
-    if w.ndim == 1:
-        return grad
-    return (grad + weight_decay * w) * 1e-3 * w.norm() / (grad.norm() + weight_decay * w.norm())
-
-
 @pytest.mark.parametrize(
     "flags, term",
     [
@@ -138,7 +146,8 @@ def test_every_method_and_regularizer_trains(command, folder, tmp_path, flags, t
     small = [x for x in small if x not in ("--stem", "imagenet")] if "alexnet" in flags else small
     code, rows, prose = command(pretrain, "--dataset", folder, *flags.split(), *small, "--out", "run")
     assert code == 0 and term in prose, prose
-    settings, row, online = rows[0]["settings"], rows[1], rows[2]
+    settings, row, online = rows[0]["settings"], rows[3], rows[4]
+    assert [floor["of"] for floor in rows[1:3]] == ["untrained", "pixels"]
     method, reg, weight = (settings[name] for name in ("method", "reg", "weight"))
     weighed = {"none": 0, "uniform": row["uniformity"]}.get(reg, row["energy"])
     assert row["loss"] == pytest.approx(row[method] + weight * weighed, rel=1e-5)
@@ -193,7 +202,7 @@ def test_weights_that_are_no_numbers_are_not_saved(command, folder, tmp_path, mo
         optimizer.param_groups[0]["params"][0].data.fill_(math.nan)
 
     monkeypatch.setattr("pretrain.Lars.step", spoil)
-    flags = "--stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 48 --epochs 1 --out run".split()
+    flags = "--optimizer lars --stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 48 --epochs 1 --out run".split()
     code, _, err = command(pretrain, "--dataset", folder, *flags)
     assert code == 2 and "weights nan; no checkpoint is written" in err
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "metrics.jsonl"]
@@ -206,6 +215,8 @@ def test_schedules_are_those_of_appendix_b2():
     assert rates[55] == pytest.approx(peak / 2) and 0 < rates[99] < 0.01 * peak
     assert lr_at(0, 5, 0, peak) == peak
     assert [tau_at(k, steps, 0.99) for k in (0, 50, 100)] == pytest.approx([0.99, 0.995, 1.0])
+    assert [tau_at(k, steps, 0.9, 0.96) for k in (0, 50, 100)] == pytest.approx([0.9, 0.93, 0.96])
+    assert [tau_at(k, steps, 0.97, 0.97) for k in (0, 50, 100)] == [0.97] * 3
 
 
 def test_lars_leaves_biases_and_norms_alone():

@@ -27,7 +27,8 @@ from pretrain import pretrain
 from regularizers import info_nce, uniformity
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 16 --epochs 7".split()
+SMALL = "--recipe cifar10-300 --model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16".split()
+SMALL += "--batch_size 16 --epochs 7".split()
 EQUAL = ["--norm", "none", "--lr", "0.1", "--eval_every", "7"]  # 21 steps of which BatchNorm makes no difference
 METHODS = ("--reg none", "--reg uniform --weight 1", "--reg amhe", "--method simclr")
 NORMED = ["--lr", "8", "--eval_every", "7", "--save_every", "2"]

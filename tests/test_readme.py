@@ -88,7 +88,8 @@ def test_numbers_of_the_recipes_are_those_of_appendix_b2():
         r = RECIPES[name]
         assert (r.epochs, r.batch_size, r.lr, r.weight_decay, r.tau, r.energy_weight) == numbers, name
         assert (r.warmup, r.hidden_dim, r.out_dim) == (10, 4096, 256)
-    assert set(RECIPES) == {"photos", *b2}
+        assert (r.optimizer, r.tau_end) == ("lars", 1)
+    assert set(RECIPES) == {"photos", "folder", *b2}
 
 
 def test_the_judges_take_such_a_checkpoint(command, substitutes):

@@ -49,7 +49,7 @@ def stages(typed):
 
 
 def test_list_goes_on_where_it_stopped(typed, shell, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "PLAN", ["--epochs 2 --eval_every 0", "--epochs 100 --seed 1", "--epochs 100"])
+    monkeypatch.setitem(reproduce.PLANS, "gpu", ["--epochs 2 --eval_every 0", "--epochs 100 --seed 1", "--epochs 100"])
     words = ["--dataset", folder, "--precision", "bf16", "--trial", "--folder", "r", "--results", "out"]
     code, _, err = shell(reproduce.reproduce, *words)
     assert code == 2 and err.splitlines()[-1].endswith("by the same command: r/epochs-100-seed-1 (exit code 1)")
@@ -65,7 +65,7 @@ def test_list_goes_on_where_it_stopped(typed, shell, folder, tmp_path, monkeypat
     typed.clear()
     log = Path("r/epochs-100/metrics.jsonl")
     log.write_text("".join(json.dumps(row) + "\n" for row in rows if row["stage"] != "linear_eval"))
-    monkeypatch.setattr(reproduce, "PLAN", reproduce.PLAN[::2])
+    monkeypatch.setitem(reproduce.PLANS, "gpu", reproduce.PLANS["gpu"][::2])
     code, _, err = shell(reproduce.reproduce, *words)
     assert code == 0 and stages(typed) == ["linear_eval", "figures"]
     assert err.splitlines()[-1] == "all 2 runs are done; out/table.md is their table"
@@ -123,13 +123,14 @@ def test_a_run_whose_log_has_no_epochs_is_not_done(tmp_path):
     assert reproduce.stages_done(tmp_path, {"dataset": "photos"}) == set()
 
 
-def test_every_run_of_the_list_is_one_of_pretrain():
+@pytest.mark.parametrize("plan, runs", [("gpu", 29), ("cpu", 21)])
+def test_every_run_of_a_list_is_one_of_pretrain(plan, runs):
     """Its flags exist and go together, and no two runs share a folder."""
-    names = [reproduce.name_of(words) for words in reproduce.PLAN]
-    assert len(names) == len(set(names)) == 29
+    names = [reproduce.name_of(words) for words in reproduce.PLANS[plan]]
+    assert len(names) == len(set(names)) == runs
     parameters = inspect.signature(pretrain).parameters
     defaults = {name: flag.default for name, flag in parameters.items()}
-    for words in reproduce.PLAN:
+    for words in reproduce.PLANS[plan]:
         flags = cli.read(words.split(), parameters)
         assert flags.keys() == reproduce.as_typed(words).keys()
         check({**defaults, **flags, "dataset": "cifar10", "out": "run"}, defaults, RECIPES)

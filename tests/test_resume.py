@@ -21,7 +21,7 @@ from pretrain import Lars, pretrain
 from tools.figures import figures
 
 ROOT = Path(__file__).parent.parent
-FLAGS = "--model test_resnet --stem imagenet --hidden_dim 16 --out_dim 8 --lr 8 --reg mhe".split()
+FLAGS = "--recipe cifar10-300 --model test_resnet --stem imagenet --hidden_dim 16 --out_dim 8 --lr 8 --reg mhe".split()
 FLAGS += "--batch_size 16 --epochs 3 --eval_every 2 --save_every 2".split()
 
 
@@ -47,8 +47,8 @@ def whole(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pretrain.py"])
         pretrain(
-            dataset=str(folder), model="test_resnet", stem="imagenet", hidden_dim=16, out_dim=8, lr=8.0, reg="mhe",
-            batch_size=16, epochs=3, eval_every=2, save_every=2, out=str(out),
+            dataset=str(folder), recipe="cifar10-300", model="test_resnet", stem="imagenet", hidden_dim=16, out_dim=8,
+            lr=8.0, reg="mhe", batch_size=16, epochs=3, eval_every=2, save_every=2, out=str(out),
         )  # fmt: skip
     return out
 

@@ -38,9 +38,9 @@ PRETRAIN = {
     "--tau 1.1": "--tau 1.1: expected a number >= 0 and <= 1",
     "--recipe cifar10-300": "--recipe cifar10-300: is not for photos, which has photos",
     "--dataset cifar10 --recipe imagenet-300": "is not for cifar10, which has cifar10-300, cifar10-1000",
-    "--dataset stl10 --recipe stl10-300": "--recipe stl10-300: expected photos, cifar10-300, cifar10-1000",
+    "--dataset stl10 --recipe stl10-300": "--recipe stl10-300: expected photos, folder, cifar10-300, cifar10-1000",
     "--model alexnet --stem cifar": "--stem cifar: has no effect with --model alexnet",
-    "--stem cifar10": "--stem cifar10: expected cifar, imagenet (did you mean cifar?)",
+    "--stem cifar10": "--stem cifar10: expected cifar, stride2, imagenet (did you mean cifar?)",
     "--norm batch": "--norm batch: expected bn, none",
     "--accumulate 5": "--batch_size 64: must be a multiple of 5, and at least twice that, "
     "for 5 micro-batches of 1 process",

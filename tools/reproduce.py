@@ -1,6 +1,7 @@
 """The paper's claim on CIFAR-10, run after run: pre-train, judge by both judges, and make the table of what there is.
 
     python -m tools.reproduce --precision bf16                          # 100 to 300 epochs a run; wants a GPU
+    python -m tools.reproduce --plan cpu --dataset path/to/pictures     # 20 epochs of a small network a run
     python -m tools.reproduce --dataset path/to/pictures --precision bf16
     python -m tools.reproduce --dataset path/to/pictures --trial --folder runs/trial --results runs/trial/table
 
@@ -43,6 +44,13 @@ PLAN = [
     *[f"{CIRCLE} {method}" for method in ("--method simclr", "", "--reg uniform", "--reg mhe")],  # Figure 3
     *[f"{CIRCLE} --norm none {reg}" for reg in ("", f"--reg mhe {ALL}")],  # Figure 7
 ]
+SMALL = "--recipe folder --model resnet10t --stem imagenet --epochs 20"
+CPU_PLAN = [
+    *[f"{SMALL} {method} --seed {seed}" for seed in (0, 1, 2) for method in FIVE],
+    *[f"{SMALL} {method} --accumulate {parts}" for parts in (1, 8) for method in ("", "--reg amhe")],  # Figure 8
+    *[f"{SMALL} --norm none {reg}" for reg in ("", f"--reg amhe {ALL}")],  # Table 4
+]
+PLANS = {"gpu": PLAN, "cpu": CPU_PLAN}
 TRIAL = {"model": "test_resnet", "hidden_dim": "32", "batch_size": "32", "lr": "0.5"}  # where the list says nothing
 SHORT_PROBE = ["--epochs=1", "--batch_size=32"]  # the linear evaluation of a trial
 
@@ -51,6 +59,7 @@ def reproduce(
     *,
     dataset: Annotated[str, "as in pretrain.py; a copy of CIFAR-10 as a folder of pictures will do"] = "cifar10",
     data_dir: Annotated[str, "as in pretrain.py"] = "data",
+    plan: Annotated[Literal[*PLANS], "the paper's setting, or one for two cores"] = "gpu",
     folder: Annotated[str, "the folder of the run folders"] = "runs/cifar10",
     results: Annotated[str, "the folder that logs and table are copied to"] = "results/cifar10",
     precision: Annotated[Literal["no", "bf16", "fp16"], "of pre-training, as accelerate's --mixed_precision"] = "no",
@@ -62,7 +71,8 @@ def reproduce(
     if compile:
         environment["ACCELERATE_DYNAMO_BACKEND"] = "INDUCTOR"
     failed = []
-    for number, words in enumerate(PLAN, 1):
+    runs = PLANS[plan]
+    for number, words in enumerate(runs, 1):
         flags = flags_of(words, dataset, data_dir, trial)
         run = Path(folder, name_of(words))
         done = stages_done(run, flags)
@@ -70,7 +80,7 @@ def reproduce(
         for stage, command in commands.items():
             if stage in done:
                 continue
-            print(f"[{number} of {len(PLAN)}] python {shlex.join(command)}", file=sys.stderr, flush=True)
+            print(f"[{number} of {len(runs)}] python {shlex.join(command)}", file=sys.stderr, flush=True)
             exit_code = run_child(command, environment if stage == "pretrain" else {})
             if exit_code:
                 failed.append(f"{run} (exit code {exit_code})")
@@ -83,17 +93,18 @@ def reproduce(
                 failed.append(f"{results}/table.md (exit code {exit_code})")
     if failed:
         raise InputError(f"failed, and tried again by the same command: {', '.join(failed)}")
-    print(f"all {len(PLAN)} runs are done; {results}/table.md is their table", file=sys.stderr)
+    print(f"all {len(runs)} runs are done; {results}/table.md is their table", file=sys.stderr)
 
 
 def flags_of(words: str, dataset: str, data_dir: str, trial: bool) -> dict[str, str]:
-    """Return the flags of a run of the list; a trial's network is tiny and a trial's 100 epochs are one."""
-    flags = {"dataset": dataset, "data_dir": data_dir}
+    """Return the flags of a run of the list; a trial's network is tiny and it has 1 to 3 epochs."""
+    flags = {"dataset": dataset, "data_dir": data_dir, "recipe": "cifar10-300"}  # a folder would take another recipe
     if trial:
         flags |= TRIAL
     flags |= as_typed(words)
     if trial:
-        flags["epochs"] = str(int(flags["epochs"]) // 100 or flags["epochs"])
+        epochs = int(flags["epochs"])
+        flags["epochs"] = str(epochs // 100 or min(epochs, 2))
     return flags
 
 
