@@ -109,8 +109,11 @@ def hold_out(dataset: Dataset) -> Dataset:
     if dataset.holdout is None:
         held = order[-IMAGENET_HOLDOUT:]
     else:
-        of_class = [order[labels[order] == label] for label in range(len(dataset.classes))]
-        held = torch.cat([rows[: dataset.holdout] for rows in of_class])
+        by_class = order[labels[order].argsort(stable=True)]
+        counts = labels.bincount(minlength=len(dataset.classes))
+        firsts = counts.cumsum(0) - counts  # where each class begins in `by_class`
+        place_in_class = torch.arange(len(labels)) - firsts.repeat_interleave(counts)
+        held = by_class[place_in_class < dataset.holdout]
     is_held = torch.zeros(len(labels), dtype=torch.bool)
     is_held[held] = True
     kept = _rows(~is_held)
