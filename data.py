@@ -74,7 +74,10 @@ def load(name: str, data_dir: str = "data", pretraining: bool = False, skip_brok
     With `pretraining`, STL-10's 100,000 images without labels are read too, and a folder may hold pictures without
     classes. InputError for a set that cannot be read, and for a broken picture unless `skip_broken` leaves these out.
     """
+    name, data_dir = os.path.expanduser(name), os.path.expanduser(data_dir)
     facts = FACTS.get(name)
+    if facts and os.path.isdir(name) and os.path.realpath(name) != os.path.realpath(data_dir):
+        processes.say(f"dataset {name}: the set of that name, not the folder; --dataset ./{name} is the folder")
     options = (facts, pretraining, skip_broken)
     unlabeled = []
     if name == "photos":

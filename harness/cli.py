@@ -178,7 +178,7 @@ def read(words: list[str], flags: Flags) -> dict[str, Any]:
         elif places:
             name, typed, text = places[0], places[0].upper(), word
         elif many:
-            values[many] += (word,)
+            values[many] += (os.path.expanduser(word),)
             continue
         else:
             raise InputError(f"{word}: a stray word; flags are given as --name value, see --help")
@@ -294,7 +294,10 @@ def parse_choice(text: str, choices: tuple[str, ...]) -> str:
 
 
 def parse_plain(text: str, kind: type) -> Any:
-    """Return an int, a finite float, a bool, or a text that is not empty."""
+    """Return an int, a finite float, a bool, or a text that is not empty, with ~ as the home folder.
+
+    A shell leaves the ~ of --out=~/runs as it is.
+    """
     valid = text != ""
     if kind is bool:
         value = text.lower() == "true"
@@ -304,6 +307,8 @@ def parse_plain(text: str, kind: type) -> Any:
             value = kind(text)
         except ValueError:
             raise ValueError(in_words(kind)) from None
+    if kind is str:
+        value = os.path.expanduser(text)
     if kind is float:
         valid = math.isfinite(value)
     if not valid:

@@ -82,7 +82,7 @@ class Settings:
 
 def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
     """Return the run folder. InputError for whatever can be seen to be wrong before a file is read."""
-    folder = Path(flags["out"] or Path("runs", run_name(flags, defaults)))
+    folder = Path(flags["out"] or Path("runs", run_name(flags, defaults))).expanduser()
     refuse_idle_flags(flags, defaults)
     if flags["method"] == "simclr" and "predictor" in (flags["reg_on"] or ()):
         raise InputError("--reg_on predictor: simclr has none; take encoder, projector or both")

@@ -1,6 +1,7 @@
 """Data sets, their splits, their batches and the evaluation view."""
 
 import dataclasses
+import inspect
 import math
 import pickle
 import shutil
@@ -15,8 +16,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 import data
-from harness import augment, sources
+from harness import augment, cli, sources
 from harness.errors import InputError
+from knn_eval import knn_eval
+from pretrain import pretrain
+from tools.figures import figures
 
 BICUBIC = InterpolationMode.BICUBIC
 BOMB = b"BM" + struct.pack("<IIIIiiHHIIiiII", 99, 0, 54, 40, 99999, 99999, 1, 24, 0, 0, 0, 0, 0, 0)  # a huge picture
@@ -247,6 +251,28 @@ def test_hold_out_of_many_classes_takes_the_same_images_in_a_second():
         of_class = order[labels[order] == label][:3]  # the definition
         assert torch.equal(held.test.images[held.test.labels == label], of_class)
     assert held.test.labels.tolist() == [label for label in range(1000) for _ in range(3)]
+
+
+def test_a_folder_with_the_name_of_a_set_is_told(folder, monkeypatch, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    assert len(data.load("photos").classes) == 10
+    assert capsys.readouterr().err == (
+        "dataset photos: the set of that name, not the folder; --dataset ./photos is the folder\n"
+    )
+    assert len(data.load("./photos").classes) == 3
+    assert "not the folder" not in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_folder(folder, imagenet, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert len(data.load(f"~/{folder.name}").train.labels) == 48
+    monkeypatch.setenv("HOME", str(imagenet.parent))
+    assert len(data.load("imagenet", f"~/{imagenet.name}").train.labels) == 8
+    home = str(imagenet.parent)
+    for stage, words in ((pretrain, ["--out=~/x"]), (figures, ["--out", "~/x"]), (knn_eval, ["~/x"])):
+        values = cli.read(["table", "~/a"] * (stage is figures) + words, inspect.signature(stage).parameters)
+        assert f"{home}/x" in values.values() and values.get("runs", (f"{home}/a",)) == (f"{home}/a",)
 
 
 def test_batches_are_functions_of_seed_and_epoch():
