@@ -232,7 +232,7 @@ def batches(
         return
     read_ahead, now = itertools.tee(plan())  # the loader reads ahead; `now` follows its results
     keys = ([*zip(rows.tolist(), u.transpose(0, 1).numpy())] for rows, u in read_ahead)
-    loader = pictures.loader(pictures.Crops(split.images.paths, size), keys, device)
+    loader = pictures.loader(pictures.Crops(split.images, size), keys, device)
     for (rows, u), crops in zip(now, loader):
         labels = split.labels[rows.to(device, non_blocking=True)]
         yield crops.to(device, non_blocking=True).transpose(0, 1), labels, u
@@ -257,7 +257,7 @@ def evaluation_views(
         return
     rows = range(len(split.labels))
     keys = (rows[i : i + batch_size] for i in rows[::batch_size])
-    for x in pictures.loader(pictures.Centres(split.images.paths, size, crop), keys, device):
+    for x in pictures.loader(pictures.Centres(split.images, size, crop), keys, device):
         yield normalise(x.to(device, non_blocking=True), mean, std)
 
 

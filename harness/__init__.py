@@ -9,6 +9,7 @@ The first floor imports no page:
     processes   what is different where several processes run one program
     augment     crop, colour, blur: operations on whole batches of images
     pictures    pictures in files: which there are, how one is read, many of them read ahead by workers
+    surveys     what pictures are like, kept from one start to the next
     neighbours  the nearest rows of a large bank
     sources     the embedded photographs, torchvision's data sets, folders of pictures
 

@@ -1,22 +1,24 @@
 """Pictures in files: which there are, how one is read right, and many of them by worker processes.
 
-`find` lists a folder; `read` is one picture, RGB and upright; `sound` finds the broken ones before any is needed. A
-large set stays in files: `loader` reads its crops ahead.
+`find` lists a folder; `read` is one picture, RGB and upright; `survey` says what one is like; `sound` finds the broken
+ones before any is needed. A large set stays in files: `loader` reads its crops ahead.
 """
 
 import contextlib
+import functools
+import itertools
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
@@ -25,36 +27,94 @@ from harness import processes
 from harness.augment import crop_boxes, named_draws
 from harness.errors import InputError
 
-TURNED_BY_A_QUARTER = (5, 6, 7, 8)  # values of EXIF's orientation that exchange height and width
+# Pillow's names of the formats that pictures are kept in. It opens others as well, which hold pages, films or measured
+# fields, and for one of them it runs another program.
+FORMATS = (
+    "AVIF",
+    "BMP",
+    "DIB",
+    "GIF",
+    "JPEG",
+    "JPEG2000",
+    "MPO",
+    "PCX",
+    "PNG",
+    "PPM",
+    "QOI",
+    "TGA",
+    "TIFF",
+    "WEBP",
+)
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "System Volume Information")
+# Grey pictures of 16 bits a pixel often hold the 10, 12 or 14 bits of a camera.
+BITS = (8, 10, 12, 14, 16)
+# What `survey` says of a picture. sums, squares: over the pixels, a number for each channel, in steps of 1 / 255, or of
+# 1 / white if the picture is deep. spread: between its lowest and its highest value in one channel, the largest of the
+# three. is_deep: has 16 bits a pixel. is_transparent: some of its pixels are.
+SURVEY = np.dtype(
+    [
+        ("height", np.int64),
+        ("width", np.int64),
+        ("sums", np.int64, 3),
+        ("squares", np.int64, 3),
+        ("spread", np.int64),
+        ("highest", np.int64),
+        ("is_deep", np.int64),
+        ("is_transparent", np.int64),
+    ]
+)
+PICTURES_A_CHUNK = 32  # that a worker looks at before it answers
 SECONDS_WITHOUT_MAIN = 30  # for which a worker outlives a SIGTERM
 
 
 class Files:
-    """Pictures of any size that stay in files; `files[rows]` are some of them, as rows of a tensor are."""
+    """Pictures of any size that stay in files; `files[rows]` are some of them, as rows of a tensor are.
 
-    def __init__(self, paths: Sequence[str]):
+    `white` is the value that is white in those of 16 bits, None = see `white_of`.
+    """
+
+    def __init__(self, paths: Sequence[str], white: int | None = None):
         self.paths = np.array(paths)
+        self.white = white
 
     def __getitem__(self, rows: Tensor) -> "Files":
-        return Files(self.paths[rows.cpu().numpy()])
+        return Files(self.paths[rows.cpu().numpy()], self.white)
 
     def to(self, device) -> "Files":
         """Return self: files are read later, so there is nothing to move."""
         return self
 
+    def read(self, row: int) -> Tensor:
+        """Return one picture, uint8 (3, h, w)."""
+        return read(str(self.paths[row]), self.white)
+
 
 # ---- Which pictures there are ----------------------------------------------------------------------------------------
 
 
-def find(folder: Path) -> list[str]:
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Return how the names of pictures end: .jpg, .png, ..."""
+    endings = Image.registered_extensions()
+    can_open = {*Image.OPEN, "MPO"} & {*FORMATS}  # MPO is opened as JPEG; AVIF is missing from some Pillows
+    return frozenset(ending for ending, name in endings.items() if name in can_open) - {".pfm"}  # not 8 or 16 bits
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder was left by the system or by a program: ._1.png, .ipynb_checkpoints, __MACOSX."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def find(folder: Path, left_out: Counter | None = None) -> list[str]:
     """Return the paths of all pictures below a folder, sorted. Links are followed, but to no folder twice.
 
-    InputError for a folder that may not be read.
+    Adds to `left_out` how many files are not among them, by the reason. InputError for a folder that may not be read.
     """
 
     def refuse(e: OSError) -> None:
         raise InputError(f"{e.filename}: cannot be read ({e.strerror})") from e
 
+    left_out = Counter() if left_out is None else left_out
     paths = []
     visited = set()  # so that a loop of links ends
     for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
@@ -63,31 +123,77 @@ def find(folder: Path) -> list[str]:
             folders.clear()
             continue
         visited.add(real_place)
-        folders.sort()
+        for name in filter(is_hidden, folders):
+            left_out["in hidden folders"] += _pictures_in_hidden(os.path.join(place, name))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         for name in sorted(names):
-            if name.lower().endswith(IMG_EXTENSIONS):
+            suffix = _suffix(name)
+            if suffix not in suffixes():
+                if not is_hidden(name):
+                    left_out[f"named *{suffix}" if suffix else "without a suffix"] += 1
+            elif is_hidden(name):
+                left_out["hidden"] += 1
+            else:
                 paths.append(os.path.join(place, name))
     return paths
 
 
-def find_classes(folder: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
-    """Return the sub-folders of a folder but hidden ones, as classes, their pictures, and the class of each.
+def _pictures_in_hidden(folder: str) -> int:
+    """Count the pictures below a folder; links are not followed, and what may not be read does not count."""
+    n = 0
+    for _, _, names in os.walk(folder):
+        n += sum(_suffix(name) in suffixes() for name in names)
+    return n
 
-    InputError for a sub-folder without a picture.
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """Return the names of the sub-folders of a folder but hidden ones, sorted; none if it is not there."""
+    if not folder.is_dir():
+        return ()
+    with os.scandir(folder) as entries:
+        return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)))
+
+
+def find_classes(folder: Path, left_out: Counter | None = None) -> tuple[tuple[str, ...], list[str], list[int]]:
+    """Return the classes of a folder, their pictures, and the class of each.
+
+    Adds to `left_out` as `find` does. InputError for a class without a picture.
     """
-    folders = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
-    classes = tuple(sorted(name for name in folders if name[0] != "."))
+    left_out = Counter() if left_out is None else left_out
+    classes = class_folders(folder)
     paths = []
     labels = []
     for label, name in enumerate(classes):
-        paths_of_class = find(folder / name)
+        left_out_of_class = Counter()
+        paths_of_class = find(folder / name, left_out_of_class)
         if not paths_of_class:
             raise InputError(
-                f"{folder / name}: holds no picture ({', '.join(IMG_EXTENSIONS)}); put pictures in it, or remove it"
+                f"{folder / name}: holds no picture (left out: {in_words(left_out_of_class)}); put pictures in it "
+                f"({', '.join(sorted(suffixes()))}), or remove it"
             )
         paths += paths_of_class
         labels += [label] * len(paths_of_class)
+        left_out.update(left_out_of_class)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir() and is_hidden(entry.name):
+                left_out["in hidden folders"] += _pictures_in_hidden(entry.path)
+            elif not entry.is_dir() and _suffix(entry.name) in suffixes():
+                left_out["hidden" if is_hidden(entry.name) else "beside the folders of the classes"] += 1
     return classes, paths, labels
+
+
+def in_words(left_out: Counter) -> str:
+    """Return what was left out in words: 4 named *.txt, 2 in hidden folders."""
+    reasons = [f"{n} {reason}" for reason, n in left_out.most_common(10) if n]
+    others = left_out.total() - sum(n for _, n in left_out.most_common(10))
+    if others:
+        reasons.append(f"{others} others")
+    return ", ".join(reasons) or "nothing"
 
 
 # ---- One picture -----------------------------------------------------------------------------------------------------
@@ -98,97 +204,167 @@ def opened(path: str) -> Iterator[Image.Image]:
     """Yield a picture of which the header is read. InputError for whatever goes wrong with it in here."""
     try:
         with Image.open(path) as picture:
-            is_integer = picture.mode == "I" and picture.format != "PNG"  # some Pillows open PNGs of 16 bits as "I"
-            if picture.mode == "F" or is_integer:
-                raise ValueError("32 bits a pixel, of an unknown range")
+            if picture.mode == "F":
+                raise ValueError("fractions, of an unknown range; save it with 8 or 16 bits")
+            if picture.mode == "I" and picture.format not in ("PNG", "PPM"):  # which have 16 bits, though some as "I"
+                raise ValueError("32 bits a pixel, or negative ones, of an unknown range; save it with 8 or 16 bits")
             yield picture
     except Exception as e:  # Pillow raises errors of many types on broken files
         reason = " ".join(str(e).split())
         raise InputError(f"{path}: not a picture that can be read ({reason})") from e
 
 
-def read(path: str) -> Tensor:
-    """Return a picture as uint8 (3, h, w): RGB, upright as its EXIF says, 16 bits scaled to 8, alpha left out.
+def read(path: str, white: int | None = None) -> Tensor:
+    """Return a picture as uint8 (3, h, w): RGB, upright as its EXIF says, 16 bits scaled to 8, on a white ground.
 
-    InputError if it cannot be read.
+    `white` is the value that is white in a picture of 16 bits; None = by its highest value, see `white_of`. InputError
+    if it cannot be read.
     """
     with opened(path) as picture:
-        has_16_bits = picture.mode.startswith("I")
-        ImageOps.exif_transpose(picture, in_place=True)
-        if has_16_bits:
-            picture = _scaled_to_8_bits(picture)
-        elif "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-        if picture.mode != "RGB":
-            picture = picture.convert("RGB")
-        return F.pil_to_tensor(picture)
+        if not _is_deep(picture):
+            picture, _ = _on_white(picture)
+            return F.pil_to_tensor(picture)
+        grey, key = _deep(picture)
+        white = white or white_of(grey[grey != key].max(initial=0))
+        rounded = (grey.astype(np.int64) * 255 + white // 2) // white
+        scaled = rounded.clip(0, 255).astype(np.uint8)
+        scaled[grey == key] = 255
+        return torch.from_numpy(scaled).repeat(3, 1, 1)
 
 
-def _scaled_to_8_bits(picture: Image.Image) -> Image.Image:
-    """Return a picture of 16 bits of grey with 8 bits, rounded; Pillow's own conversion would clip it at 255."""
-    grey = np.asarray(picture).astype(np.int64)
-    scaled = (grey * 255 + 32767) // 65535
-    return Image.fromarray(scaled.astype(np.uint8))
+def white_of(highest: int) -> int:
+    """Return the value that is white in pictures of 16 bits with this highest value: the end of 8, 10, ..., 16 bits."""
+    for bits in BITS:
+        if highest < 2**bits:
+            break
+    return 2**bits - 1
 
 
-def shape(path: str) -> tuple[int, int]:
-    """Return height and width of a picture, upright, from its header. InputError if it cannot be read."""
-    with opened(path) as picture:
-        width, height = picture.size
-        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    if orientation in TURNED_BY_A_QUARTER:
-        return width, height
-    return height, width
+def survey(path: str) -> tuple:
+    """Return what SURVEY lists of a picture, which is read for it. InputError if it cannot be read.
 
-
-def survey(path: str) -> np.ndarray:
-    """Return height and width of a picture, the sums of its three channels in [0, 1], and those of their squares.
-
-    The picture is read for it. InputError if it cannot be read.
+    It takes little more memory than the picture itself.
     """
-    image = read(path)
-    channels = image.flatten(1).double() / 255
-    sums = channels.sum(1)
-    squares = channels.square().sum(1)
-    return np.concatenate([image.shape[1:], sums, squares])
+    with opened(path) as picture:
+        is_deep = _is_deep(picture)
+        if is_deep:
+            grey, key = _deep(picture)
+            height, width = grey.shape
+            counts = _counts_of_16_bits(grey)
+            is_transparent = key is not None and counts[key] > 0
+            if is_transparent:
+                _make_white(counts, key)
+            counts = np.stack([counts] * 3)
+        else:
+            picture, is_transparent = _on_white(picture)
+            width, height = picture.size
+            counts = np.array(picture.histogram()).reshape(3, 256)
+    levels = np.arange(counts.shape[1])
+    present = [levels[counts_of_channel > 0] for counts_of_channel in counts]
+    spread = max(values[-1] - values[0] for values in present)
+    highest = max(values[-1] for values in present)
+    return height, width, counts @ levels, counts @ levels**2, spread, highest, is_deep, is_transparent
+
+
+def _is_deep(picture: Image.Image) -> bool:
+    """Whether a picture has 16 bits a pixel, all of grey: Pillow gives those of colours as 8 bits."""
+    return picture.mode.startswith("I")
+
+
+def _deep(picture: Image.Image) -> tuple[np.ndarray, int | None]:
+    """Return the values of a picture of 16 bits (h, w), upright, and the one that is transparent, if any."""
+    key = picture.info.get("transparency")
+    ImageOps.exif_transpose(picture, in_place=True)
+    return np.asarray(picture), key
+
+
+def _counts_of_16_bits(grey: np.ndarray) -> np.ndarray:
+    """Count each value of (h, w), a million pixels at a time, because bincount makes them four times as large."""
+    values = grey.reshape(-1)
+    counts = np.zeros(2**16, np.int64)
+    for first in range(0, len(values), 2**20):
+        counts += np.bincount(values[first : first + 2**20], minlength=2**16)
+    return counts
+
+
+def _make_white(counts: np.ndarray, key: int) -> None:
+    """Count the pixels of a value (65536,), which are transparent, as white."""
+    n = counts[key]
+    counts[key] = 0
+    counts[white_of(counts.nonzero()[0].max(initial=0))] += n
+
+
+def _on_white(picture: Image.Image) -> tuple[Image.Image, bool]:
+    """Return a picture as RGB, upright, on a white ground, and whether any of that is seen."""
+    if "transparency" in picture.info:
+        picture.info["transparency"] = _key_of_8_bits(picture)
+    ImageOps.exif_transpose(picture, in_place=True)
+    if not picture.has_transparency_data:
+        return picture if picture.mode == "RGB" else picture.convert("RGB"), False
+    if picture.mode == "La":
+        picture = picture.convert("LA")  # Pillow converts it to nothing else
+    if picture.mode != "RGBA":
+        picture = picture.convert("RGBA")
+    alpha = picture.getchannel("A")
+    ground = Image.new("RGB", picture.size, "white")
+    ground.paste(picture, mask=alpha)
+    return ground, alpha.getextrema()[0] < 255
+
+
+def _key_of_8_bits(picture: Image.Image) -> int | bytes | tuple[int, ...]:
+    """Return what is transparent, as values of 8 bits: Pillow scales a PNG's pixels to them, but not its key."""
+    key = picture.info["transparency"]
+    stored_as = picture.tile[0][3] if picture.format == "PNG" else ""
+    if stored_as == "L;2":
+        return key * 85
+    if stored_as == "L;4":
+        return key * 17
+    if stored_as == "RGB;16B":
+        return tuple(value >> 8 for value in key)
+    return key
 
 
 # ---- Many pictures ---------------------------------------------------------------------------------------------------
 
 
-def sound(paths: Sequence[str], look: Callable, skip_broken: bool, n_workers: int = 0) -> tuple[list[int], list]:
-    """Return the rows of the pictures that `look` works on, one of `shape`, `read`, `survey`, and what it returns.
+def sound(paths: Sequence[str], look: Callable, skip_broken: bool) -> tuple[list[int], list]:
+    """Return the rows of the pictures that `look` works on, one of `read`, `survey`, and what it returns for them.
 
     InputError for the first that it does not work on, unless these are to be skipped: then they are named.
     """
-    attempts = DataLoader(
-        _Attempts(paths, look),
-        batch_size=None,
-        collate_fn=tuple,
-        num_workers=n_workers,
-        worker_init_fn=_leave_signals_to_main,
-    )
-    bar = tqdm(
-        attempts,
-        desc=f"{look.__name__} of pictures",
-        delay=2,
-        leave=False,
-        disable=not processes.is_main(),
-    )
     rows = []
     answers = []
-    faults = []
-    for row, (answer, fault) in enumerate(bar):
-        if not fault:
-            rows.append(row)
-            answers.append(answer)
-        elif skip_broken:
-            faults.append(fault)
-        else:
-            raise InputError(f"{fault}; --skip_broken leaves such pictures out")
-    if faults:
-        processes.say("\n  ".join([f"skipped {len(faults)} of {len(paths)} pictures:", *faults]))
+    for row, answer in looks(paths, look, skip_broken, len(paths)):
+        rows.append(row)
+        answers.append(answer)
     return rows, answers
+
+
+def looks(
+    paths: Sequence[str], look: Callable, skip_broken: bool, of: int, n_workers: int = 0
+) -> Iterator[tuple[int, object]]:
+    """Yield what `sound` returns, by one row and answer; the pictures are some of the `of` that a message speaks of."""
+    chunks = DataLoader(
+        _Attempts(paths, look),
+        batch_size=PICTURES_A_CHUNK,
+        collate_fn=list,
+        num_workers=n_workers,
+        worker_init_fn=_leave_signals_to_main,
+        generator=torch.Generator(),  # it draws a seed, which must not be one of the global generator's
+    )
+    bar = tqdm(total=len(paths), desc="looking at pictures", delay=2, leave=False, disable=not processes.is_main())
+    faults = []
+    with bar:
+        for row, (answer, fault) in enumerate(itertools.chain.from_iterable(chunks)):
+            bar.update()
+            if not fault:
+                yield row, answer
+            elif skip_broken:
+                faults.append(fault)
+            else:
+                raise InputError(f"{fault}; --skip_broken leaves such pictures out")
+    if faults:
+        processes.say("\n  ".join([f"skipped {len(faults)} of {of} pictures:", *faults]))
 
 
 @dataclass
@@ -249,12 +425,12 @@ class Crops:
     A key is a row and the draws of its views, (views, DRAWS_PER_IMAGE).
     """
 
-    paths: np.ndarray
+    files: Files
     size: int
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Tensor:
         row, u = key
-        image = read(str(self.paths[row]))
+        image = self.files.read(row)
         height, width = image.shape[1:]
         draws = named_draws(torch.from_numpy(u))
         boxes = crop_boxes(draws["area"], draws["aspect"], draws["corner"], height, width)
@@ -273,12 +449,12 @@ class Centres:
     A key is a row.
     """
 
-    paths: np.ndarray
+    files: Files
     size: int
     crop: float
 
     def __getitem__(self, row: int) -> Tensor:
-        image = read(str(self.paths[row]))
+        image = self.files.read(row)
         side = round(self.size / self.crop)  # of the shorter one
         image = F.resize(image, [side], InterpolationMode.BICUBIC, antialias=True)
         return F.center_crop(image, [self.size, self.size])

@@ -7,8 +7,9 @@ have a name, and which source a name asks for, stands in data.py.
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from torchvision.transforms.v2 import functional as F
 from harness import pictures, processes
 from harness.errors import InputError
 from harness.pictures import Files
+from harness.surveys import Kept
 
 Classes = tuple[str, ...]
 Channels = tuple[float, ...]  # a number for each channel
@@ -43,6 +45,7 @@ MAKERS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": d
 FORMS = {"cifar10": "python", "cifar100": "python", "stl10": "binary"}  # of several that their authors offer
 MEMORY = 2**30  # bytes of pictures of a folder, up to which they are kept in memory
 NO_CLASS = -1  # the label of an image without a class
+FLAT = 16  # of 255: a picture whose values differ by less in each channel is nearly of one colour
 
 
 class Split(NamedTuple):
@@ -186,10 +189,10 @@ class Listing:
         self.paths = [self.paths[row] for row in rows]
         self.labels = [self.labels[row] for row in rows]
 
-    def in_files(self) -> Split:
-        """Return a split of pictures that stay in files."""
+    def in_files(self, white: int | None = None) -> Split:
+        """Return a split of pictures that stay in files; `white` as in Files."""
         labels = torch.tensor(self.labels, dtype=torch.long)
-        return Split(Files(self.paths), labels)
+        return Split(Files(self.paths, white), labels)
 
     def in_memory(self, images: list[Tensor]) -> Split:
         """Return a split of these images, which are the pictures."""
@@ -204,6 +207,8 @@ class Layout(NamedTuple):
     classes: Classes
     train: Listing
     test: Listing
+    left_out: Counter  # numbers of files by the reason
+    not_used: list[str]  # names of folders beside train and test
     fault: str = ""
 
 
@@ -219,49 +224,71 @@ def folder(
     """
     name = f"{what} {root}"
     layout = _layout(name, root, tests)
-    if layout.fault:
-        if facts or not pretraining or not layout.train.paths:
-            raise InputError(f"{name}: {layout.fault}")
-        n = len(layout.train.paths)
-        processes.say(f"{name}: {n} pictures to train on, none to judge by ({layout.fault})")
+    if layout.fault and (facts or not pretraining or not layout.train.paths):
+        raise InputError(f"{name}: {layout.fault}")
+    train = test = None
+    if not facts or skip_broken:
+        train, test = _survey(root, layout, skip_broken)
+    _refuse_empty_classes(name, layout)
+    processes.say(f"{name}: {_contents(layout)}")
     if facts:
-        return _known_set(name, layout, facts, skip_broken)
-    shapes = _look(pictures.shape, layout, skip_broken)
-    if _fit_in_memory(shapes[0] + shapes[1]):
-        return _set_in_memory(name, layout, skip_broken)
-    return _set_in_files(name, layout, skip_broken)
+        return layout.classes, layout.train.in_files(), layout.test.in_files(), facts
+    white = _white(np.concatenate([train, test]))
+    _say_what_is_odd(name, layout, train, test, white)
+    if _fit_in_memory(train, test):
+        return _set_in_memory(layout, white, skip_broken)
+    return _set_in_files(layout, train, white)
 
 
-def _known_set(name: str, layout: Layout, facts: dict, skip_broken: bool) -> Found:
-    """Return a set of which the facts are known, in files."""
-    if skip_broken:
-        _look(pictures.survey, layout, skip_broken, pictures.workers())
-    _refuse_empty_classes(name, layout)
-    return layout.classes, layout.train.in_files(), layout.test.in_files(), facts
+def _survey(root: Path, layout: Layout, skip_broken: bool) -> list[np.ndarray]:
+    """Return what SURVEY lists of the pictures of train and of test; broken ones are dropped from the layout."""
+    surveys = []
+    with Kept(root) as kept:
+        for listing in (layout.train, layout.test):
+            rows, surveys_of_part = kept.survey(listing.paths, skip_broken)
+            listing.keep(rows)
+            surveys.append(surveys_of_part)
+    return surveys
 
 
-def _set_in_memory(name: str, layout: Layout, skip_broken: bool) -> Found:
+def _set_in_memory(layout: Layout, white: int, skip_broken: bool) -> Found:
     """Return a set of pictures of one size, read, and its facts."""
-    train_images, test_images = _look(pictures.read, layout, skip_broken)
-    _refuse_empty_classes(name, layout)
-    train = layout.train.in_memory(train_images)
-    test = layout.test.in_memory(test_images)
+    splits = []
+    for listing in (layout.train, layout.test):
+        rows, images = pictures.sound(listing.paths, partial(pictures.read, white=white), skip_broken)
+        listing.keep(rows)
+        splits.append(listing.in_memory(images))
+    train, test = splits
     side = min(train.images.shape[2:])
     facts = _facts(layout, side, *pixel_statistics(train.images))
     return layout.classes, train, test, facts
 
 
-def _set_in_files(name: str, layout: Layout, skip_broken: bool) -> Found:
-    """Return a set of pictures that stay in files, and its facts, for which all are read once."""
-    surveys, _ = _look(pictures.survey, layout, skip_broken, pictures.workers())
-    _refuse_empty_classes(name, layout)
-    numbers = torch.from_numpy(np.stack(surveys)).T.contiguous()  # (8, n), as `survey` lists them
-    height, width = numbers[0], numbers[1]
-    sums, squares = numbers[2:].sum(1).chunk(2)
-    mean, std = _mean_and_std(sums, squares, (height * width).sum())
-    side = int(torch.minimum(height, width).median())
+def _set_in_files(layout: Layout, surveys: np.ndarray, white: int) -> Found:
+    """Return a set of pictures that stay in files, and its facts, of the surveys of those to train on."""
+    steps = _steps(surveys, white)[:, None]  # of the values of each picture
+    sums = (surveys["sums"] / steps).sum(0)
+    squares = (surveys["squares"] / steps**2).sum(0)
+    n = (surveys["height"] * surveys["width"]).sum()
+    mean, std = _mean_and_std(torch.from_numpy(sums), torch.from_numpy(squares), torch.tensor(n))
+    side = int(torch.from_numpy(_shorter_side(surveys)).median())
     facts = _facts(layout, side, mean, std)
-    return layout.classes, layout.train.in_files(), layout.test.in_files(), facts
+    return layout.classes, layout.train.in_files(white), layout.test.in_files(white), facts
+
+
+def _shorter_side(surveys: np.ndarray) -> np.ndarray:
+    return np.minimum(surveys["height"], surveys["width"])
+
+
+def _steps(surveys: np.ndarray, white: int) -> np.ndarray:
+    """Return the value that is white in each picture."""
+    return np.where(surveys["is_deep"], white, 255)
+
+
+def _white(surveys: np.ndarray) -> int:
+    """Return the value that is white in the pictures of 16 bits: one for all, or dark ones would become bright."""
+    deep = surveys[surveys["is_deep"] == 1]
+    return pictures.white_of(deep["highest"].max(initial=0))
 
 
 def _facts(layout: Layout, side: int, mean: Channels, std: Channels) -> dict:
@@ -277,41 +304,101 @@ def _facts(layout: Layout, side: int, mean: Channels, std: Channels) -> dict:
     }
 
 
+# ---- What a folder holds ---------------------------------------------------------------------------------------------
+
+
 def _layout(name: str, root: Path, tests: tuple[str, ...]) -> Layout:
     """Return what a folder holds. InputError where train and test do not hold the same classes."""
     wanted = f"train/ and {'/ or '.join(tests)}/ must hold a sub-folder of pictures for each class"
     train = root / "train"
-    test = _first_that_is_there([root / part for part in tests])
-    if not train.is_dir():
-        fault = f"no folder {train}; {wanted}"
-    elif not test.is_dir():
-        fault = f"no folder {test}; {wanted}"
-    else:
-        classes, *train_listing = pictures.find_classes(train)
-        test_classes, *test_listing = pictures.find_classes(test)
+    classes = pictures.class_folders(train)
+    test = _test_folder([root / part for part in tests], classes)
+    test_classes = pictures.class_folders(test)
+    # Where the folder has parts, only train/ is trained on: the rest was laid aside to judge by.
+    has_parts = train.is_dir() or test.is_dir()
+    not_used = sorted({*pictures.class_folders(root)} - {train.name, test.name}) if has_parts else []
+    left_out = Counter()
+    fault = _fault_of_part(train, classes) or _fault_of_part(test, test_classes)
+    if not fault:
         _refuse_other_classes(name, classes, test_classes, test.name)
         if len(classes) > 1:
-            return Layout(classes, Listing(*train_listing), Listing(*test_listing))
-        few = f"one class, {classes[0]}" if classes else "no class"
-        fault = f"{few}; {wanted}, two or more"
-    # There are no classes. Where the folder has parts, only train/ is trained on: the rest was laid aside to judge by.
-    has_parts = train.is_dir() or test.is_dir()
-    paths = _pictures_below(train if has_parts else root)
+            _, *train_listing = pictures.find_classes(train, left_out)
+            _, *test_listing = pictures.find_classes(test, left_out)
+            return Layout(classes, Listing(*train_listing), Listing(*test_listing), left_out, not_used)
+        fault = f"one class, {classes[0]}"
+        wanted += ", two or more"
+    place = train if has_parts else root
+    paths = pictures.find(place, left_out) if place.is_dir() else []
     labels = [NO_CLASS] * len(paths)
-    return Layout((), Listing(paths, labels), Listing([], []), fault)
+    return Layout((), Listing(paths, labels), Listing([], []), left_out, not_used, f"{fault}; {wanted}")
 
 
-def _first_that_is_there(folders: list[Path]) -> Path:
-    """Return the first folder that exists, or the first."""
-    for path in folders:
-        if path.is_dir():
-            return path
+def _test_folder(folders: list[Path], classes: Classes) -> Path:
+    """Return the first folder that holds these classes, or the first that holds any, or that is there, or the first."""
+    has_same_classes = [pictures.class_folders(path) == classes != () for path in folders]
+    has_classes = [pictures.class_folders(path) != () for path in folders]
+    is_there = [path.is_dir() for path in folders]
+    for condition in (has_same_classes, has_classes, is_there):
+        if any(condition):
+            return folders[condition.index(True)]
     return folders[0]
 
 
-def _pictures_below(root: Path) -> list[str]:
-    """Return all pictures below a folder, which need not exist."""
-    return pictures.find(root) if root.is_dir() else []
+def _fault_of_part(part: Path, classes: Classes) -> str:
+    """Say why train or test has no classes; nothing if it has some."""
+    if classes:
+        return ""
+    if not part.is_dir():
+        return f"no folder {part}"
+    n = len(pictures.find(part))
+    if n:
+        return f"{part} holds {n} pictures and no sub-folders; sort them by their classes"
+    return f"{part} holds no class"
+
+
+def _contents(layout: Layout) -> str:
+    """Say how many classes and pictures there are, and what is left out."""
+    n_train, n_test = len(layout.train.paths), len(layout.test.paths)
+    if layout.fault:
+        line = f"{n_train} pictures to train on, none to judge by ({layout.fault})"
+    else:
+        line = f"{len(layout.classes)} classes, {n_train} pictures to train on, {n_test} to judge by"
+    line += f"; left out: {pictures.in_words(layout.left_out)}"
+    if layout.not_used:
+        line += f"; folders that are not used: {', '.join(layout.not_used[:5])}"
+        line += ", ..." if len(layout.not_used) > 5 else ""
+    return line
+
+
+def _say_what_is_odd(name: str, layout: Layout, train: np.ndarray, test: np.ndarray, white: int) -> None:
+    """Say what the pictures are that few mean them to be: put on white, of fewer bits, of one colour, all alike."""
+    surveys = np.concatenate([train, test])
+    paths = layout.train.paths + layout.test.paths
+    n = len(surveys)
+    n_transparent = surveys["is_transparent"].sum()
+    if n_transparent:
+        processes.say(f"{name}: {n_transparent} of {n} pictures are transparent in places, which become white")
+    n_deep = surveys["is_deep"].sum()
+    if n_deep and white < 2**16 - 1:
+        highest = surveys["highest"][surveys["is_deep"] == 1].max()
+        processes.say(
+            f"{name}: {n_deep} of {n} pictures have 16 bits a pixel and no value above {highest}, so that {white} is "
+            "taken for white"
+        )
+    is_flat = surveys["spread"] * 255 < FLAT * _steps(surveys, white)
+    flat = np.flatnonzero(is_flat)
+    if len(flat):
+        processes.say(f"{name}: {len(flat)} of {n} pictures are of one colour, or nearly so, as {paths[flat[0]]}")
+    if _are_alike(layout.train.paths, train):
+        processes.say(f"{name}: the {len(train)} pictures to train on are all alike")
+
+
+def _are_alike(paths: list[str], surveys: np.ndarray) -> bool:
+    """Whether pictures are the same in their surveys and, the first hundred, in their pixels."""
+    if len(paths) < 2 or (surveys != surveys[0]).any():
+        return False
+    first = pictures.read(paths[0])
+    return all(torch.equal(pictures.read(path), first) for path in paths[1:100])
 
 
 def _refuse_other_classes(name: str, classes: Classes, test_classes: Classes, test: str) -> None:
@@ -325,22 +412,13 @@ def _refuse_other_classes(name: str, classes: Classes, test_classes: Classes, te
         raise InputError(f"{name}: train and {test} do not hold the same classes: {', '.join(places)}")
 
 
-def _look(look: Callable, layout: Layout, skip_broken: bool, n_workers: int = 0) -> list[list]:
-    """Return what `look` returns for the pictures of train and of test; broken ones are dropped from the layout."""
-    answers = []
-    for listing in (layout.train, layout.test):
-        rows, answers_of_part = pictures.sound(listing.paths, look, skip_broken, n_workers)
-        listing.keep(rows)
-        answers.append(answers_of_part)
-    return answers
-
-
-def _fit_in_memory(shapes: list[tuple[int, int]]) -> bool:
-    """Whether pictures of these heights and widths make one tensor that is not too large."""
-    if len(set(shapes)) != 1:
+def _fit_in_memory(train: np.ndarray, test: np.ndarray) -> bool:
+    """Whether the pictures make one tensor that is not too large."""
+    surveys = np.concatenate([train, test])
+    height, width = surveys["height"], surveys["width"]
+    if (height != height[0]).any() or (width != width[0]).any():
         return False
-    height, width = shapes[0]
-    return 3 * height * width * len(shapes) <= MEMORY
+    return 3 * height.sum() * width[0] <= MEMORY
 
 
 def _refuse_empty_classes(name: str, layout: Layout) -> None:

@@ -1,6 +1,11 @@
 """Pictures as they come: every mode, turned, broken, of several sizes, behind links, with and without classes."""
 
 import os
+import shutil
+import struct
+import sys
+import zlib
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -10,8 +15,9 @@ import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
 import data
-from harness import pictures
+from harness import pictures, surveys
 from harness.errors import InputError
+from harness.files import write_whole
 from harness.pictures import Files
 from harness.sources import pixel_statistics
 from knn_eval import knn_eval
@@ -29,13 +35,12 @@ def picture(photos):
 def test_each_mode_is_read_as_rgb(picture, tmp_path):
     """Against the picture itself, or its grey values, as Pillow makes them from 8 bits."""
     grey = np.asarray(picture.convert("L"))
-    transparent = PIL.Image.merge("RGBA", (*picture.split(), PIL.Image.fromarray(255 - grey)))
     palette = picture.convert("P", palette=PIL.Image.Palette.ADAPTIVE)
     files = {
         "rgb.png": (picture, picture),
         "grey.png": (picture.convert("L"), picture.convert("L")),
-        "alpha.png": (transparent, picture),
-        "grey and alpha.png": (picture.convert("LA"), picture.convert("L")),
+        "opaque.png": (picture.convert("RGBA"), picture),
+        "grey and opaque.png": (picture.convert("LA"), picture.convert("L")),
         "palette.png": (palette, palette),
         "palette.gif": (palette, palette),
         "two.png": (picture.convert("1"), picture.convert("1")),
@@ -50,10 +55,6 @@ def test_each_mode_is_read_as_rgb(picture, tmp_path):
         assert ours.dtype == torch.uint8 and ours.shape == (3, *stored.size[::-1]), name
         if meant:
             assert np.array_equal(ours.permute(1, 2, 0), np.asarray(meant.convert("RGB"))), name
-    palette.save(tmp_path / "clear.png", transparency=bytes(range(256)))
-    assert np.array_equal(
-        pictures.read(str(tmp_path / "clear.png")).permute(1, 2, 0), np.asarray(palette.convert("RGB"))
-    )
     picture.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100, subsampling=0)
     off = pictures.read(str(tmp_path / "cmyk.jpg")).permute(1, 2, 0).numpy().astype(int) - np.asarray(picture)
     assert abs(off).mean() < 6
@@ -62,7 +63,141 @@ def test_each_mode_is_read_as_rgb(picture, tmp_path):
     picture.save(tmp_path / "turned.png", exif=exif)
     upright = picture.transpose(PIL.Image.Transpose.ROTATE_270)
     assert np.array_equal(pictures.read(str(tmp_path / "turned.png")).permute(1, 2, 0), np.asarray(upright))
-    assert pictures.shape(str(tmp_path / "turned.png")) == (32, 24) == tuple(np.asarray(upright).shape[:2])
+
+
+def on_white(colours, alpha):
+    """Return what is seen of colours (h, w, 3) with alpha (h, w) on a white ground."""
+    opacity = alpha[..., None] / 255
+    return np.rint(opacity * colours + (1 - opacity) * 255)
+
+
+def read_array(path):
+    return pictures.read(str(path)).permute(1, 2, 0).numpy().astype(int)
+
+
+def test_what_is_transparent_is_white(picture, tmp_path):
+    """In every mode that has transparency, against the arithmetic in float64."""
+    grey, colours = np.asarray(picture.convert("L")), np.asarray(picture)
+    alpha = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (24, 1))
+    alpha[0], alpha[1] = 0, 255
+    mask = PIL.Image.fromarray(alpha)
+    palette = picture.convert("P", palette=PIL.Image.Palette.ADAPTIVE)
+    index, seen = np.asarray(palette), np.asarray(palette.convert("RGB"))
+    grey_colours = np.stack([grey] * 3, 2)
+    rgba = PIL.Image.merge("RGBA", (*picture.split(), mask))
+    key = tuple(int(x) for x in colours[5, 5])
+    cases = {
+        "rgba.png": (rgba, {}, on_white(colours, alpha)),
+        "rgba.webp": (rgba, {"lossless": True, "exact": True}, on_white(colours, alpha)),
+        "rgba.tiff": (rgba, {}, on_white(colours, alpha)),
+        "la.png": (PIL.Image.merge("LA", (picture.convert("L"), mask)), {}, on_white(grey_colours, alpha)),
+        "bytes.png": (palette, {"transparency": bytes(range(256))}, on_white(seen, index)),
+        "index.png": (palette, {"transparency": 3}, on_white(seen, 255 * (index != 3))),
+        "index.gif": (palette, {"transparency": 3}, on_white(seen, 255 * (index != 3))),
+        "rgb key.png": (picture, {"transparency": key}, on_white(colours, 255 * (colours != key).any(2))),
+        "grey key.png": (
+            picture.convert("L"),
+            {"transparency": int(grey[5, 5])},
+            on_white(grey_colours, 255 * (grey != grey[5, 5])),
+        ),
+        "deep key.png": (
+            PIL.Image.fromarray(grey.astype(np.uint16) * 257),
+            {"transparency": int(grey[5, 5]) * 257},
+            on_white(grey_colours, 255 * (grey != grey[5, 5])),
+        ),
+        "two key.png": (picture.convert("1"), {"transparency": 0}, np.full_like(colours, 255)),
+    }
+    for name, (stored, arguments, meant) in cases.items():
+        stored.save(tmp_path / name, **arguments)
+        assert np.array_equal(read_array(tmp_path / name), meant), name
+    premultiplied = PIL.Image.merge("LA", (picture.convert("L"), mask)).convert("La")
+    PIL.Image.frombytes("LA", picture.size, premultiplied.tobytes()).save(tmp_path / "la.tiff")
+    content, entry = (tmp_path / "la.tiff").read_bytes(), struct.pack("<HHIH", 338, 3, 1, 2)  # ExtraSamples 2: as it is
+    assert content.count(entry) == 1
+    (tmp_path / "la.tiff").write_bytes(content.replace(entry, struct.pack("<HHIH", 338, 3, 1, 1)))  # 1: premultiplied
+    assert PIL.Image.open(tmp_path / "la.tiff").mode == "La"
+    assert abs(read_array(tmp_path / "la.tiff") - on_white(grey_colours, alpha)).max() <= 1
+
+
+def png(width, depth, colour_type, row, key):
+    """Make a PNG of one row, with a transparent key, as Pillow writes none."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, 1, depth, colour_type, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"tRNS", key) + pixels + chunk(b"IEND", b"")
+
+
+def test_a_key_counts_in_the_bits_of_its_file(tmp_path):
+    cases = [
+        (png(4, 2, 0, bytes([0b00011011]), struct.pack(">H", 1)), [0, 255, 170, 255]),
+        (png(4, 4, 0, bytes([0x01, 0x2F]), struct.pack(">H", 2)), [0, 17, 255, 255]),
+        (png(2, 16, 2, struct.pack(">6H", *[1000] * 3, *[2000] * 3), struct.pack(">3H", *[1000] * 3)), [255, 7]),
+    ]
+    for content, meant in cases:
+        (tmp_path / "key.png").write_bytes(content)
+        assert pictures.read(str(tmp_path / "key.png"))[0, 0].tolist() == meant
+
+
+@pytest.mark.parametrize("name", ["some.tiff", "some.png", "some.webp", "packed.tiff"])
+def test_turned_pictures_are_upright_and_so_is_their_size(picture, name, tmp_path):
+    """Turned in each way that EXIF knows; Pillow turns TIFFs itself."""
+    pixels = np.asarray(picture)
+    upright = [pixels, pixels[:, ::-1], pixels[::-1, ::-1], pixels[::-1]]
+    upright += [x.swapaxes(0, 1) for x in (upright[0], upright[3], upright[2], upright[1])]
+    arguments = {"lossless": True} if name.endswith("webp") else {}
+    arguments |= {"compression": "tiff_lzw"} if name == "packed.tiff" else {}
+    for orientation, meant in enumerate(upright, 1):
+        exif = PIL.Image.Exif()
+        exif[0x0112] = orientation
+        picture.save(tmp_path / name, exif=exif, **arguments)
+        assert np.array_equal(read_array(tmp_path / name), meant), orientation
+        assert pictures.survey(str(tmp_path / name))[:2] == meant.shape[:2]
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_the_bits_of_a_camera_in_16_become_8(picture, bits, tmp_path):
+    """One white for all pictures of a folder: by its own highest value a dark one would become bright."""
+    grey = np.asarray(picture.convert("L").resize((32, 32)))
+    white = 2**bits - 1
+    bright = np.rint(grey / grey.max() * white).astype(np.uint16)
+    dark = bright // 64
+    for part in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / part / label).mkdir(parents=True)
+            PIL.Image.fromarray(bright).save(tmp_path / part / label / "bright.png")
+            PIL.Image.fromarray(dark).save(tmp_path / part / label / "dark.tiff")
+    for width in (32, 30):  # in memory, and with another size in files
+        PIL.Image.fromarray(dark[:, :width]).save(tmp_path / "train" / "a" / "dark.tiff")
+        read = data.load(str(tmp_path))
+        (view,) = data.evaluation_views(read.train, 32, 1, (0, 0, 0), (1, 1, 1))
+        for image, values in zip(view, (bright, dark[:, :width], bright, dark)):
+            if values.shape == (32, 32):
+                assert abs(image * 255 - torch.from_numpy(values * (255 / white))).max() <= 0.5 + 1e-4
+    values = np.concatenate([x.ravel() for x in (bright, dark[:, :30], bright, dark)]) / white
+    assert read.mean == pytest.approx([values.mean()] * 3, abs=1e-4)
+    assert read.std == pytest.approx([values.std()] * 3, abs=1e-4)
+
+
+@pytest.mark.parametrize("highest", [255, 4095, 65535])
+def test_pgm_of_any_depth(picture, highest, tmp_path):
+    """A PGM says itself what its white is."""
+    grey = np.asarray(picture.convert("L"))
+    values = np.rint(grey / 255 * highest).astype(">u2" if highest > 255 else "u1")
+    (tmp_path / "some.pgm").write_bytes(b"P5 32 24 %d\n" % highest + values.tobytes())
+    assert np.array_equal(read_array(tmp_path / "some.pgm"), np.stack([grey] * 3, 2))
+
+
+def test_numbers_of_an_unknown_range_are_refused_for_it(tmp_path):
+    for values, reason in (
+        (np.zeros((4, 4), np.float32), "fractions"),
+        (np.zeros((4, 4), np.int32), "32 bits a pixel, or negative ones"),
+    ):
+        PIL.Image.fromarray(values).save(tmp_path / "some.tiff")
+        with pytest.raises(InputError, match=rf"some\.tiff: not a picture that can be read \({reason}"):
+            pictures.read(str(tmp_path / "some.tiff"))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -76,7 +211,7 @@ def test_jpegs_have_pillows_pixels(photos, mode, tmp_path):
         with PIL.Image.open(path) as stored:
             meant = np.asarray(PIL.ImageOps.exif_transpose(stored).convert("RGB"))
         assert np.array_equal(pictures.read(str(path)).permute(1, 2, 0), meant), orientation
-        assert pictures.shape(str(path)) == meant.shape[:2]
+        assert pictures.survey(str(path))[:2] == meant.shape[:2]
     path.write_bytes(path.read_bytes()[:-60])
     with pytest.raises(InputError, match=r"some\.jpg: not a picture that can be read"):
         pictures.read(str(path))
@@ -166,6 +301,206 @@ def test_folders_that_are_no_two_halves_of_the_same_classes(picture, tmp_path):
     (tmp_path / "train").rename(tmp_path / "trian")
     with pytest.raises(InputError, match=r"no folder .*train; train/ and test/ or val/ must hold"):
         data.load(str(tmp_path), pretraining=True)
+
+
+def test_what_is_left_out_is_counted(picture, tmp_path, capsys):
+    """One line: what others leave in a folder is no picture, and what the suffix leaves out is named."""
+    for part in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / part / label / ".ipynb_checkpoints").mkdir(parents=True)
+            picture.save(tmp_path / part / label / "0.png")
+            picture.save(tmp_path / part / label / "1.jfif", "JPEG")
+            picture.save(tmp_path / part / label / "2.AVIF", "AVIF")
+            picture.save(tmp_path / part / label / ".ipynb_checkpoints" / "0-checkpoint.png")
+            (tmp_path / part / label / "._0.png").write_bytes(b"Mac OS X")
+    places = ("train/__MACOSX", "train/.Trash-1000", "train/a/deep/@eaDir", "val", "masks")
+    for place in places:
+        (tmp_path / place).mkdir(parents=True)
+    picture.save(tmp_path / "train" / ".Trash-1000" / "0.png")
+    picture.save(tmp_path / "train" / "a" / "deep" / "@eaDir" / "0.jpg")
+    picture.save(tmp_path / "train" / "stray.png")
+    (tmp_path / "train" / "__MACOSX" / "._0.png").write_bytes(b"Mac OS X")
+    for name in ("raw.heic", "raw2.HEIC", "README", ".DS_Store"):
+        (tmp_path / "train" / "a" / name).write_bytes(b"not for us")
+    read = data.load(str(tmp_path))
+    assert read.classes == ("a", "b") and len(read.train.labels) == len(read.test.labels) == 6
+    line = "2 classes, 6 pictures to train on, 6 to judge by; left out: 7 in hidden folders, 4 hidden, 2 named *.heic, "
+    line += "1 without a suffix, 1 beside the folders of the classes; folders that are not used: masks, val"
+    assert capsys.readouterr().err == f"dataset {tmp_path}: {line}\n"
+    (tmp_path / "train" / "c").mkdir()
+    (tmp_path / "train" / "c" / "raw.heic").write_bytes(b"not for us")
+    (tmp_path / "test" / "c").mkdir()
+    with pytest.raises(InputError, match=r"train/c: holds no picture \(left out: 1 named \*\.heic\)"):
+        data.load(str(tmp_path))
+
+
+def test_a_hidden_link_to_a_class_hides_it_not(crowd):
+    (crowd / "train" / "ü" / ".0").symlink_to(crowd / "train" / "ü" / "more")
+    (crowd / "train" / "ü" / "more").mkdir()
+    (crowd / "train" / "ü" / "0.png").rename(crowd / "train" / "ü" / "more" / "0.png")
+    assert len(pictures.find(crowd / "train" / "ü")) == 8 + 8
+
+
+def shapes_on_nothing(root, n, draw):
+    """Make a folder of two classes with n pictures of 16x16 that `draw` changes, transparent at first."""
+    for part in ("train", "test"):
+        for label in ("a", "b"):
+            (root / part / label).mkdir(parents=True)
+            for i in range(n):
+                pixels = np.zeros((16, 16, 4), np.uint8)
+                draw(pixels, i)
+                PIL.Image.fromarray(pixels).save(root / part / label / f"{i}.png")
+    return str(root)
+
+
+def test_odd_pictures_are_told_once(tmp_path, capsys):
+    """Black shapes on a transparent ground were all black; at other places they are not alike."""
+
+    def bar(pixels, i):
+        pixels[:, i, 3] = 255
+
+    shapes = shapes_on_nothing(tmp_path / "shapes", 4, bar)
+    for _ in range(2):  # by the files, and by what is kept of them
+        read = data.load(shapes)
+        assert read.train.images.amin((1, 2, 3)).tolist() == [0] * 8
+        assert read.mean == (0.9375, 0.9375, 0.9375)  # 15 of 16 columns are white
+        _, line = capsys.readouterr().err.splitlines()
+        assert line == f"dataset {shapes}: 16 of 16 pictures are transparent in places, which become white"
+    same = shapes_on_nothing(tmp_path / "same", 3, lambda pixels, i: bar(pixels, 0))
+    data.load(same)
+    assert capsys.readouterr().err.endswith(f"dataset {same}: the 6 pictures to train on are all alike\n")
+
+    def fill(pixels, i):
+        pixels[..., :3], pixels[..., 3] = 50 * i, 255
+        pixels[0, 0, :3] += i == 1  # nearly one colour
+
+    flat = shapes_on_nothing(tmp_path / "flat", 2, fill)
+    data.load(flat)
+    _, line = capsys.readouterr().err.splitlines()
+    assert line == f"dataset {flat}: 8 of 8 pictures are of one colour, or nearly so, as {flat}/train/a/0.png"
+
+
+def test_a_part_without_classes_is_named(picture, tmp_path, capsys):
+    """The pictures of a contest's test/ have no classes; ImageNet's val/ has none as it is downloaded."""
+    for place in ("train/a", "train/b", "val/a", "val/b", "test"):
+        (tmp_path / place).mkdir(parents=True)
+        picture.save(tmp_path / place / "0.png")
+    read = data.load(str(tmp_path))
+    assert read.classes == ("a", "b") and len(read.test.labels) == 2
+    assert "folders that are not used: test" in capsys.readouterr().err
+    (tmp_path / "test" / "unknown").mkdir()
+    picture.save(tmp_path / "test" / "unknown" / "0.png")
+    assert len(data.load(str(tmp_path)).test.labels) == 2
+    shutil.rmtree(tmp_path / "test")
+    for label in ("a", "b"):
+        (tmp_path / "val" / label / "0.png").rename(tmp_path / "val" / f"{label}.png")
+        (tmp_path / "val" / label).rmdir()
+    reason = f"{tmp_path}/val holds 2 pictures and no sub-folders; sort them by their classes; train/ and"
+    for arguments in ((str(tmp_path),), ("imagenet", str(tmp_path))):
+        with pytest.raises(InputError) as e:
+            data.load(*arguments)
+        assert f"{reason} {'test/ or ' * (len(arguments) == 1)}val/ must hold a sub-folder" in str(e.value)
+    assert len(data.load(str(tmp_path), pretraining=True).train.labels) == 2
+    assert f"2 pictures to train on, none to judge by ({reason}" in capsys.readouterr().err
+
+
+def counted(monkeypatch):
+    """Count the pictures that are surveyed from here on."""
+    paths = []
+
+    def survey(path, true_survey=pictures.survey):
+        paths.append(path)
+        return true_survey(path)
+
+    monkeypatch.setattr(surveys, "survey", survey)
+    monkeypatch.setattr(surveys, "workers", lambda: 0)
+    return paths
+
+
+def test_a_survey_is_done_once(crowd, picture, monkeypatch, tmp_path):
+    """By path, size and time of change: of the picture that changed, and of one that is new, it is done again."""
+    looked_at = counted(monkeypatch)
+    (crowd / "train" / "ü" / "loop").unlink()
+    first = data.load(str(crowd))
+    assert len(looked_at) == len(first.train.labels) + len(first.test.labels) == 24
+    again = data.load(str(crowd), pretraining=True)
+    assert len(looked_at) == 24
+    assert (again.mean, again.std, again.size) == (first.mean, first.std, first.size)
+    changed = crowd / "train" / "a b" / "0.png"
+    picture.rotate(90).point(lambda x: 255 - x).save(changed)
+    picture.save(crowd / "test" / "a b" / "new.png")
+    changed_set = data.load(str(crowd))
+    assert looked_at[24:] == [str(changed), str(crowd / "test" / "a b" / "new.png")]
+    assert changed_set.mean != first.mean
+    crowd.rename(tmp_path / "moved")  # what is kept goes with it
+    monkeypatch.chdir(tmp_path / "moved")
+    for place in (".", tmp_path / "moved"):
+        assert data.load(str(place)).mean == changed_set.mean
+    assert len(looked_at) == 26
+
+
+@pytest.mark.parametrize("content", [b"", b"\x10\0\0\0\0\0\0\0{", b"no picture" * 100])
+def test_a_damaged_file_of_surveys_is_made_again(crowd, content, monkeypatch):
+    looked_at = counted(monkeypatch)
+    data.load(str(crowd))
+    whole = (crowd / surveys.FILE).read_bytes()
+    (crowd / surveys.FILE).write_bytes(content)
+    data.load(str(crowd))
+    assert len(looked_at) == 64 and (crowd / surveys.FILE).read_bytes() == whole
+
+
+def test_surveys_of_a_folder_that_is_read_only_are_kept_elsewhere(crowd, monkeypatch, tmp_path):
+    """In the user's cache; without one each start looks again."""
+
+    def refuse(path):
+        if path.is_relative_to(crowd) or not (tmp_path / "cache").exists():
+            raise InputError(f"{path}: cannot be written (Read-only file system)")
+        return write_whole(path)
+
+    looked_at = counted(monkeypatch)
+    monkeypatch.setattr(surveys, "write_whole", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for place, n in ((tmp_path / "away", 32), (tmp_path / "cache", 64), (tmp_path / "cache", 64)):
+        place.mkdir(exist_ok=True)
+        data.load(str(crowd))
+        assert len(looked_at) == n, place
+        shutil.rmtree(tmp_path / "cache") if place.name == "away" else None
+    assert not (crowd / surveys.FILE).exists()
+
+
+def test_a_survey_that_a_broken_picture_ends_is_kept(crowd, monkeypatch):
+    looked_at = counted(monkeypatch)
+    (crowd / "test" / "ü" / "9.png").write_bytes(b"")
+    for n in (33, 34):
+        with pytest.raises(InputError, match=r"9\.png: not a picture"):
+            data.load(str(crowd))
+        assert len(looked_at) == n
+
+
+def test_workers_survey_as_the_process_itself_does(crowd, monkeypatch):
+    alone = data.load(str(crowd))
+    (crowd / surveys.FILE).unlink()
+    monkeypatch.setattr(surveys, "PICTURES_A_WORKER", 4)
+    monkeypatch.setattr(surveys, "workers", lambda: 2)
+    several = data.load(str(crowd))
+    assert (several.mean, several.std, several.size) == (alone.mean, alone.std, alone.size)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is Linux's")
+@pytest.mark.parametrize("kind", ["RGB", "I;16"])
+def test_a_large_picture_is_surveyed_in_little_memory(kind, tmp_path):
+    """24 megapixels: Pillow holds 96 MB of colours. Float64 of all pixels and their squares took 1.2 GB."""
+    PIL.Image.new(kind, (6000, 4000), 99).save(tmp_path / "large.png", compress_level=1)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = peak_mb()
+    answer = pictures.survey(str(tmp_path / "large.png"))
+    assert peak_mb() - before < 250
+    assert answer[:2] == (4000, 6000) and answer[2].max() == 99 * 6000 * 4000
+
+
+def peak_mb():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def test_a_set_that_is_not_the_trainings_is_told(command, crowd, picture, tmp_path):

@@ -137,7 +137,7 @@ def test_other_settings_are_named_and_refused(command, folder, whole, flags, tol
     kept = [x for pair in zip(FLAGS[::2], FLAGS[1::2]) if pair[0] not in given for x in pair]
     before = {p.name: p.read_bytes() for p in whole.iterdir()}
     code, rows, err = command(pretrain, "--dataset", folder, *kept, *given, "--out", whole)
-    assert code == 2 and rows == [] and told in err and err.count("\n") == 1
+    assert code == 2 and rows == [] and told in err and err.count("pretrain.py: ") == 1
     assert {p.name: p.read_bytes() for p in whole.iterdir()} == before
 
 
@@ -166,7 +166,7 @@ def test_a_folder_in_use_is_refused(command, folder, whole):
         assert other.stdout.readline() == "held\n"
         code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", whole)
         other.communicate("\n")
-    assert code == 2 and rows == [] and "another process is training in it" in err and err.count("\n") == 1
+    assert code == 2 and rows == [] and "another process is training in it" in err and err.count("pretrain.py: ") == 1
 
 
 def test_a_run_that_was_killed_does_not_hold_its_folder_by_its_workers(tmp_path):
@@ -193,7 +193,7 @@ def test_a_checkpoint_that_is_gone_or_is_no_state_is_not_written_over(command, f
     networks = {name: x for name, x in tensors.items() if "/" not in name}
     checkpoint.save(tmp_path / "ckpt.safetensors", networks, description)
     code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", tmp_path)
-    assert code == 2 and rows == [] and "without the momentum" in err and err.count("\n") == 1
+    assert code == 2 and rows == [] and "without the momentum" in err and err.count("pretrain.py: ") == 1
     (tmp_path / "ckpt.safetensors").write_bytes((whole / "ckpt.safetensors").read_bytes()[:-1])
     code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", tmp_path)
     assert code == 2 and rows == [] and "ckpt.safetensors: not a whole safetensors file" in err
