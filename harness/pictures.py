@@ -63,6 +63,7 @@ SURVEY = np.dtype(
         ("is_transparent", np.int64),
     ]
 )
+MOST_REASONS = 10  # that one line names
 PICTURES_A_CHUNK = 32  # that a worker looks at before it answers
 SECONDS_WITHOUT_MAIN = 30  # for which a worker outlives a SIGTERM
 
@@ -151,11 +152,17 @@ def _suffix(name: str) -> str:
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """Return the names of the sub-folders of a folder but hidden ones, sorted; none if it is not there."""
+    """Return the names of the sub-folders of a folder but hidden ones, sorted; none if it is not there.
+
+    InputError for a folder that may not be read.
+    """
     if not folder.is_dir():
         return ()
-    with os.scandir(folder) as entries:
-        return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)))
+    try:
+        with os.scandir(folder) as entries:
+            return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)))
+    except OSError as e:
+        raise InputError(f"{folder}: cannot be read ({e.strerror})") from e
 
 
 def find_classes(folder: Path, left_out: Counter | None = None) -> tuple[tuple[str, ...], list[str], list[int]]:
@@ -189,8 +196,9 @@ def find_classes(folder: Path, left_out: Counter | None = None) -> tuple[tuple[s
 
 def in_words(left_out: Counter) -> str:
     """Return what was left out in words: 4 named *.txt, 2 in hidden folders."""
-    reasons = [f"{n} {reason}" for reason, n in left_out.most_common(10) if n]
-    others = left_out.total() - sum(n for _, n in left_out.most_common(10))
+    by_number = sorted((-n, reason) for reason, n in left_out.items() if n)
+    reasons = [f"{-n} {reason}" for n, reason in by_number[:MOST_REASONS]]
+    others = -sum(n for n, _ in by_number[MOST_REASONS:])
     if others:
         reasons.append(f"{others} others")
     return ", ".join(reasons) or "nothing"
@@ -203,7 +211,8 @@ def in_words(left_out: Counter) -> str:
 def opened(path: str) -> Iterator[Image.Image]:
     """Yield a picture of which the header is read. InputError for whatever goes wrong with it in here."""
     try:
-        with Image.open(path) as picture:
+        # Not Image.open(path): Pillow would map plain TIFFs into memory, and mix up the rows of those that are turned.
+        with open(path, "rb") as file, Image.open(file) as picture:
             if picture.mode == "F":
                 raise ValueError("fractions, of an unknown range; save it with 8 or 16 bits")
             if picture.mode == "I" and picture.format not in ("PNG", "PPM"):  # which have 16 bits, though some as "I"

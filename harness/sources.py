@@ -316,7 +316,9 @@ def _layout(name: str, root: Path, tests: tuple[str, ...]) -> Layout:
     test_classes = pictures.class_folders(test)
     # Where the folder has parts, only train/ is trained on: the rest was laid aside to judge by.
     has_parts = train.is_dir() or test.is_dir()
-    not_used = sorted({*pictures.class_folders(root)} - {train.name, test.name}) if has_parts else []
+    not_used = []
+    if has_parts and os.access(root, os.R_OK):
+        not_used = sorted({*pictures.class_folders(root)} - {train.name, test.name})
     left_out = Counter()
     fault = _fault_of_part(train, classes) or _fault_of_part(test, test_classes)
     if not fault:

@@ -141,10 +141,16 @@ def test_a_key_counts_in_the_bits_of_its_file(tmp_path):
         assert pictures.read(str(tmp_path / "key.png"))[0, 0].tolist() == meant
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "I;16"])
 @pytest.mark.parametrize("name", ["some.tiff", "some.png", "some.webp", "packed.tiff"])
-def test_turned_pictures_are_upright_and_so_is_their_size(picture, name, tmp_path):
-    """Turned in each way that EXIF knows; Pillow turns TIFFs itself."""
-    pixels = np.asarray(picture)
+def test_turned_pictures_are_upright_and_so_is_their_size(picture, name, mode, tmp_path):
+    """Turned in each way that EXIF knows; Pillow turns TIFFs itself, and those that it maps into memory wrongly."""
+    grey = np.asarray(picture.convert("L"))
+    deep = PIL.Image.fromarray(grey.astype(np.uint16) * 257)
+    stored = deep if mode == "I;16" else picture.convert(mode)
+    pixels = np.asarray(picture) if mode.startswith("RGB") else np.stack([grey] * 3, 2)
+    if mode == "I;16" and name == "some.webp":
+        pytest.skip("WebP has 8 bits")
     upright = [pixels, pixels[:, ::-1], pixels[::-1, ::-1], pixels[::-1]]
     upright += [x.swapaxes(0, 1) for x in (upright[0], upright[3], upright[2], upright[1])]
     arguments = {"lossless": True} if name.endswith("webp") else {}
@@ -152,7 +158,7 @@ def test_turned_pictures_are_upright_and_so_is_their_size(picture, name, tmp_pat
     for orientation, meant in enumerate(upright, 1):
         exif = PIL.Image.Exif()
         exif[0x0112] = orientation
-        picture.save(tmp_path / name, exif=exif, **arguments)
+        stored.save(tmp_path / name, exif=exif, **arguments)
         assert np.array_equal(read_array(tmp_path / name), meant), orientation
         assert pictures.survey(str(tmp_path / name))[:2] == meant.shape[:2]
 
@@ -325,7 +331,7 @@ def test_what_is_left_out_is_counted(picture, tmp_path, capsys):
     read = data.load(str(tmp_path))
     assert read.classes == ("a", "b") and len(read.train.labels) == len(read.test.labels) == 6
     line = "2 classes, 6 pictures to train on, 6 to judge by; left out: 7 in hidden folders, 4 hidden, 2 named *.heic, "
-    line += "1 without a suffix, 1 beside the folders of the classes; folders that are not used: masks, val"
+    line += "1 beside the folders of the classes, 1 without a suffix; folders that are not used: masks, val"
     assert capsys.readouterr().err == f"dataset {tmp_path}: {line}\n"
     (tmp_path / "train" / "c").mkdir()
     (tmp_path / "train" / "c" / "raw.heic").write_bytes(b"not for us")
