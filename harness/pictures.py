@@ -50,7 +50,7 @@ SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"
 BITS = (8, 10, 12, 14, 16)
 # What `survey` says of a picture. sums, squares: over the pixels, a number for each channel, in steps of 1 / 255, or of
 # 1 / white if the picture is deep. spread: between its lowest and its highest value in one channel, the largest of the
-# three. is_deep: has 16 bits a pixel. is_transparent: some of its pixels are.
+# three. is_deep: has 16 bits a pixel. highest: what `white_of` takes then. is_transparent: some of its pixels are.
 SURVEY = np.dtype(
     [
         ("height", np.int64),
@@ -233,8 +233,8 @@ def read(path: str, white: int | None = None) -> Tensor:
         if not _is_deep(picture):
             picture, _ = _on_white(picture)
             return F.pil_to_tensor(picture)
-        grey, key = _deep(picture)
-        white = white or white_of(grey[grey != key].max(initial=0))
+        grey, key, highest = _deep(picture)
+        white = white or white_of(highest)
         rounded = (grey.astype(np.int64) * 255 + white // 2) // white
         scaled = rounded.clip(0, 255).astype(np.uint8)
         scaled[grey == key] = 255
@@ -257,21 +257,22 @@ def survey(path: str) -> tuple:
     with opened(path) as picture:
         is_deep = _is_deep(picture)
         if is_deep:
-            grey, key = _deep(picture)
+            grey, key, highest = _deep(picture)
             height, width = grey.shape
             counts = _counts_of_16_bits(grey)
             is_transparent = key is not None and counts[key] > 0
             if is_transparent:
-                _make_white(counts, key)
+                n_transparent, counts[key] = counts[key], 0
+                counts[white_of(highest)] += n_transparent
             counts = np.stack([counts] * 3)
         else:
             picture, is_transparent = _on_white(picture)
             width, height = picture.size
             counts = np.array(picture.histogram()).reshape(3, 256)
+            highest = 255
     levels = np.arange(counts.shape[1])
     present = [levels[counts_of_channel > 0] for counts_of_channel in counts]
     spread = max(values[-1] - values[0] for values in present)
-    highest = max(values[-1] for values in present)
     return height, width, counts @ levels, counts @ levels**2, spread, highest, is_deep, is_transparent
 
 
@@ -280,11 +281,18 @@ def _is_deep(picture: Image.Image) -> bool:
     return picture.mode.startswith("I")
 
 
-def _deep(picture: Image.Image) -> tuple[np.ndarray, int | None]:
-    """Return the values of a picture of 16 bits (h, w), upright, and the one that is transparent, if any."""
+def _deep(picture: Image.Image) -> tuple[np.ndarray, int | None, int]:
+    """Return the values of a picture of 16 bits (h, w), upright, the transparent one, if any, and the highest other.
+
+    That is 65535 of a format which says what its white is, and which Pillow scales by that.
+    """
     key = picture.info.get("transparency")
     ImageOps.exif_transpose(picture, in_place=True)
-    return np.asarray(picture), key
+    grey = np.asarray(picture)
+    if picture.format in ("PPM", "JPEG2000"):
+        return grey, key, 2**16 - 1
+    opaque = grey if key is None else grey[grey != key]
+    return grey, key, int(opaque.max(initial=0))
 
 
 def _counts_of_16_bits(grey: np.ndarray) -> np.ndarray:
@@ -294,13 +302,6 @@ def _counts_of_16_bits(grey: np.ndarray) -> np.ndarray:
     for first in range(0, len(values), 2**20):
         counts += np.bincount(values[first : first + 2**20], minlength=2**16)
     return counts
-
-
-def _make_white(counts: np.ndarray, key: int) -> None:
-    """Count the pixels of a value (65536,), which are transparent, as white."""
-    n = counts[key]
-    counts[key] = 0
-    counts[white_of(counts.nonzero()[0].max(initial=0))] += n
 
 
 def _on_white(picture: Image.Image) -> tuple[Image.Image, bool]:

@@ -226,15 +226,17 @@ def folder(
     layout = _layout(name, root, tests)
     if layout.fault and (facts or not pretraining or not layout.train.paths):
         raise InputError(f"{name}: {layout.fault}")
-    train = test = None
-    if not facts or skip_broken:
+    is_surveyed = not facts or skip_broken
+    if is_surveyed:
         train, test = _survey(root, layout, skip_broken)
     _refuse_empty_classes(name, layout)
     processes.say(f"{name}: {_contents(layout)}")
+    white = None
+    if is_surveyed:
+        white = _white(np.concatenate([train, test]))
+        _say_what_is_odd(name, layout, train, test, white)
     if facts:
-        return layout.classes, layout.train.in_files(), layout.test.in_files(), facts
-    white = _white(np.concatenate([train, test]))
-    _say_what_is_odd(name, layout, train, test, white)
+        return layout.classes, layout.train.in_files(white), layout.test.in_files(white), facts
     if _fit_in_memory(train, test):
         return _set_in_memory(layout, white, skip_broken)
     return _set_in_files(layout, train, white)
