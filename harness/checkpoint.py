@@ -11,20 +11,20 @@ run, all others to the network.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 import models
 from harness.errors import InputError
 from harness.files import write_whole
+from harness.formats import read_tensors
 
-PICKLE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar")  # how files of other projects end
-VIEW_KEYS = ("size", "crop", "mean", "std")  # what a description says of the images that its network was trained on
+# What a reader of a description relies on. Its view is that of the images that its network was trained on.
+SETTING_KINDS = {"dataset": str, "data_dir": str, "seed": int}
+VIEW_KINDS = {"size": int, "crop": (int, float), "mean": list, "std": list}
 
 
 def save(path: str | Path, tensors: dict[str, Tensor], description: dict) -> None:
@@ -46,13 +46,39 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if "description" not in header:
         raise InputError(f"{path}: has no description, so pretrain.py did not write it; name its --model and --dataset")
     try:
-        description = json.loads(header["description"])
+        description = parse_description(header)
         stored_digest = description.pop("digest")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{path}: its description is not one that pretrain.py writes ({e!r})") from e
-    if stored_digest != digest(tensors, description):
+        is_intact = stored_digest == digest(tensors, description)
+    except (ValueError, KeyError, RecursionError) as e:
+        raise InputError(_not_ours(path, e)) from e
+    if not is_intact:
         raise InputError(f"{path}: damaged: its content is not what was written (the digest differs)")
     return tensors, description
+
+
+def parse_description(header: dict[str, str]) -> dict:
+    """Return the description in a header, with its digest. KeyError, ValueError or RecursionError if it is not ours."""
+    description = json.loads(header["description"])
+    if not isinstance(description, dict) or "digest" not in description:
+        raise ValueError("it has no digest")
+    return description
+
+
+def is_ours(header: dict[str, str]) -> bool:
+    """Whether `save` wrote a file with this header: other projects use the key "description", too."""
+    try:
+        parse_description(header)
+    except (KeyError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _not_ours(path: str | Path, error: Exception) -> str:
+    """Return the message for a description that `save` did not write, or wrote of something else than a run."""
+    return (
+        f"{path}: its description is not one that pretrain.py writes ({error!r}); a file of another project takes "
+        "--model and --dataset"
+    )
 
 
 def digest(tensors: dict[str, Tensor], description: dict) -> str:
@@ -87,17 +113,28 @@ def load_network(path: str | Path) -> tuple[nn.Module, dict]:
     tensors, description = load(path)
     try:
         settings = description["settings"]
-        required = [settings[key] for key in ("dataset", "data_dir", "seed")]
-        required += [description["view"][key] for key in VIEW_KEYS]
+        refuse_other_kinds(settings, SETTING_KINDS)
+        refuse_other_kinds(description["view"], VIEW_KINDS)
         with torch.device("meta"):  # a hostile description may ask for more than there is memory
             network = build_described(description["holds"], settings)
     except InputError:
         raise
     except Exception as e:  # the constructors raise errors of many types on a wrong description
-        raise InputError(f"{path}: its description is not one that pretrain.py writes ({e!r})") from e
+        raise InputError(_not_ours(path, e)) from e
     weights = {name: tensor for name, tensor in tensors.items() if "/" not in name}
     fill(network, weights, path)
     return network.to(memory_format=torch.channels_last).eval(), description
+
+
+def refuse_other_kinds(values: dict, kinds: dict) -> None:
+    """Raise an error for a value that is missing or of another kind, or for a list that is not of three numbers."""
+    for key, kind in kinds.items():
+        value = values[key]
+        is_right = isinstance(value, kind)
+        if kind is list and is_right:
+            is_right = len(value) == 3 and all(isinstance(number, (int, float)) for number in value)
+        if not is_right:
+            raise TypeError(f"{key} is {value!r:.40}")
 
 
 def build_described(holds: str, settings: dict) -> nn.Module:
@@ -135,37 +172,3 @@ def _refuse_names(fault: str, names: set[str], path: str | Path) -> None:
 def _kind(tensor: Tensor) -> str:
     """Name the shape and type of a tensor: (64, 3, 7, 7) float32."""
     return f"{tuple(tensor.shape)} {tensor.dtype}".replace("torch.", "")
-
-
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """Read the tensors and the header of a safetensors file, or the tensors alone of a pickle, known by its suffix.
-
-    Nothing in a pickle is run. InputError for whatever is not such a file.
-    """
-    if os.path.isdir(path):
-        raise InputError(f"{path}: a folder; name the ckpt.safetensors or encoder.safetensors in it")
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; a checkpoint is the ckpt.safetensors or encoder.safetensors of a run")
-    if str(path).endswith(PICKLE_SUFFIXES):
-        return _read_pickle(path), {}
-    try:
-        with safe_open(path, "pt") as file:
-            # clone: a tensor that maps the file would keep its space on the disk after a newer file takes its name
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
-        raise InputError(f"{path}: not a whole safetensors file ({e})") from e
-
-
-def _read_pickle(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a .pth file, at its top or under "state_dict" or "model", without running anything in it."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises errors of many types on a file that does not hold tensors
-        advice = "save the network's state_dict() in it"
-        raise InputError(f"{path}: not a file of tensors alone (nothing in it was run); {advice}") from e
-    while isinstance(content, dict) and {"state_dict", "model"} & content.keys():
-        content = content["state_dict"] if "state_dict" in content else content["model"]
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}; it must hold tensors with names")
-    return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}

@@ -70,7 +70,7 @@ def log_of(checkpoint: str, settings: dict) -> Path | None:
         same_stage = first_row["stage"] == "pretrain"
         theirs = EARLIER | first_row["settings"] | {"data_dir": None}
         same_settings = theirs == EARLIER | settings | {"data_dir": None}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     if same_stage and same_settings and os.access(log, os.W_OK):
         return log
@@ -92,7 +92,7 @@ def read_rows(folder: Path) -> list[dict]:
         try:
             row = json.loads(line)
             _ = row["stage"]
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise InputError(f"{folder / LOG}: line {n} was not written by a command of this project") from e
         rows.append(row)
     return rows

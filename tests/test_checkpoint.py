@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import models
-from harness import checkpoint, judging
+from harness import checkpoint, judging, log
 from harness.errors import InputError
 
 SETTINGS = {"method": "byol", "model": "resnet18", "stem": "imagenet", "norm": "bn", "hidden_dim": 16, "out_dim": 8}
 SETTINGS |= {"dataset": "photos", "data_dir": "data", "seed": 0}
 VIEW = {"size": 32, "crop": 0.875, "mean": [0.5] * 3, "std": [0.2] * 3}
+NESTED = '{"digest": "", "a": ' + '{"a": ' * 200_000 + "1" + "}" * 200_001
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +98,20 @@ def rewrite(path, tensors=None, **changes):
     [
         (lambda p: p.unlink(), "no such file"),
         (lambda p: p.write_bytes(b""), "not a whole safetensors file"),
-        (lambda p: p.write_bytes(b"\x80\x04pickle" * 9), "not a whole safetensors file"),
+        (lambda p: p.write_bytes(b"\x80\x04pickle" * 9), "nothing in it was run.: pickle wrote it"),
         (lambda p: p.write_bytes(p.read_bytes()[:-1000]), "not a whole safetensors file"),
         (lambda p: p.write_bytes(p.read_bytes()[:50]), "not a whole safetensors file"),
         (lambda p: p.write_bytes(p.read_bytes()[:-9] + b"\x01" + p.read_bytes()[-8:]), "damaged"),
-        (lambda p: save_file({"x": torch.ones(2)}, p), "has no description, so pretrain.py did not write it"),
+        (lambda p: save_file({"x": torch.ones(2)}, p), "has no description"),
         (lambda p: save_file({"x": torch.ones(2)}, p, {"description": "{"}), "not one that pretrain.py writes"),
         (lambda p: save_file({"x": torch.ones(2)}, p, {"description": json.dumps([1])}), "not one that"),
+        (lambda p: save_file({"x": torch.ones(2)}, p, {"description": "[" * 200_000}), "writes .RecursionError"),
+        (lambda p: save_file({"x": torch.ones(2)}, p, {"description": NESTED}), "writes .RecursionError"),
+        (lambda p: save_file({"x": torch.ones(2)}, p, {"description": '"a ResNet"'}), "takes --model and --dataset"),
+        (lambda p: rewrite(p, settings=SETTINGS | {"dataset": 5}), "not one that pretrain.py writes .*dataset is 5"),
+        (lambda p: rewrite(p, settings=SETTINGS | {"data_dir": None}), "writes .*data_dir is None"),
+        (lambda p: rewrite(p, view=VIEW | {"mean": ["a"] * 3}), "writes .*mean is"),
+        (lambda p: rewrite(p, view=VIEW | {"std": [0.1]}), "writes .*std is"),
         (
             lambda p: rewrite(p, lambda t: {k: x for k, x in t.items() if k != "encoder.bn1.bias"}),
             "missing.*encoder.bn1.bias",
@@ -158,3 +166,11 @@ def test_a_damaged_checkpoint_is_refused_or_intact(tmp_path):
             assert told == description and held.keys() == tensors.keys()
             assert all(torch.equal(x, tensors[name]) for name, x in held.items())
     assert refused > 1900
+
+
+def test_a_log_that_is_nested_deep_is_no_log(tmp_path):
+    """As a description that is: a line of it beside a checkpoint ends no judge in a traceback."""
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "pretrain", "settings": ' + "[" * 200_000 + "\n")
+    assert log.log_of(str(tmp_path / "ckpt.safetensors"), {}) is None
+    with pytest.raises(InputError, match="line 1 was not written by a command of this project"):
+        log.read_log(tmp_path)

@@ -77,7 +77,7 @@ PRETRAIN = {
     "--out foreign": "foreign/metrics.jsonl: line 1 was not written by a command of this project",
     "--out headless": "headless/metrics.jsonl: its first row does not hold the settings of a run",
     "--out orphan": "--out orphan: holds a run whose ckpt.safetensors is gone",
-    "--out pickled": "pickled/ckpt.safetensors: not a whole safetensors file",
+    "--out pickled": "pickled/ckpt.safetensors: not a file of tensors alone (nothing in it was run)",
 }
 JUDGES = {
     "": "CKPT is missing, see --help",
@@ -88,7 +88,7 @@ JUDGES = {
     "cut.safetensors": "cut.safetensors: not a whole safetensors file",
     "header.safetensors": "header.safetensors: not a whole safetensors file",
     "flipped.safetensors": "flipped.safetensors: damaged: its content is not what was written",
-    "pickled/ckpt.safetensors": "pickled/ckpt.safetensors: not a whole safetensors file",
+    "pickled/ckpt.safetensors": "pickled/ckpt.safetensors: not a file of tensors alone (nothing in it was run)",
     "lying.safetensors": "lying.safetensors: conv1.weight is (64, 3, 7, 7) float32; the described network has",
     "huge.safetensors": "huge.safetensors: missing for the described network: predictor.hidden.bias",
     "plain.safetensors": "plain.safetensors: has no description, so pretrain.py did not write it; "
