@@ -36,6 +36,9 @@ def knn_eval(
     data_dir: judging.DataDir = None,
     model: judging.Model = None,
     stem: judging.Stem = None,
+    prefix: judging.Prefix = None,
+    mean: judging.Mean = None,
+    std: judging.Std = None,
     net: judging.Net = "online",
     eval_crop: judging.EvalCrop = None,
     skip_broken: judging.SkipBroken = False,
@@ -67,7 +70,7 @@ def knn_eval(
         scores_by_k = nearest_neighbours(encoder, train, test, judged.view, accelerator, k, temperature)
         for neighbours, scores in scores_by_k.items():
             row = {"stage": "knn_eval", "of": of, "k": neighbours}
-            emit(row | scores | protocol, judged.log)
+            emit(row | scores | protocol | judged.columns, judged.log)
 
 
 def nearest_neighbours(

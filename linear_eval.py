@@ -45,6 +45,9 @@ def linear_eval(
     data_dir: judging.DataDir = None,
     model: judging.Model = None,
     stem: judging.Stem = None,
+    prefix: judging.Prefix = None,
+    mean: judging.Mean = None,
+    std: judging.Std = None,
     net: judging.Net = "online",
     eval_crop: judging.EvalCrop = None,
     skip_broken: judging.SkipBroken = False,
@@ -79,7 +82,7 @@ def linear_eval(
     protocol |= {"trained_epochs": judged.trained_epochs, "dataset": judged.dataset, "split": "test"}
     protocol |= {"train": len(train.labels), "test": len(test.labels)}
     row["epoch"] = epochs
-    emit(row | scores | protocol, judged.log)
+    emit(row | scores | protocol | judged.columns, judged.log)
 
 
 def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyper: dict) -> float:

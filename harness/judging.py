@@ -13,6 +13,7 @@ from harness.checkpoint import load_encoder
 from harness.errors import InputError
 from harness.foreign import adopt
 from harness.log import log_of
+from harness.sources import Channels
 
 # The flags that both judges have
 Ckpt = Annotated[str, "ckpt.safetensors or encoder.safetensors of a run, or with --model a file of another project"]
@@ -20,9 +21,20 @@ DatasetName = Annotated[str, "as in pretrain.py; None = the one the checkpoint w
 DataDir = Annotated[str, "as in pretrain.py; None = as in training"] | None
 Model = Annotated[str, "any ResNet of timm, for a file of another project; then --dataset is needed"] | None
 Stem = Annotated[Literal["cifar", "stride2", "imagenet"], "of such a file; None = imagenet"] | None
+Prefix = Annotated[str, "of such a file: what stands before the names of the encoder, if it holds several"] | None
+Mean = Annotated[str, "of such a file's input: R,G,B as parts of 1, or one number; None = the data set's"] | None
+Std = Annotated[str, "likewise; --mean 0 --std 1 changes nothing"] | None
 Net = Annotated[Literal["online", "target"], "the network that is judged"]
 EvalCrop = Annotated[float, "> 0", "<= 1", "part of the side that the view keeps; None = as in training"] | None
 SkipBroken = Annotated[bool, "leave out pictures that cannot be read; done in any case if it was done in training"]
+
+
+FOREIGN_FLAGS = ("stem", "prefix", "mean", "std")  # of a file of another project alone: a run's file says all this
+DEFAULT_DATA_DIR = "data"
+ASSUMED = {  # of the encoder in a file of another project, by its stem
+    "cifar": "its 3x3 stem has stride 1, padding 1 and no max-pooling",
+    "imagenet": "its blocks are timm's, with the stride in the 3x3 convolutions",
+}
 
 
 @dataclass(frozen=True)
@@ -36,44 +48,109 @@ class Judged:
     dataset: str
     images: data.Dataset
     view: dict  # of the evaluation, see data.evaluation_views
+    columns: dict  # that each row has, about a file of another project
     log: Path | None  # of the run whose folder the file lies in
 
 
 def open_judged(accelerator: Accelerator, flags: dict) -> Judged:
     """Open what the flags of a judge name. InputError for flags, a file or a data set at fault."""
     ckpt, dataset = flags["ckpt"], flags["dataset"]
-    encoder, description = open_encoder(ckpt, flags["net"], flags["model"], flags["stem"], dataset)
+    refuse_idle_flags(flags)
+    own_view = {name: channels(name, flags[name]) for name in ("mean", "std") if flags[name] is not None}
+    encoder, description = open_encoder(ckpt, flags["net"], flags["model"], flags["stem"], dataset, flags["prefix"])
     encoder.to(accelerator.device).requires_grad_(False)
     settings = description["settings"]
     with accelerator.main_process_first():  # the first process downloads a set, the others find it
         images, view = open_images(description, dataset, flags["data_dir"], flags["skip_broken"])
+    view |= own_view
     if flags["eval_crop"]:
         view["crop"] = flags["eval_crop"]
     name = dataset or settings["dataset"]
+    columns = {}
+    if flags["model"]:
+        columns |= foreign_columns(settings, view, name, flags)
     log = log_of(ckpt, settings)
-    return Judged(accelerator, encoder, settings, description.get("epoch"), name, images, view, log)
+    return Judged(accelerator, encoder, settings, description.get("epoch"), name, images, view, columns, log)
+
+
+# ---- Flags -----------------------------------------------------------------------------------------------------------
+
+
+def refuse_idle_flags(flags: dict) -> None:
+    """Raise InputError for flags that do not go together."""
+    model, net = flags["model"], flags["net"]
+    for name in FOREIGN_FLAGS:
+        if flags[name] is not None and not model:
+            raise InputError(f"--{name} {flags[name]}: has no effect without --model")
+    if model and not flags["dataset"]:
+        raise InputError(f"--model {model}: takes --dataset, too; the file of another project does not say")
+    if model and net == "target":
+        raise InputError(f"--net target: has no effect with --model {model}; --prefix picks one of several encoders")
+    for name, other in (("mean", "std"), ("std", "mean")):
+        if flags[name] is not None and flags[other] is None:
+            raise InputError(f"--{name} {flags[name]}: takes --{other}, too; --mean 0 --std 1 changes nothing")
+
+
+def channels(flag: str, text: str) -> Channels:
+    """Return the numbers for red, green and blue of --mean or --std. InputError for a text that does not say them.
+
+    The type of a flag does not: it takes each number once, and 0.5,0.5,0.5 is common.
+    """
+    try:
+        numbers = [float(part) for part in text.strip("()[] ").split(",")]
+    except ValueError:
+        numbers = []
+    in_range = all(0 <= number <= 1 for number in numbers)  # not true of NaN
+    if flag == "std":
+        in_range = in_range and all(numbers)
+    if len(numbers) not in (1, 3) or not in_range:
+        bounds = "0 ... 1" if flag == "mean" else "above 0, up to 1"
+        raise InputError(
+            f"--{flag} {text}: expected three numbers separated by commas, {bounds}, or one for all channels; numbers "
+            "for pixels up to 255 are to be divided by 255"
+        )
+    return tuple(numbers * 3) if len(numbers) == 1 else tuple(numbers)
+
+
+# ---- The encoder -----------------------------------------------------------------------------------------------------
 
 
 def open_encoder(
-    ckpt: str, net: str = "online", model: str | None = None, stem: str | None = None, dataset: str | None = None
+    ckpt: str,
+    net: str = "online",
+    model: str | None = None,
+    stem: str | None = None,
+    dataset: str | None = None,
+    prefix: str | None = None,
 ) -> tuple[nn.Module, dict]:
     """Load the encoder of a run's file or, with `model`, of a file of another project, and its description.
 
-    The description of another project's file has settings alone. InputError as from `load_encoder` and `adopt`, and for
-    flags that do not go together.
+    The description of another project's file has settings alone. InputError as from `load_encoder` and `adopt`.
     """
     if not model:
-        if stem:
-            raise InputError(f"--stem {stem}: has no effect without --model")
         return load_encoder(ckpt, net)
-    if not dataset:
-        raise InputError(f"--model {model}: takes --dataset, too; the file of another project does not say")
-    if net == "target":
-        raise InputError(f"--net target: has no effect with --model {model}")
     stem = stem or "imagenet"
-    settings = {"dataset": dataset, "data_dir": "data", "seed": 0, "skip_broken": False}
-    settings |= {"model": model, "stem": stem, "norm": "bn"}
-    return adopt(ckpt, model, stem), {"settings": settings}
+    encoder, prefix = adopt(ckpt, model, stem, prefix)
+    settings = {"dataset": dataset, "data_dir": DEFAULT_DATA_DIR, "seed": 0, "skip_broken": False}
+    settings |= {"model": model, "stem": stem, "norm": "bn", "prefix": prefix}
+    return encoder, {"settings": settings}
+
+
+def foreign_columns(settings: dict, view: dict, dataset: str, flags: dict) -> dict:
+    """Return the columns of rows about a file of another project; say what its tensors cannot show and is assumed."""
+    assumed = []
+    if settings["model"] != "alexnet":
+        assumed.append(ASSUMED[settings["stem"]])
+    if flags["mean"] is None:
+        assumed.append(f"its input was normalised by mean and std of {dataset}; --mean and --std say otherwise")
+    if assumed:
+        processes.say(f"{flags['ckpt']}: assumed, as tensors do not show it: {'; '.join(assumed)}")
+    columns = {name: settings[name] for name in ("model", "stem", "prefix")}
+    columns |= {"mean": list(view["mean"]), "std": list(view["std"]), "assumed": assumed}
+    return columns
+
+
+# ---- The images ------------------------------------------------------------------------------------------------------
 
 
 def open_images(
@@ -85,7 +162,7 @@ def open_images(
     """
     settings = description["settings"]
     name = dataset or settings["dataset"]
-    skip_broken = skip_broken or settings["skip_broken"]
+    skip_broken = skip_broken or settings.get("skip_broken", False)
     try:
         images = data.load(name, data_dir or settings["data_dir"], skip_broken=skip_broken)
     except InputError as e:

@@ -99,9 +99,9 @@ JUDGES = {
     "list.pth --model resnet18 --dataset photos": "list.pth: holds a list; it must hold tensors with names",
     "plain.safetensors --model resnet18": "--model resnet18: takes --dataset, too",
     "plain.safetensors --model resnet18 --dataset photos": "plain.safetensors: none of its names belongs to resnet18",
-    "weights.pth --model resnet50 --dataset photos": "weights.pth: missing for the described network: "
-    "layer1.0.bn3.bias",
-    "weights.pth --model resnet18 --stem cifar --dataset photos": "conv1.weight is (64, 3, 7, 7) float32",
+    "weights.pth --model resnet50 --dataset photos": "weights.pth: its tensors are not those of --model "
+    "resnet50 --stem imagenet; take --model resnet18 --stem imagenet",
+    "weights.pth --model resnet18 --stem cifar --dataset photos": "take --model resnet18 --stem imagenet",
     "weights.pth --model resnet17 --dataset photos": "model resnet17: not a name timm knows",
     "good.safetensors --model resnet18 --dataset photos": "--model resnet18 has no effect, the file says what it is",
     "good.safetensors --stem cifar": "--stem cifar: has no effect without --model",
