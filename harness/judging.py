@@ -13,7 +13,7 @@ from harness.checkpoint import load_encoder
 from harness.errors import InputError
 from harness.foreign import adopt
 from harness.log import log_of
-from harness.sources import Channels
+from harness.sources import MAKERS, Channels
 
 # The flags that both judges have
 Ckpt = Annotated[str, "ckpt.safetensors or encoder.safetensors of a run, or with --model a file of another project"]
@@ -164,7 +164,7 @@ def open_images(
     name = dataset or settings["dataset"]
     skip_broken = skip_broken or settings.get("skip_broken", False)
     try:
-        images = data.load(name, data_dir or settings["data_dir"], skip_broken=skip_broken)
+        images = data.load(name, data_dir or place_of(name, settings["data_dir"]), skip_broken=skip_broken)
     except InputError as e:
         if dataset:
             raise
@@ -178,3 +178,20 @@ def open_images(
             f"dataset {name}: not the images of the training: mean and std differ; those of the training are used"
         )
     return images, view
+
+def place_of(name: str, recorded: str) -> str:
+    """Return where to look for a data set that no flag places: where a file says it was, if the set is there.
+
+    A set that is not there is downloaded, and a file of a stranger must not say where to: that is the flag's, or the
+    default. Sets that are never downloaded are looked for where the file says.
+    """
+    if name not in MAKERS or Path(recorded) == Path(DEFAULT_DATA_DIR):
+        return recorded
+    try:
+        MAKERS[name](recorded)  # checks the sums of all files, and downloads nothing
+    except (OSError, RuntimeError):
+        pass
+    else:
+        return recorded
+    processes.say(f"dataset {name}: not in {recorded}, where the checkpoint's was; taken from {DEFAULT_DATA_DIR}")
+    return DEFAULT_DATA_DIR

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import data
 import models
 from harness import checkpoint, judging, log
 from harness.errors import InputError
@@ -174,3 +175,46 @@ def test_a_log_that_is_nested_deep_is_no_log(tmp_path):
     assert log.log_of(str(tmp_path / "ckpt.safetensors"), {}) is None
     with pytest.raises(InputError, match="line 1 was not written by a command of this project"):
         log.read_log(tmp_path)
+
+
+# ---- Where the data of a run are looked for --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(monkeypatch):
+    """The places that `data.load` is asked for."""
+    asked = []
+
+    def load(name, data_dir="data", **_):
+        asked.append((name, data_dir))
+        raise InputError("no data")
+
+    monkeypatch.setattr(data, "load", load)
+    return asked
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
+def test_a_file_does_not_say_where_a_set_is_downloaded_to(places, tmp_path, monkeypatch, capsys, name):
+    """It may be a stranger's. Where the set is there, it is read there; the flag goes before both."""
+    monkeypatch.chdir(tmp_path)
+    theirs = str(tmp_path / "theirs")
+    description = {"settings": SETTINGS | {"dataset": name, "data_dir": theirs}}
+    for dataset in (None, name):
+        with pytest.raises(InputError, match="no data"):
+            judging.open_images(description, dataset, None, False)
+        assert (
+            f"dataset {name}: not in {theirs}, where the checkpoint's was; taken from data" in capsys.readouterr().err
+        )
+    with pytest.raises(InputError, match="no data"):
+        judging.open_images(description, None, "mine", False)
+    monkeypatch.setitem(judging.MAKERS, name, lambda root: None)  # it finds all files
+    with pytest.raises(InputError, match="no data"):
+        judging.open_images(description, None, None, False)
+    assert places == [(name, "data"), (name, "data"), (name, "mine"), (name, theirs)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_nothing_is_downloaded_to_stays_the_runs(places):
+    with pytest.raises(InputError, match="no data"):
+        judging.open_images({"settings": SETTINGS | {"dataset": "imagenet", "data_dir": "there"}}, None, None, False)
+    assert places == [("imagenet", "there")]
