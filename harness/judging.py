@@ -48,7 +48,7 @@ class Judged:
     dataset: str
     images: data.Dataset
     view: dict  # of the evaluation, see data.evaluation_views
-    columns: dict  # that each row has, about a file of another project
+    columns: dict  # that each row has, about the precision and about a file of another project
     log: Path | None  # of the run whose folder the file lies in
 
 
@@ -59,6 +59,7 @@ def open_judged(accelerator: Accelerator, flags: dict) -> Judged:
     own_view = {name: channels(name, flags[name]) for name in ("mean", "std") if flags[name] is not None}
     encoder, description = open_encoder(ckpt, flags["net"], flags["model"], flags["stem"], dataset, flags["prefix"])
     encoder.to(accelerator.device).requires_grad_(False)
+    compute_in_precision(encoder, accelerator)
     settings = description["settings"]
     with accelerator.main_process_first():  # the first process downloads a set, the others find it
         images, view = open_images(description, dataset, flags["data_dir"], flags["skip_broken"])
@@ -66,7 +67,7 @@ def open_judged(accelerator: Accelerator, flags: dict) -> Judged:
     if flags["eval_crop"]:
         view["crop"] = flags["eval_crop"]
     name = dataset or settings["dataset"]
-    columns = {}
+    columns = {"precision": accelerator.mixed_precision}
     if flags["model"]:
         columns |= foreign_columns(settings, view, name, flags)
     log = log_of(ckpt, settings)
@@ -136,6 +137,11 @@ def open_encoder(
     return encoder, {"settings": settings}
 
 
+def compute_in_precision(encoder: nn.Module, accelerator: Accelerator) -> None:
+    """Have an encoder compute in the launcher's --mixed_precision; the judges take its features as fp32 from there."""
+    encoder.forward = accelerator.autocast()(encoder.forward)
+
+
 def foreign_columns(settings: dict, view: dict, dataset: str, flags: dict) -> dict:
     """Return the columns of rows about a file of another project; say what its tensors cannot show and is assumed."""
     assumed = []
@@ -178,6 +184,7 @@ def open_images(
             f"dataset {name}: not the images of the training: mean and std differ; those of the training are used"
         )
     return images, view
+
 
 def place_of(name: str, recorded: str) -> str:
     """Return where to look for a data set that no flag places: where a file says it was, if the set is there.

@@ -154,7 +154,8 @@ class RunLog:
         epochs = self.settings["epochs"]
         for row in reversed(self.rows):
             is_finished = row.get("trained_epochs", epochs) == epochs
-            if is_finished and all(row.get(key) == value for key, value in wanted.items()):
+            in_fp32 = row.get("precision", "no") == "no"  # rows of old versions, all in fp32, do not say
+            if is_finished and in_fp32 and all(row.get(key) == value for key, value in wanted.items()):
                 return row["top1"]
         return None
 

@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import rows_of
 
+import models
 from harness import checkpoint, judging
+from harness.log import read_log
 from knn_eval import knn_eval, vote
 from linear_eval import linear_eval
 
@@ -90,3 +93,37 @@ def test_a_checkpoint_elsewhere_is_judged_without_a_log(command, trained, tmp_pa
     (tmp_path / "moved.safetensors").write_bytes((trained / "encoder.safetensors").read_bytes())
     assert command(knn_eval, tmp_path / "moved.safetensors", "--k", 1, "--nofloors")[0] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["moved.safetensors"]
+
+
+def test_the_judges_compute_in_the_launchers_precision(command, trained, monkeypatch):
+    """As --mixed_precision bf16: the encoder alone is under autocast, its features are fp32, and the row says so."""
+    judged = []
+    embed = models.embed
+
+    def spy(encoder, views):
+        views = list(views)
+        features = embed(encoder, views)
+        judged.append((encoder, torch.cat(views), features))
+        return features
+
+    monkeypatch.setattr(models, "embed", spy)
+    of = [trained / "ckpt.safetensors", "--k", 5, "--floors"]
+    code, rows, _ = command(knn_eval, *of)
+    in_fp32 = [features for _, _, features in judged]
+    assert code == 0 and {row["precision"] for row in rows} == {"no"}
+    before = read_log(trained).score("knn_eval"), read_log(trained).score("linear_eval")
+    judged.clear()
+    monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "bf16")
+    code, rows, err = command(knn_eval, *of)
+    assert code == 0 and {row["precision"] for row in rows} == {"bf16"}, err
+    for (encoder, views, features), exact in zip(judged, in_fp32):
+        assert views.dtype == features.dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            right = type(encoder).forward(encoder.eval(), views).float()
+        assert torch.equal(features, right)
+        is_network = not isinstance(encoder, torch.nn.Flatten)
+        assert torch.equal(features, exact) != is_network
+        torch.testing.assert_close(features, exact, rtol=0.05, atol=0.05 * exact.abs().max().item())
+    code, rows, _ = command(linear_eval, trained / "ckpt.safetensors", "--epochs", 1)
+    assert code == 0 and rows[-1]["precision"] == "bf16"
+    assert before == (read_log(trained).score("knn_eval"), read_log(trained).score("linear_eval"))
