@@ -90,7 +90,7 @@ def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyp
     train = ready(judged, tuning.train, cached)
     held_out = ready(judged, tuning.test, cached=True)
     rows = {rate: {**row, "sweep": rate} for rate in SWEEP}
-    top1_of = {}
+    top1_of = {}  # not of a rate that diverged
     for rate, classifier in fit(judged, train, rows, **hyper).items():
         scores = accuracy(classifier(held_out.images), held_out.labels)
         result = {**rows[rate], "epoch": hyper["epochs"], **scores, "split": "holdout"}
@@ -117,11 +117,12 @@ def fit(
     """Train one linear classifier for each rate, a key of `rows`, all on the same features.
 
     train is a split of images, or of features in their place. After each epoch each rate logs a row: its columns in
-    `rows`, then loss, accuracy and the rate at its start. Several processes embed a share of each batch, and train the
-    same classifiers on the whole of it. InputError for a loss that is not finite.
+    `rows`, then loss, accuracy and the optimizer's rate at its start. Several processes embed a share of each batch,
+    and train the same classifiers on the whole of it. A rate whose loss or weights are not finite logs no more and is
+    left out of the result. InputError if no rate is left.
     """
     n = len(train.labels)
-    classifiers, groups = {}, []
+    classifiers, groups, diverged = {}, [], set()
     for rate in rows:
         torch.manual_seed(seed)  # the same start for each rate
         classifier = nn.Linear(judged.encoder.num_features, len(judged.images.classes))
@@ -150,11 +151,26 @@ def fit(
             mean_loss = (total_loss / n).tolist()
             train_top1 = (100 * correct / n).tolist()
             for i, (rate, row) in enumerate(rows.items()):
-                if not math.isfinite(mean_loss[i]):
-                    raise InputError(f"--lr {rate}: the loss is not finite after epoch {epoch}; take a smaller one")
-                numbers = {"loss": mean_loss[i], "train_top1": round(train_top1[i], 4), "lr": rates_now[i]}
+                if rate in diverged:
+                    continue
+                weights = classifiers[rate].weight
+                if not math.isfinite(mean_loss[i]) or not weights.isfinite().all():
+                    diverged.add(rate)
+                    note_divergence(rate, epoch, len(rows), all_diverged=len(diverged) == len(rows))
+                    continue
+                numbers = {"loss": mean_loss[i], "train_top1": round(train_top1[i], 4), "rate": rates_now[i]}
                 emit({**row, "epoch": epoch, **numbers}, judged.log)
-    return classifiers
+    return {rate: classifier for rate, classifier in classifiers.items() if rate not in diverged}
+
+
+def note_divergence(rate: float, epoch: int, of_rates: int, all_diverged: bool) -> None:
+    """Say that the classifier of one of some rates has diverged. InputError if all have."""
+    fault = f"the loss is not finite after epoch {epoch}"
+    if of_rates == 1:
+        raise InputError(f"--lr {rate}: {fault}; take a smaller one")
+    processes.say(f"--sweep: rate {rate}: {fault}; the sweep goes on without it")
+    if all_diverged:
+        raise InputError("--sweep: the loss of none of its rates is finite; take a smaller rate by --lr in its place")
 
 
 def feature_batches(
