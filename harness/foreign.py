@@ -208,7 +208,8 @@ def why_none(path: str | Path, tensors: dict[str, Tensor], wanted: dict[str, Ten
     nearest = min(faults_of, key=lambda prefix: len(faults_of[prefix]), default=None)
     if nearest is None or len(faults_of[nearest]) >= len(wanted) / 2:
         sample = ", ".join(list(tensors)[:3]) or "no tensor"
-        return f"none of its names belongs to {model}, under any prefix; it holds {sample}"
+        fault = f"none of its names belongs to {model}" if nearest is None else f"few of its names belong to {model}"
+        return f"{fault}, under any prefix; it holds {sample}"
     listed = ", ".join(faults_of[nearest][:3])
     more = f" and {len(faults_of[nearest]) - 3} more" if len(faults_of[nearest]) > 3 else ""
     return f"is not {model} with the {stem} stem: {listed}{more}; name the --model and --stem that it was trained with"

@@ -23,6 +23,7 @@ from harness.errors import InputError
 ZIP = b"PK\x03\x04"  # how files of torch.save begin since torch 1.6
 OLD_TORCH = bytes.fromhex("80028a0a6cfc9c46f920")  # how they began before: a pickle of torch's magic number
 PICKLE = b"\x80"
+PART = ".distcp"  # how names of parts of a checkpoint of torch.distributed end
 LONGEST_HEADER = 10**8  # bytes, of safetensors
 DEEPEST = 20  # dicts in dicts, below which no tensor is looked for
 
@@ -48,6 +49,7 @@ OTHERS = {  # how other files begin, what they are, and what to do
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors of a file with their names, and its header. InputError, with the cure, for any other file."""
+    _refuse_parts(path)
     if os.path.isdir(path):
         raise InputError(f"{path}: a folder; name the ckpt.safetensors or encoder.safetensors in it")
     if not os.path.isfile(path):
@@ -63,6 +65,16 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if start.startswith((ZIP, PICKLE)):
         return _read_torch(path, start), {}
     raise InputError(f"{path}: {_kind_of(start)}")
+
+
+def _refuse_parts(path: str | Path) -> None:
+    """Raise InputError for a checkpoint that torch.distributed wrote in parts: its folder, or one of the parts."""
+    folder = Path(path)
+    if folder.suffix == PART:
+        folder = folder.parent
+    if os.path.isfile(folder / ".metadata"):
+        command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} whole.pth"
+        raise InputError(f"{path}: of a checkpoint of torch.distributed in parts; join them: {command}")
 
 
 def _kind_of(start: bytes) -> str:
