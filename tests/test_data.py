@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 import skimage.data
 import torch
+import torchvision
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -273,6 +274,44 @@ def test_a_tilde_is_the_home_folder(folder, imagenet, monkeypatch):
     for stage, words in ((pretrain, ["--out=~/x"]), (figures, ["--out", "~/x"]), (knn_eval, ["~/x"])):
         values = cli.read(["table", "~/a"] * (stage is figures) + words, inspect.signature(stage).parameters)
         assert f"{home}/x" in values.values() and values.get("runs", (f"{home}/a",)) == (f"{home}/a",)
+
+
+@pytest.mark.parametrize("name, n, classes", [("cifar10", 500, 10), ("cifar100", 50, 100), ("stl10", 50, 10)])
+def test_hold_outs_are_those_of_appendix_b4(photos, name, n, classes):
+    labels = torch.arange(600 * classes) % classes
+    split = data.Split(torch.zeros(1, 3, 1, 1, dtype=torch.uint8).expand(len(labels), -1, -1, -1), labels)
+    names = tuple(map(str, range(classes)))
+    images = dataclasses.replace(photos, train=split, classes=names, holdout=data.FACTS[name]["holdout"])
+    held = data.hold_out(images)
+    assert held.test.labels.bincount().tolist() == [n] * classes
+    assert held.train.labels.bincount().tolist() == [600 - n] * classes
+
+
+def test_hold_out_of_imagenet_is_10009_images(photos):
+    labels = torch.arange(20_000) % 10
+    split = data.Split(torch.zeros(1, 3, 1, 1, dtype=torch.uint8).expand(len(labels), -1, -1, -1), labels)
+    held = data.hold_out(dataclasses.replace(photos, train=split, holdout=data.FACTS["imagenet"]["holdout"]))
+    assert (len(held.test.labels), len(held.train.labels)) == (10_009, 9991)
+
+
+def test_mean_and_std_are_those_published():
+    """CIFAR-10's as everyone computes them over all pixels (not 0.2023, the mean of each image's std), STL-10's of the
+    code of Wang and Isola (2020), ImageNet's of torchvision's own weights."""
+    imagenet = torchvision.models.ResNet50_Weights.DEFAULT.transforms()
+    published = {
+        "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        "stl10": ((0.4409, 0.4279, 0.3868), (0.2683, 0.2610, 0.2687)),
+        "imagenet": (tuple(imagenet.mean), tuple(imagenet.std)),
+    }
+    for name, facts in data.FACTS.items():
+        assert (facts["mean"], facts["std"]) == published.get(name, (None, None)), name
+
+
+def test_every_batch_and_view_has_draws_of_its_own():
+    """Of 60 epochs of two images, each a batch: no draws come twice, as a few seeds or one for all views would do."""
+    split = data.Split(torch.zeros(2, 3, 1, 1, dtype=torch.uint8), torch.arange(2))
+    u = torch.cat([u for _, _, u in data.batches(split, 1, 1, 0, range(60))])
+    assert u.shape == (240, 1, augment.DRAWS_PER_IMAGE) and len(u.unique(dim=0)) == 240
 
 
 def test_batches_are_functions_of_seed_and_epoch():
