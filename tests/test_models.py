@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import models
 from harness.errors import InputError
@@ -74,6 +75,26 @@ def test_alexnet_takes_images_of_any_size():
         assert alexnet(torch.zeros(2, 3, size, size)).shape == (2, alexnet.num_features)
     assert sum(isinstance(x, (nn.Conv2d, nn.Linear)) for x in alexnet.modules()) == 7
     assert len(models.neurons(models.BYOL("alexnet", "cifar", "bn", 16, 2), ["encoder", "projector"])) == 9
+
+
+def test_alexnet_is_the_one_written_by_hand():
+    """Five convolutions, max-pooling after the first, second and last, two linear layers of 4096: SmallAlexNet of Wang
+    and Isola (2020), but for its last pooling, which here makes 3 x 3 of any map."""
+    alexnet = models.build_encoder("alexnet", "cifar")
+    widths = [(3, 96), (96, 192), (192, 384), (384, 384), (384, 192)]
+    linear = [(192 * 9, 4096), (4096, 4096)]
+    assert count(alexnet) == sum(9 * i * o + 2 * o for i, o in widths) + sum(i * o + 2 * o for i, o in linear)
+    x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    ours = alexnet.eval()(x)
+    for i in range(1, 8):
+        layer = getattr(alexnet, f"conv{i}" if i < 6 else f"linear{i}")
+        x = F.conv2d(x, layer.weight, padding=1) if i < 6 else F.linear(x, layer.weight)
+        x = F.relu(x / (1 + 1e-5) ** 0.5)  # fresh statistics are 0 and 1
+        if i in (1, 2):
+            x = F.max_pool2d(x, 3, 2)
+        if i == 5:
+            x = F.adaptive_max_pool2d(x, 3).flatten(1)
+    torch.testing.assert_close(ours, x)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "alexnet"])
@@ -145,6 +166,24 @@ def test_views_in_one_batch_are_views_one_after_the_other(byol):
     online = (*ours.encoder.parameters(), *ours.projector.parameters())
     for x, y in zip(plain.parameters(), online):
         torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (8, 5, 3, 3)])
+def test_norms_over_all_processes_are_those_of_each_view(shape):
+    """SyncViewNorm, which in a single process works on a CPU, too, against ViewNorm."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, *shape, generator=generator)
+    x[4:] = 3 * x[4:] + 2  # the second view has a mean and a spread of its own
+    results = []
+    for norm, kind in (("bn", models.ViewNorm), ("sync", models.SyncViewNorm)):
+        layer = models.with_norm(nn.Sequential(nn.BatchNorm1d(5)), norm)[0]
+        assert type(layer) is kind
+        inputs = x.clone().requires_grad_()
+        outputs = layer(inputs)
+        (weight * outputs).sum().backward()
+        gradients = [inputs.grad, layer.weight.grad, layer.bias.grad]
+        results.append([outputs, *gradients, *layer.buffers(), layer.eval()(x[:3])])
+    torch.testing.assert_close(results[1], results[0])
 
 
 def test_target_is_a_moving_average(byol):
