@@ -1,12 +1,90 @@
-"""The probe: its sweep, its batches, and an encoder that stays as it was."""
+"""The probe: an epoch by hand, its sweep, its batches, and an encoder that stays as it was."""
 
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torchvision.transforms.v2 import functional as F
 
+import data
 import models
-from linear_eval import linear_eval
+from harness import processes
+from linear_eval import accuracy, feature_batches, fit, linear_eval
+
+
+@pytest.fixture
+def judged(photos):
+    """What `fit` reads of an encoder that is judged: here the pixels are the features."""
+    accelerator = processes.start()
+    view = photos.view(data.EVAL_CROP)
+    encoder = nn.Flatten()
+    encoder.num_features = 6
+    return SimpleNamespace(accelerator=accelerator, encoder=encoder, images=photos, view=view, log=None)
+
+
+def test_an_epoch_is_the_one_written_by_hand(judged, capsys):
+    """Nesterov's momentum, the decay, and a cosine to 0 over three batches of 20, 20 and 8 rows, for two rates."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(48, 6, generator=generator)
+    labels = torch.randint(10, (48,), generator=generator)
+    rows = {rate: {"sweep": rate} for rate in (4.0, 1.0)}
+    fitted = fit(judged, data.Split(x, labels), rows, epochs=1, batch_size=20, weight_decay=0.1, seed=3)
+    logged = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert list(fitted) == [row["sweep"] for row in logged] == [4.0, 1.0]
+
+    ones = torch.ones(48, 1, dtype=torch.float64)
+    inputs = torch.cat([x.double(), ones], 1)  # the bias is one more weight
+    truth = torch.eye(10, dtype=torch.float64)[labels]
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(3))
+    for row, (rate, classifier) in zip(logged, fitted.items()):
+        torch.manual_seed(3)
+        fresh = nn.Linear(6, 10)
+        w = torch.cat([fresh.weight, fresh.bias[:, None]], 1).detach().double()
+        velocity, loss, correct = 0, 0, 0
+        for step, chosen in enumerate(order.split(20)):
+            logits = inputs[chosen] @ w.T
+            probabilities = logits.softmax(1)
+            loss -= (truth[chosen] * probabilities.log()).sum().item()
+            correct += (logits.argmax(1) == labels[chosen]).sum().item()
+            gradient = (probabilities - truth[chosen]).T @ inputs[chosen] / len(chosen) + 0.1 * w
+            velocity = 0.9 * velocity + gradient
+            w = w - rate * 20 / 256 * (1, 0.75, 0.25)[step] * (gradient + 0.9 * velocity)
+        torch.testing.assert_close(classifier.weight.double(), w[:, :6], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(classifier.bias.double(), w[:, 6], rtol=1e-4, atol=1e-5)
+        expected = {"sweep": rate, "epoch": 1, "loss": loss / 48, "train_top1": 100 * correct / 48}
+        assert row == pytest.approx({**expected, "lr": rate * 20 / 256}, rel=1e-4)
+
+
+def test_features_are_of_crops_and_flips_alone(judged):
+    """Those of `data.batches`, less the mean and over the std; the last batch is what is left."""
+    photos, train = judged.images, judged.images.train.rows(torch.arange(48))
+    batches = list(feature_batches(judged, train, epochs=2, batch_size=20, seed=3))
+    assert [len(labels) for _, labels in batches] == 2 * [20, 20, 8]
+    crops = data.batches(train, 20, 32, 3, [1, 2], views=1, drop_last=False)
+    for (features, labels), (x, true_labels, _) in zip(batches, crops):
+        pixels = F.normalize(x[0], photos.mean, photos.std)
+        torch.testing.assert_close(features, pixels.flatten(1))
+        assert torch.equal(labels, true_labels)
+
+
+def test_accuracy_by_hand():
+    """Seven classes, eight rows, whose true class has rank 0, 0, 0, 1, 3, 4, 5 and 6."""
+    ranks = torch.tensor([0, 0, 0, 1, 3, 4, 5, 6])
+    labels = torch.tensor([3, 1, 4, 1, 5, 2, 6, 0])
+    logits = torch.stack([-(torch.arange(7) - label + rank).remainder(7).float() for label, rank in zip(labels, ranks)])
+    assert accuracy(logits, labels) == {"top1": 37.5, "top5": 75.0}
+    assert accuracy(logits[:, :3], torch.zeros(8, dtype=torch.long))["top5"] == 100
+
+
+def test_the_protocol_is_that_of_appendix_d(command, trained):
+    """80 epochs and no decay; a set of more than 100 images in batches of 100; 0.2 per 256 images."""
+    _, rows, _ = command(linear_eval, trained / "encoder.safetensors", "--cached")
+    assert len(rows) == 81 and (rows[-1]["epoch"], rows[-1]["weight_decay"], rows[-1]["lr"]) == (80, 0, 0.2)
+    _, rows, _ = command(linear_eval, trained / "encoder.safetensors", "--cached", "--dataset", "photos", "--epochs", 1)
+    assert rows[-1]["batch_size"] == 100 and rows[0]["lr"] == pytest.approx(0.2 * 100 / 256)
 
 
 @pytest.mark.parametrize("cached", [[], ["--cached"]])
