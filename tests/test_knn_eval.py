@@ -6,11 +6,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import rows_of
+from torch import nn
 
+import data
 import models
-from harness import checkpoint, judging
+from harness import checkpoint, judging, processes
 from harness.log import read_log
-from knn_eval import knn_eval, vote
+from knn_eval import knn_eval, nearest_neighbours, vote
 from linear_eval import linear_eval
 
 
@@ -46,6 +48,17 @@ def test_vote_by_tiles_is_the_vote(monkeypatch, tile):
     monkeypatch.setattr("harness.neighbours.BANK_IN_TILE", tile[1])
     monkeypatch.setattr("knn_eval.QUERIES_AT_ONCE", tile[0])
     assert vote(*there, (1, 15, 40), 0.07) == whole
+
+
+def test_online_vote_is_dinos(photos):
+    """20 neighbours at a temperature of 0.07, on the pixels of the evaluation view: other numbers give other scores."""
+    bank, queries = photos.train.rows(torch.arange(0, 2000, 4)), photos.test
+    view = photos.view(data.EVAL_CROP)
+    scores = nearest_neighbours(nn.Flatten(), bank, queries, view, processes.start())
+    pixels = [torch.cat([*data.evaluation_views(split, **view)]).flatten(1) for split in (bank, queries)]
+    features = pixels[0], bank.labels, pixels[1], queries.labels
+    assert scores == vote(*features, (20,), 0.07)
+    assert scores[20] not in [vote(*features, (k,), t)[k] for k, t in ((20, 0.1), (20, 0.05), (10, 0.07))]
 
 
 def test_vote_on_few_classes_and_images():
@@ -85,8 +98,9 @@ def test_the_target_and_another_crop_are_judged(command, trained):
 
 
 def test_a_checkpoint_judges_another_set(command, trained):
-    code, rows, _ = command(knn_eval, trained / "ckpt.safetensors", "--dataset", "photos", "--k", 20, "--nofloors")
+    code, rows, _ = command(knn_eval, trained / "ckpt.safetensors", "--dataset", "photos", "--nofloors")
     assert code == 0 and (rows[0]["dataset"], rows[0]["bank"], rows[0]["queries"]) == ("photos", 2000, 500)
+    assert [row["k"] for row in rows] == [10, 20, 100, 200] and rows[0]["temperature"] == 0.07
 
 
 def test_a_checkpoint_elsewhere_is_judged_without_a_log(command, trained, tmp_path):
