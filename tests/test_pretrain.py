@@ -1,6 +1,7 @@
 """One step by hand, every method and regularizer, schedules, and losses that go wrong."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import data
 import models
 from harness import checkpoint, processes
 from knn_eval import knn_eval
-from pretrain import Lars, lr_at, parameter_groups, pretrain, tau_at
+from pretrain import Lars, build, lr_at, objective, parameter_groups, pretrain, tau_at
 from regularizers import alignment, energy_by_definition, mhe, uniformity
 
 
@@ -92,6 +93,60 @@ def test_one_step_is_the_one_written_by_hand(command, folder, tmp_path, optimize
                 torch.testing.assert_close(tensors[f"target.{name}"], target, rtol=1e-3, atol=1e-5)
 
 
+def test_four_steps_are_those_written_by_hand(command, folder, tmp_path):
+    """Two epochs of two steps: momentum, warm-up, cosine, and the target after each step by the tau of that step."""
+    flags = "--model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 24 --epochs 2".split()
+    flags += "--lr 2 --warmup 1 --weight_decay 0.1 --tau 0.7 --seed 5 --eval_every 0 --out run".split()
+    code, rows, _ = command(pretrain, "--dataset", folder, *flags)
+    rates = (0.09375, 0.1875, 0.1875, 0.09375)  # 2 * 24 / 256 at the top; two steps up, two of a cosine down
+    taus = [1 - 0.3 * (1 + cosine) / 2 for cosine in (1, 0.5**0.5, 0, -(0.5**0.5))]
+    assert code == 0 and [row["lr"] for row in rows[1:]] == pytest.approx([rates[1], rates[3]])
+    assert [row["tau"] for row in rows[1:]] == pytest.approx([taus[1], taus[3]])
+    tensors, _ = checkpoint.load(tmp_path / "run" / "ckpt.safetensors")
+
+    torch.manual_seed(5)
+    network = models.BYOL("test_resnet", "imagenet", "bn", 32, 16)
+    pictures = data.load(str(folder))
+    before = {name: w.detach().clone() for name, w in network.named_parameters()}
+    online = [(name, w) for name, w in network.named_parameters() if w.requires_grad]
+    velocity = dict.fromkeys(dict(online), 0)
+    batches = data.batches(pictures.train, 24, 32, 5, [1, 2])
+    for (crops, _, u), rate, tau in zip(batches, rates, taus):
+        _, p, t = network(*data.two_views(crops, u, pictures.mean, pictures.std))
+        network.zero_grad()
+        (alignment(p[0], t[1]) + alignment(p[1], t[0])).backward()
+        for name, w in online:
+            velocity[name] = 0.9 * velocity[name] + lars_direction(w.detach(), w.grad, 0.1)
+            w.data -= rate * velocity[name]
+            if not name.startswith("predictor."):
+                target = network.get_parameter(f"target.{name}")
+                target.data = tau * target + (1 - tau) * w.detach()
+    for name, w in network.named_parameters():
+        moved = (w - before[name]).norm()
+        assert (tensors[name] - w).norm() < 5e-3 * moved + 1e-6, name
+
+
+def test_two_steps_of_the_optimizer_are_those_written_by_hand():
+    """LARS of `build`: momentum 0.9, trust coefficient 1e-3, the rate outside of the momentum."""
+    values = {"method": "simclr", "model": "test_resnet", "stem": "imagenet", "norm": "bn", "hidden_dim": 8}
+    values |= {"out_dim": 4, "weight_decay": 0.3, "reg_on": ["projector"]}
+    training = build(SimpleNamespace(**values), None, processes.start())
+    parameters = [p for p in training.network.parameters() if p.requires_grad]
+    expected = [p.detach().clone() for p in parameters]
+    velocity = [0 for _ in parameters]
+    generator = torch.Generator().manual_seed(0)
+    for rate in (2.0, 5.0):
+        for group in training.optimizer.param_groups:
+            group["lr"] = rate
+        for i, p in enumerate(parameters):
+            p.grad = torch.randn(p.shape, generator=generator)
+            velocity[i] = 0.9 * velocity[i] + lars_direction(expected[i], p.grad, 0.3)
+            expected[i] = expected[i] - rate * velocity[i]
+        training.optimizer.step()
+    for p, by_hand in zip(parameters, expected):
+        torch.testing.assert_close(p.detach(), by_hand, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("reg", ["mhe", "uniform"])
 def test_accumulation_averages_gradients_over_micro_batches(command, folder, tmp_path, reg):
     """One step on 48 images in 8 parts: the large batch's for BYOL and energies, an average of parts for uniformity."""
@@ -124,6 +179,55 @@ def test_accumulation_averages_gradients_over_micro_batches(command, folder, tmp
             x.norm() ** 2 for x in expected.values()
         )
         assert (off < 1e-6) == same, (run, off)
+
+
+@pytest.mark.parametrize("method, temperature", [("byol", None), ("simclr", 0.5), ("simclr", 0.1)])
+@pytest.mark.parametrize("reg, s", [("none", 2), ("uniform", 2), ("mhe", 0), ("mhe", 1.5), ("amhe", 0), ("amhe", 3)])
+def test_objective_is_the_one_written_by_hand(method, temperature, reg, s):
+    """In float64: Eq. 1 or 3, Eq. 2 or Eq. 7 with its lambda, and what is for the log alone."""
+    values = {"method": method, "temperature": temperature, "reg": reg, "s": s, "weight": 3.0}
+    cfg = SimpleNamespace(**values, term={"none": None, "uniform": "uniformity"}.get(reg, "energy"))
+    generator = torch.Generator().manual_seed(0)
+    z, p, t = torch.randn(3, 2, 12, 5, generator=generator, dtype=torch.float64)
+    layers = {name: torch.randn(7, 4, generator=generator, dtype=torch.float64) for name in ("first", "second")}
+    terms = objective(cfg, layers, z, p, t) if method == "byol" else objective(cfg, layers, z)
+
+    z, p, t = (x / x.norm(dim=2, keepdim=True) for x in (z, p, t))
+    if method == "byol":
+        loss = ((p[0] - t[1]) ** 2 + (p[1] - t[0]) ** 2).sum(1).mean()
+    else:
+        similarity = (z.flatten(0, 1) @ z.flatten(0, 1).T / temperature).exp()
+        positive = similarity.roll(12, 0).diagonal()
+        loss = -(positive / (similarity.sum(0) - similarity.diagonal())).log().mean()
+    uniform = sum(torch.pdist(view).square().mul(-2).exp().mean().log() for view in z) / 2
+    energies = [energy_by_definition(w, s, angular=reg == "amhe") for w in layers.values()]
+    term = {"none": 0, "uniform": uniform}.get(reg, sum(energies))
+    spread = (z.square().mean(1) - z.mean(1).square()).mul(12 / 11).sqrt().mean()
+    expected = {method: loss, "loss": loss + 3 * term, "uniformity": uniform, "std": spread}
+    expected |= {"alignment": (z[0] - z[1]).square().sum(1).mean()}
+    if cfg.term == "energy":
+        expected |= {"energy": sum(energies), "energy/first": energies[0], "energy/second": energies[1]}
+    assert {name: x.item() for name, x in terms.items()} == pytest.approx({n: float(x) for n, x in expected.items()})
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU, and counts the matrix products that are taken of it."""
+
+    device = torch.device("cuda")
+    products = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.products += func.__name__ in ("matmul", "__matmul__", "mm")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_gpu_takes_the_energy_of_a_wide_layer_in_few_blocks():
+    """The 4,096 neurons of Section 3.6 in at most ten products, and what a CPU gets from smaller blocks."""
+    weight = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    energy = mhe(weight.as_subclass(OnGPU))
+    assert 1 <= OnGPU.products <= 10
+    assert energy.item() == pytest.approx(mhe(weight).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(
