@@ -109,7 +109,7 @@ def pretrain(
     flags = dict(locals())
     folder = settings.check(flags, cli.defaults(pretrain), RECIPES)  # before anything is read
     log_with = None if tracker == "none" else tracker
-    accelerator = processes.start(gradient_accumulation_steps=accumulate, log_with=log_with, project_dir=folder)
+    accelerator = processes.start(accumulate, log_with=log_with, project_dir=folder)
     cfg, images = settings.resolve(flags, RECIPES, accelerator)
     steps_per_epoch = len(images.pretraining.labels) // cfg.batch_size
     steps = steps_per_epoch * cfg.epochs

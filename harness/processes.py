@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import gather_object
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch import Tensor, nn
 
 from harness.errors import InputError
@@ -20,15 +20,31 @@ from harness.log import is_main
 
 PATIENCE = timedelta(hours=3)  # for the first process, which downloads a set, or looks through its pictures, alone
 
+# What a launcher's configuration may ask for, and what would then be divided among processes: checkpoints, energies of
+# whole layers and LARS's norms need whole weights in each process.
+DIVIDED = {
+    "ACCELERATE_USE_FSDP": "FSDP (--use_fsdp) divides the weights",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (--use_deepspeed) replaces the optimizer",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM (--use_megatron_lm) divides the network",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration (--use_parallelism_config) divides the network",
+}
+SWITCHED_ON = ("1", "true", "yes", "y", "on", "t")  # as Accelerate reads its variables
 
-def start(**arguments) -> Accelerator:
+
+def start(accumulate: int | None = None, **arguments) -> Accelerator:
     """Return an Accelerator, made with these arguments, for processes that see each other and share a CPU's cores.
 
-    InputError for a launcher whose processes do not see each other, since each would take itself for the one that
-    writes, and for a precision that the device does not have.
+    accumulate: micro-batches of a step, where there are steps. InputError for a launcher whose processes do not see
+    each other, since each would take itself for the one that writes, for one that divides a network among processes,
+    and for a precision that the device does not have.
     """
+    _refuse_division()
+    if accumulate:
+        _tell_of_accumulation(accumulate)
+    group = InitProcessGroupKwargs(timeout=PATIENCE)
+    micro_batches = GradientAccumulationPlugin(num_steps=accumulate or 1)  # a number would give way to the launcher's
     try:
-        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **arguments)
+        accelerator = Accelerator(kwargs_handlers=[group], gradient_accumulation_plugin=micro_batches, **arguments)
     except (ValueError, ImportError) as e:  # a precision that the device, or what is installed, does not have
         raise InputError(f"accelerate launch: {e}") from e
     _refuse_precision(accelerator)
@@ -40,6 +56,26 @@ def start(**arguments) -> Accelerator:
     if accelerator.device.type == "cpu" and is_launched and has_one_thread:
         torch.set_num_threads(cores())
     return accelerator
+
+
+def _refuse_division() -> None:
+    """Raise InputError for a launcher's configuration that divides a network, or its optimizer, among processes."""
+    for name, what in DIVIDED.items():
+        if os.environ.get(name, "").lower() in SWITCHED_ON:
+            raise InputError(
+                f"accelerate launch: {what}, and this project needs it whole in each process; take plain data "
+                f"parallelism (--multi_gpu), by flags or by `accelerate config`, and unset {name}"
+            )
+
+
+def _tell_of_accumulation(accumulate: int) -> None:
+    """Say that a launcher's number of micro-batches is not the one in force."""
+    launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulate))
+    if launched != str(accumulate):
+        say(
+            f"accelerate launch: gradient_accumulation_steps {launched} has no effect; "
+            f"--accumulate {accumulate} of this command is in force"
+        )
 
 
 def _refuse_precision(accelerator: Accelerator) -> None:

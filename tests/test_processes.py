@@ -228,6 +228,24 @@ def test_a_precision_that_there_is_not_is_refused(folder, tmp_path, precision, l
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("stage", [pretrain, knn_eval, linear_eval])
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_a_launcher_that_divides_the_network_is_refused(command, monkeypatch, tmp_path, stage, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    code, rows, err = command(stage, *(["--dataset", "nowhere"] if stage is pretrain else ["ckpt.safetensors"]))
+    assert code == 2 and rows == [] and err.count("\n") == 1, err
+    assert f"(--use_{name.lower()})" in err and f"unset ACCELERATE_USE_{name}" in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_launchers_micro_batches_do_not_replace_those_of_the_flag(command, folder, monkeypatch):
+    """Accelerate takes its variable before its argument: a run of 6 steps would take 2."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    code, rows, err = command(pretrain, "--dataset", folder, *SMALL[:-1], 2, "--accumulate", 2, "--eval_every", 0)
+    assert code == 0 and [row["step"] for row in rows if "loss" in row] == [3, 6], err
+    assert "gradient_accumulation_steps 3 has no effect; --accumulate 2 of this command is in force" in err
+
+
 def test_shares_make_up_the_whole():
     for n in range(1, 9):
         for world in range(1, 6):
