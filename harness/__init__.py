@@ -5,6 +5,7 @@ The first floor imports no page:
     errors      the two errors that end a stage with one line
     files       the names of a run's files, and files that appear whole or not at all
     formats     tensors out of a file of any project, whatever its name
+    streams     standard output and standard error, whatever they are
     cli         flags: the command line is checked against a stage's signature, then Fire calls the stage
     log         rows out to metrics.jsonl and back
     processes   what is different where several processes run one program

@@ -10,6 +10,7 @@ A stage is a function whose signature is its command line. A flag is one line of
 function first and reject a misspelt flag afterwards. Fire prints --help, which is made from the same lines.
 """
 
+import contextlib
 import difflib
 import functools
 import inspect
@@ -25,6 +26,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import fire
 
+from harness import streams
 from harness.errors import InputError, Stopped
 from harness.log import is_main
 
@@ -40,8 +42,15 @@ def run(stage: Callable) -> None:
 
     InputError ends it with one line and exit code 2, a signal with one line and 128 + its number.
     """
+    with streams.guarded():
+        run_guarded(stage)
+
+
+def run_guarded(stage: Callable) -> None:
+    """Do what `run` does, with streams that anything may be written to."""
     try:
         call(stage, sys.argv[1:])
+        sys.stdout.flush()
     except InputError as e:
         fail(e, 2)
     except Stopped as e:
@@ -53,11 +62,7 @@ def run(stage: Callable) -> None:
             raise
         fail("another process has ended", 1, wait=True)
     except BrokenPipeError:
-        # The reader of our rows has left, as `head` does. The interpreter flushes standard output once more when it
-        # ends, and would report a second broken pipe: give it a place to write to.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        leave(1)
+        leave(1)  # the reader of our rows has left, as `head` does
     leave(0)
 
 
@@ -152,7 +157,8 @@ def leave(exit_code: int) -> None:
             from harness import processes  # here, because it imports torch, which a wrong flag need not wait for
 
             processes.end()
-        sys.stdout.flush()
+        with contextlib.suppress(InputError, BrokenPipeError):
+            sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)
     if exit_code:

@@ -31,17 +31,18 @@ def is_main() -> bool:
 
 
 def emit(row: dict, log: Path | None = None) -> None:
-    """Print a row as one line of JSON on standard output and, with `log`, add it to that file.
+    """Print a row as one line of JSON on standard output and, with `log`, add it to that file before.
 
-    Of several processes the first does so. ValueError for a NaN; InputError if the log cannot be written to.
+    Of several processes the first does so. ValueError for a NaN; InputError if the log, or standard output, cannot be
+    written to.
     """
     if not is_main():
         return
     line = json.dumps(row, allow_nan=False)
+    if log is not None:
+        _append(line, log)  # first, so that the row is kept where standard output fails
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
-    if log is not None:
-        _append(line, log)
 
 
 def _append(line: str, log: Path) -> None:

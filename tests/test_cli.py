@@ -1,6 +1,7 @@
 """The command line against a stage's signature."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -155,3 +156,44 @@ def test_a_reader_that_leaves_ends_the_stage_quietly():
         f"{sys.executable} -c {shlex.quote(script)} | head -1", shell=True, capture_output=True, text=True, cwd=ROOT
     )
     assert done.stdout == '{"i": 0}\n' and done.stderr == ""
+
+
+ROWS = "from harness import cli, log\nimport sys, pathlib\ndef stage():\n    print('a message', file=sys.stderr)\n"
+ROWS += "    for i in range(3): log.emit({'i': i}, pathlib.Path('log'))\n"
+TABLE = "from harness import cli\ndef stage(): print('a \u00b1 b \u6771' + os.fsdecode(b'\\xff'))\nimport os\n"
+FAULT = "from harness import cli, errors\ndef stage(): raise errors.InputError('--s 1: \u6771')\n"
+LONG = "from harness import cli\ndef stage(): print('x' * 2**20)\n"
+
+
+@pytest.mark.parametrize(
+    "script, redirection, code, out, err, rows",
+    [
+        (ROWS, ">/dev/full", 2, "", "a message\n-c: standard output: cannot be written (No space left on device)\n", 1),
+        (LONG, ">/dev/full", 2, "", "-c: standard output: cannot be written (No space left on device)\n", 0),
+        (TABLE, ">/dev/full", 2, "", "-c: standard output: cannot be written (No space left on device)\n", 0),
+        (ROWS, ">&-", 0, "", "a message\n", 3),
+        (ROWS, "2>&-", 0, '{"i": 0}\n{"i": 1}\n{"i": 2}\n', "", 3),
+        (ROWS, "2>/dev/full", 0, '{"i": 0}\n{"i": 1}\n{"i": 2}\n', "", 3),
+        (ROWS, "<&- >&- 2>&-", 0, "", "", 3),
+        (FAULT, "2>/dev/full", 2, "", "", 0),
+        (FAULT, ">&- 2>&-", 2, "", "", 0),
+        (TABLE, "", 0, "a +- b \\u6771\\udcff\n", "", 0),
+        (FAULT, "", 2, "", "-c: --s 1: \\u6771\n", 0),
+    ],
+)
+def test_streams_that_are_full_closed_or_ascii(tmp_path, script, redirection, code, out, err, rows):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = f"{sys.executable} -c {shlex.quote(script + 'cli.run(stage)')} {redirection}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+    log = tmp_path / "log"
+    assert (len(log.read_text().splitlines()) if log.exists() else 0) == rows
+
+
+def test_no_file_takes_the_number_of_a_stream_that_is_closed(tmp_path):
+    script = "from harness import cli\ndef stage(): print(open('file', 'w').fileno(), file=open('number', 'w'))\n"
+    script += "cli.run(stage)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = f"{sys.executable} -c {shlex.quote(script)} <&- >&- 2>&-"
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=environment)
+    assert int((tmp_path / "number").read_text()) > 2

@@ -5,9 +5,13 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import shlex
+import subprocess
+import sys
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,3 +251,12 @@ def test_rows_of_the_paper_have_the_settings_of_a_run(photos):
     }
     rows = {row.name: row.settings() for row in paper_rows()}
     assert all(is_row(rows[name], settings) for name, settings in meant.items())
+
+
+def test_the_backend_of_a_notebook_is_not_asked_for():
+    """Jupyter names its backend to all its children, for which matplotlib's import fails where it is not installed."""
+    environment = {**os.environ, "MPLBACKEND": "module://not_installed.backend_inline"}
+    command = [sys.executable, "-m", "tools.figures", "paper"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("| table, row"), done.stderr

@@ -11,8 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("pretrain", "linear_eval", "knn_eval", "regularizers", "models", "data")
-FIRST_FLOOR = ("errors", "files", "formats", "cli", "log", "processes", "augment", "pictures", "surveys", "neighbours")
-FIRST_FLOOR += ("sources",)
+FIRST_FLOOR = "errors files formats streams cli log processes augment pictures surveys neighbours sources".split()
 SECOND_FLOOR = ("settings", "checkpoint", "foreign", "judging", "probes", "run")
 FIRST = {f"harness.{name}" for name in FIRST_FLOOR}
 SECOND = {f"harness.{name}" for name in SECOND_FLOOR}

@@ -12,11 +12,11 @@ Each command prints the files that it wrote, PNG and SVG, or Markdown and CSV.
 """
 
 import math
+import os
 import statistics
 from pathlib import Path
 from typing import Annotated, Literal
 
-import matplotlib
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +31,8 @@ from tools import paper
 from tools.groups import groups, mean_and_std, method_name
 from tools.table import write_table
 
-matplotlib.use("Agg")
+# Before the import, which refuses the backend that a notebook names for its children where that is not installed
+os.environ["MPLBACKEND"] = "agg"
 import matplotlib.pyplot as plt
 
 # Okabe and Ito's colours, told apart by the colour-blind, each with a dash of its own for black and white
