@@ -33,6 +33,7 @@ FOREIGN_FLAGS = ("stem", "prefix", "mean", "std")  # of a file of another projec
 DEFAULT_DATA_DIR = "data"
 ASSUMED = {  # of the encoder in a file of another project, by its stem
     "cifar": "its 3x3 stem has stride 1, padding 1 and no max-pooling",
+    "stride2": "its 3x3 stem has stride 2, padding 1 and no max-pooling",
     "imagenet": "its blocks are timm's, with the stride in the 3x3 convolutions",
 }
 

@@ -153,7 +153,8 @@ def test_circle_from_real_runs(command, drawn, folder, tmp_path):
     for out, method in (("simclr", ["--method", "simclr"]), ("byol", ["--norm", "none"])):
         assert command(pretrain, "--dataset", folder, *flags, *method, "--out", out)[0] == 0
     code, lines, err = drawn("circle", "simclr", "byol")
-    assert (code, err) == (0, "") and lines == ["figures/circle.png", "figures/circle.svg"]
+    assert code == 0 and lines == ["figures/circle.png", "figures/circle.svg"]
+    assert err == f"dataset {folder}: 3 classes, 48 pictures to train on, 18 to judge by; left out: nothing\n"
     write_run(tmp_path / "wide")
     code, lines, err = drawn("circle", "wide")
     assert code == 2 and lines == []
@@ -162,7 +163,8 @@ def test_circle_from_real_runs(command, drawn, folder, tmp_path):
 
 def test_views_of_a_data_set(drawn, folder):
     code, lines, err = drawn("views", "--dataset", folder)
-    assert (code, err) == (0, "") and lines == [f"figures/views-{folder.name}.{x}" for x in ("png", "svg")]
+    assert code == 0 and lines == [f"figures/views-{folder.name}.{x}" for x in ("png", "svg")]
+    assert err == f"dataset {folder}: 3 classes, 48 pictures to train on, 18 to judge by; left out: nothing\n"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_from_the_command_line_to_both_scores(tmp_path):
     rows, prose = launch("accelerate", "launch", str(ROOT / "pretrain.py"), *flags)
     run = tmp_path / "runs" / "photos-amhe-modeltest_resnet-epochs1-batch_size250"
     assert rows == rows_of(run) and "loss = byol + 10 energy" in prose
-    settings, trained, online, inner = rows
+    settings, untrained, pixels, trained, online, inner = rows
     assert settings["settings"]["weight"] == 10 and settings["settings"]["hidden_dim"] == 512
     assert trained["step"] == 8 and trained["loss"] == pytest.approx(trained["byol"] + 10 * trained["energy"], rel=1e-5)
     assert 1.5 < trained["energy"] < 1.8 and 0 < trained["byol"] < 8
@@ -37,6 +37,7 @@ def test_from_the_command_line_to_both_scores(tmp_path):
     by = {(row["of"], row["k"]): row["top1"] for row in scores}
     assert by.keys() == {(of, k) for of in ("trained", "untrained", "pixels") for k in (10, 20, 100, 200)}
     assert by["trained", 20] == online["top1"]
+    assert (by["untrained", 20], by["pixels", 20]) == (untrained["top1"], pixels["top1"])
     assert 40 < by["pixels", 20] < 50 < by["untrained", 20] < 70
     probe, _ = launch(sys.executable, str(ROOT / "linear_eval.py"), str(ckpt), "--epochs", "3", "--cached")
     assert probe[-1]["top1"] > 50 and probe[-1]["top5"] > 80

@@ -55,7 +55,7 @@ def test_an_epoch_is_the_one_written_by_hand(judged, capsys):
         torch.testing.assert_close(classifier.weight.double(), w[:, :6], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(classifier.bias.double(), w[:, 6], rtol=1e-4, atol=1e-5)
         expected = {"sweep": rate, "epoch": 1, "loss": loss / 48, "train_top1": 100 * correct / 48}
-        assert row == pytest.approx({**expected, "lr": rate * 20 / 256}, rel=1e-4)
+        assert row == pytest.approx({**expected, "rate": rate * 20 / 256}, rel=1e-4)
 
 
 def test_features_are_of_crops_and_flips_alone(judged):
@@ -84,7 +84,7 @@ def test_the_protocol_is_that_of_appendix_d(command, trained):
     _, rows, _ = command(linear_eval, trained / "encoder.safetensors", "--cached")
     assert len(rows) == 81 and (rows[-1]["epoch"], rows[-1]["weight_decay"], rows[-1]["lr"]) == (80, 0, 0.2)
     _, rows, _ = command(linear_eval, trained / "encoder.safetensors", "--cached", "--dataset", "photos", "--epochs", 1)
-    assert rows[-1]["batch_size"] == 100 and rows[0]["lr"] == pytest.approx(0.2 * 100 / 256)
+    assert rows[-1]["batch_size"] == 100 and rows[0]["rate"] == pytest.approx(0.2 * 100 / 256)
 
 
 @pytest.mark.parametrize("cached", [[], ["--cached"]])

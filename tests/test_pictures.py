@@ -264,7 +264,7 @@ def test_broken_pictures_stop_the_start_or_are_skipped(command, crowd, picture, 
     assert code == 2 and rows == [] and "a b/cut.png: not a picture" in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
     code, rows, err = command(pretrain, "--dataset", crowd, *TINY, "--skip_broken")
-    assert code == 0 and rows[-1]["of"] == "representations"
+    assert code == 0 and "representations" in [row.get("of") for row in rows]
     for name in ("a b/cut.png", "a b/text.jpg", "ü/float.tiff"):
         assert f"train/{name}: not a picture that can be read" in err, err
     assert "test/ü/empty.png: not a picture" in err and "skipped 5 of 29 pictures" in err

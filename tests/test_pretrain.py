@@ -96,7 +96,8 @@ def test_one_step_is_the_one_written_by_hand(command, folder, tmp_path, optimize
 def test_four_steps_are_those_written_by_hand(command, folder, tmp_path):
     """Two epochs of two steps: momentum, warm-up, cosine, and the target after each step by the tau of that step."""
     flags = "--model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 24 --epochs 2".split()
-    flags += "--lr 2 --warmup 1 --weight_decay 0.1 --tau 0.7 --seed 5 --eval_every 0 --out run".split()
+    flags += "--recipe cifar10-300 --lr 2 --warmup 1 --weight_decay 0.1 --tau 0.7 --seed 5 --eval_every 0".split()
+    flags += ["--out", "run"]
     code, rows, _ = command(pretrain, "--dataset", folder, *flags)
     rates = (0.09375, 0.1875, 0.1875, 0.09375)  # 2 * 24 / 256 at the top; two steps up, two of a cosine down
     taus = [1 - 0.3 * (1 + cosine) / 2 for cosine in (1, 0.5**0.5, 0, -(0.5**0.5))]
@@ -129,7 +130,7 @@ def test_four_steps_are_those_written_by_hand(command, folder, tmp_path):
 def test_two_steps_of_the_optimizer_are_those_written_by_hand():
     """LARS of `build`: momentum 0.9, trust coefficient 1e-3, the rate outside of the momentum."""
     values = {"method": "simclr", "model": "test_resnet", "stem": "imagenet", "norm": "bn", "hidden_dim": 8}
-    values |= {"out_dim": 4, "weight_decay": 0.3, "reg_on": ["projector"]}
+    values |= {"out_dim": 4, "weight_decay": 0.3, "reg_on": ["projector"], "optimizer": "lars"}
     training = build(SimpleNamespace(**values), None, processes.start())
     parameters = [p for p in training.network.parameters() if p.requires_grad]
     expected = [p.detach().clone() for p in parameters]
