@@ -18,10 +18,9 @@ import data
 import models
 from data import Split
 from harness import cli, judging, processes
-from harness.errors import InputError
 from harness.log import emit
 from harness.neighbours import nearest
-from harness.probes import FLOORS_UP_TO
+from harness.probes import floors_are_cheap
 
 DEFAULT_K = (10, 20, 100, 200)
 QUERIES_AT_ONCE = 512  # queries in one chunk of the vote
@@ -50,11 +49,8 @@ def knn_eval(
     judged = judging.open_judged(accelerator, flags)
     train = judged.images.train.to(accelerator.device)
     test = judged.images.test.to(accelerator.device)
-    in_memory = isinstance(train.images, Tensor)
-    if floors and not in_memory:
-        raise InputError(f"--floors: pictures of {judged.dataset} are not in memory and of one size; take --nofloors")
     if floors is None:
-        floors = in_memory and len(train.labels) <= FLOORS_UP_TO
+        floors = floors_are_cheap(train, test, judged.view["size"])
 
     encoders = {"trained": judged.encoder}
     if floors:

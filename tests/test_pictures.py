@@ -537,3 +537,12 @@ def test_a_folder_that_may_not_be_read_is_named(crowd):
     (crowd / "train" / "a b").chmod(0)
     with pytest.raises(InputError, match="a b: cannot be read"):
         data.load(str(crowd))
+
+
+def test_pictures_of_several_sizes_have_floors(command, crowd):
+    """Their views have one size. The floors of the run are those of the judge."""
+    code, rows, err = command(pretrain, "--dataset", crowd, *TINY)
+    floors = {row["of"]: row["top1"] for row in rows if row.get("of") in ("untrained", "pixels")}
+    assert code == 0 and floors.keys() == {"untrained", "pixels"}, err
+    code, rows, err = command(knn_eval, "run/ckpt.safetensors", "--k", 20)
+    assert code == 0 and {row["of"]: row["top1"] for row in rows if row["of"] != "trained"} == floors, err
