@@ -1,11 +1,13 @@
 """The scalars of the paper against closed forms, float64 definitions and other people's formulas."""
 
 import math
+import time
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
-from regularizers import alignment, amhe, energy_by_definition, info_nce, mhe, uniformity
+from regularizers import SMALLEST, alignment, amhe, energy_by_definition, info_nce, mhe, riesz, uniformity
 
 ENERGIES = [(mhe, False), (amhe, True)]
 
@@ -143,10 +145,187 @@ def test_invariances(f, _):
     assert (gradient * weight).sum(1).abs().max() < 1e-14  # orthogonal to the row
 
 
-def test_random_rows_have_the_energy_of_a_uniform_sphere():
-    d = 256
-    assert mhe(random(2048, d), 2).item() == pytest.approx(0.5 * (1 + 1 / d), rel=1e-3)
-    assert amhe(random(2048, d), 2).item() == pytest.approx(4 / math.pi**2 * (1 + 12 / (math.pi**2 * d)), rel=1e-3)
+@pytest.mark.parametrize("d", [8, 32, 256])
+def test_random_rows_have_the_energy_of_a_uniform_sphere(d):
+    assert mhe(random(2048, d), 2).item() == pytest.approx((d - 2) / (2 * (d - 3)), rel=1e-3)
+    if d > 100:
+        assert amhe(random(2048, d), 2).item() == pytest.approx(4 / math.pi**2 * (1 + 12 / (math.pi**2 * d)), rel=1e-3)
+
+
+@pytest.mark.parametrize("n, minimum", [(4, 3.674234614), (6, 9.985281374), (12, 49.165253058), (32, 412.261274651)])
+def test_descent_reaches_the_minima_of_thomsons_problem(n, minimum):
+    """Charges on a sphere, sums over pairs as Wikipedia's table of Thomson's problem has them."""
+    x = random(n, 3, dtype=torch.float64).requires_grad_()
+    optimizer = torch.optim.LBFGS([x], max_iter=500, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        energy = mhe(x, 1)
+        energy.backward()
+        return energy
+
+    optimizer.step(closure)
+    assert mhe(x, 1).item() * n * (n - 1) / 2 == pytest.approx(minimum, rel=1e-9)
+
+
+# ---- Rows without a direction, and rows of any length ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 3, 6])
+@pytest.mark.parametrize("length", [1, 1e-9, 1e19, 1e30])
+def test_uniformity_of_zero_rows_is_the_one_liners(zeros, length):
+    """Wang and Isola's line on normalised rows: two zero rows coincide, a zero row is at distance 1 from the others."""
+    x = random(6, 4) * length
+    x[:zeros] = 0
+    wide = normalize(x.double())
+    expected = torch.pdist(wide).pow(2).mul(-2).exp().mean().log()
+    value, gradient = with_gradient(uniformity, x)
+    assert value.item() == pytest.approx(expected.item(), abs=1e-6)
+    _, expected_gradient = with_gradient(uniformity, x.double() / length)
+    torch.testing.assert_close(gradient.double() * length, expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, length", [(torch.float32, 1e19), (torch.float32, 3e37), (torch.float64, 1e200)])
+def test_long_rows_are_rows_of_length_1(dtype, length):
+    x, y = random(6, 5, dtype=dtype), random(6, 5, dtype=dtype, seed=1)
+    x, y = normalize(x), normalize(y)
+    for f in (mhe, amhe, lambda w: energy_by_definition(w, 2, False), lambda w: energy_by_definition(w, 2, True)):
+        value, gradient = with_gradient(f, x * length)
+        expected, expected_gradient = with_gradient(f, x)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+        torch.testing.assert_close(gradient * length, expected_gradient, rtol=1e-4, atol=1e-5)
+    assert alignment(x * length, y).item() == pytest.approx(alignment(x, y).item(), rel=1e-5)
+    assert info_nce(x * length, y).item() == pytest.approx(info_nce(x, y).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("f, angular", ENERGIES)
+@pytest.mark.parametrize("s", [0, 1, 2])
+@pytest.mark.parametrize("n, zeros", [(7, 1), (7, 2), (7, 7), (700, 1), (700, 300)])
+def test_energy_of_zero_rows(f, angular, s, n, zeros):
+    """Distance 1 or angle pi/2 to other rows, as by definition; 0 to each other, which counts as the smallest."""
+    weight = random(n, 20)
+    weight[n - zeros :] = 0
+    others = n - zeros
+    mixed, coincident = riesz(
+        torch.tensor([math.pi / 2 if angular else 1.0, SMALLEST], dtype=torch.float64), s
+    ).tolist()
+    total = 2 * zeros * others * mixed + zeros * (zeros - 1) * coincident
+    expected_gradient = torch.zeros(n, 20)
+    if others:
+        rest, gradient = with_gradient(f, weight[:others], s)
+        pairs = others * (others - 1)
+        total += pairs * rest.item()
+        expected_gradient[:others] = gradient * pairs / (n * (n - 1))
+    value, gradient = with_gradient(f, weight, s)
+    assert value.item() == pytest.approx(total / (n * (n - 1)), rel=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-9)
+    if zeros == 1:
+        assert value.item() == pytest.approx(energy_by_definition(weight.double(), s, angular).item(), rel=1e-5)
+
+
+def test_uniformity_of_a_perfect_sphere():
+    """The limits at t = 2: log exp(-4) I_0(4) on the circle; without i = j, n points are a little more uniform."""
+    n = 1000
+    angles = 2 * math.pi * torch.arange(n, dtype=torch.float64) / n
+    circle = torch.stack([angles.cos(), angles.sin()], 1)
+    with_itself = (math.exp(uniformity(circle).item()) * (n - 1) + 1) / n
+    assert math.log(with_itself) == pytest.approx(-1.5750, abs=5e-5)
+    assert uniformity(random(4096, 256)).item() == pytest.approx(-3.9688, abs=1e-4)
+
+
+# ---- Crowds, half precision, second derivatives ----------------------------------------------------------------------
+
+
+def crowd(n, d, distance):
+    """Rows around one direction and around its opposite."""
+    centre = normalize(random(1, d, dtype=torch.float64, seed=1))
+    rows = centre + distance / math.sqrt(2 * d) * random(n, d, dtype=torch.float64)
+    rows[::3] *= -1
+    return rows.float()
+
+
+@pytest.mark.parametrize("f, angular", ENERGIES)
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3, 3e-4])
+def test_crowds_keep_their_digits(f, angular, distance):
+    """Value and gradient against all distances from differences in float64, over two blocks."""
+    weight = crowd(600, 12, distance)
+    value, gradient = with_gradient(f, weight, 2)
+    wide = weight.double().requires_grad_()
+    w = normalize(wide)
+    i, j = torch.triu_indices(600, 600, 1)
+    apart, across = (w[i] - w[j]).norm(dim=1), (w[i] + w[j]).norm(dim=1)
+    z = 2 * torch.atan2(apart, across) if angular else apart
+    assert z.min() > SMALLEST / 10
+    z = z.clamp_min(SMALLEST)
+    expected = z.pow(-2).mean()
+    expected.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    if z.min() > SMALLEST:
+        assert (gradient - wide.grad).norm() < 1e-6 * wide.grad.norm()
+    assert (gradient * weight).sum(1).abs().max() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda random_rows: crowd(1024, 64, 1e-2),
+        lambda random_rows: crowd(1024, 64, 1e-6),
+        lambda random_rows: torch.ones(1024, 64),
+        lambda random_rows: torch.zeros(1024, 64),
+        lambda random_rows: (random_rows * 0.05 + random_rows[0]).relu(),
+        lambda random_rows: torch.cat([random_rows[:512], crowd(512, 64, 1e-3)]),
+    ],
+)
+@pytest.mark.parametrize("f, _", ENERGIES)
+def test_no_rows_take_20_times_as_long_as_random_ones(f, _, rows):
+    random_rows = random(1024, 64)
+    slow_rows = rows(random_rows)
+    plain, slow = [], []
+    for _ in range(5):
+        for x, times in ((random_rows, plain), (slow_rows, slow)):
+            start = time.perf_counter()
+            with_gradient(f, x)
+            times.append(time.perf_counter() - start)
+    assert min(slow) < 20 * min(plain)
+
+
+@pytest.mark.parametrize("f", [mhe, amhe])
+@pytest.mark.parametrize("dtype, unit_roundoff", [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+def test_gradients_of_low_precision_weights_are_rounded_last(f, dtype, unit_roundoff):
+    """A loss times 65536, as the scaler of fp16 has it: the gradients were 0, as each is below fp16's smallest."""
+    weight = random(512, 64).to(dtype)
+    w = weight.clone().requires_grad_()
+    (65536 * f(w)).backward()
+    _, expected = with_gradient(f, weight.double())
+    assert w.grad.dtype == dtype and w.grad.abs().max() > 0
+    assert (w.grad.double() / 65536 - expected).abs().max() <= 2 * unit_roundoff * expected.abs().max()
+
+
+@pytest.mark.parametrize("f, angular", ENERGIES)
+def test_second_derivatives_are_right_or_refused(f, angular):
+    weight = random(5, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="no second derivative; energy_by_definition has"):
+        torch.autograd.functional.hessian(f, weight)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(f(weight.requires_grad_()), weight, create_graph=True)
+    second = torch.autograd.functional.hessian(lambda w: energy_by_definition(w, 2, angular), weight.detach())
+    step = 1e-5 * random(5, 4, dtype=torch.float64, seed=1)
+    change = with_gradient(f, weight.detach() + step)[1] - with_gradient(f, weight.detach() - step)[1]
+    torch.testing.assert_close(torch.einsum("abcd,cd->ab", second, 2 * step), change, rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("f", [uniformity, lambda x: alignment(x, x.roll(1, 0)), lambda x: info_nce(x, x.roll(1, 0))])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_what_the_docstring_says_of_torch_func(f):
+    x = random(5, 4, dtype=torch.float64)
+    gradient = with_gradient(f, x)[1]
+    torch.testing.assert_close(torch.func.grad(f)(x), gradient)
+    along = x.flip(0)
+    torch.testing.assert_close(torch.func.jvp(f, (x,), (along,))[1], (gradient * along).sum())
+    torch.testing.assert_close(torch.func.vmap(f)(torch.stack([x, along])), torch.stack([f(x), f(along)]))
+    assert torch.autograd.gradgradcheck(f, x.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(mhe)(x)
 
 
 def test_autocast_changes_nothing():
@@ -229,6 +408,9 @@ def test_zero_and_coincident_rows_of_features(f):
         lambda: mhe(torch.ones(3, 2), math.nan),
         lambda: uniformity(torch.ones(1, 2)),
         lambda: uniformity(torch.ones(3, 2), 0),
+        lambda: uniformity(torch.ones(3, 2), math.nan),
+        lambda: alignment(torch.ones(3, 2), torch.ones(3, 2), math.nan),
+        lambda: info_nce(torch.ones(3, 2), torch.ones(3, 2), math.nan),
         lambda: alignment(torch.ones(3, 2), torch.ones(2, 2)),
         lambda: alignment(torch.ones(3, 2), torch.ones(3, 2), 0),
         lambda: info_nce(torch.ones(3, 2), torch.ones(2, 2)),
