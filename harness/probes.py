@@ -21,6 +21,9 @@ FLOORS_UP_TO = 10_000  # images in the largest bank for which the floors of a k-
 FLOORS_MEMORY = 2**31  # bytes of pixels, likewise
 LOW_RANK = 2  # features of a lower effective rank differ in little more than one direction
 CURES = "a smaller --lr, --optimizer sgd, a --tau and --tau_end further from 1, or --reg uniform"
+REVIVE = "No step will revive it; start another run with a smaller --lr, or with --norm bn"
+DEAD = 1e-4  # below this part, all projections are one point: the network is dead
+DEAD_G2 = 1 - 1e-5  # above this G2, all features are one point
 
 
 def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[str, float]:
@@ -38,6 +41,9 @@ def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[st
     row = {"g2": uniformity(features).exp().item(), "rank": effective_rank(features)}
     for name, outputs in blocks.items():
         row[f"block/{name}"] = mhe(outputs, s=0).item()
+    if row["g2"] > DEAD_G2:
+        row["dead"] = True
+        processes.say(f"WARNING: dead network: the encoder gives all images the same features. {REVIVE}")
     return row
 
 
@@ -47,7 +53,7 @@ def effective_rank(features: Tensor) -> float:
     It is RankMe of Garrido et al. (2023), without their 1e-7, which only keeps a logarithm finite.
     """
     values = torch.linalg.svdvals(features.cpu().double())
-    shares = values / values.sum()
+    shares = values / values.sum().clamp_min(1e-300)  # of zero rows all shares are 0, and the rank is 1
     return torch.special.entr(shares).sum().exp().item()
 
 
@@ -114,8 +120,10 @@ def refuse_faults(numbers: dict[str, Tensor], network: nn.Module, folder: Path, 
 def warn_of_collapse(spread: float, collapsed_epochs: int) -> int:
     """Count the epochs in a row in which projections were nearly one point, and warn from the third on.
 
-    spread: the projections' standard deviation, 1 where they fill the sphere.
+    spread: the projections' standard deviation, 1 where they fill the sphere. A dead network is a warning at once.
     """
+    if spread < DEAD:
+        processes.say(f"WARNING: dead network: all projections have been the same. {REVIVE}")
     collapsed_epochs = collapsed_epochs + 1 if spread < COLLAPSED else 0
     if collapsed_epochs >= COLLAPSED_EPOCHS:
         processes.say(

@@ -161,10 +161,15 @@ class Run:
             self.stop(caught)
 
     def means(self) -> dict[str, float]:
-        """Return the terms' means over the epoch's steps and the processes. InputError if a number is not finite."""
+        """Return the terms' means over the epoch's steps and the processes. InputError if a number is not finite.
+
+        A network whose projections were all the same is marked as dead.
+        """
         row = {}
         for name, total in self.sums.items():
             row[name] = self.accelerator.reduce(total, "mean").item() / self.steps_per_epoch
+        if row["std"] * self.cfg.out_dim**0.5 < probes.DEAD:
+            row["dead"] = True
         seconds = time.perf_counter() - self._started
         images = (self.step - self._first_step) * self.cfg.batch_size
         self.images_per_s = round(images / seconds, 1)

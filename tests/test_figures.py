@@ -89,6 +89,40 @@ def test_g2_of_known_representations(monkeypatch):
     assert row == {"g2": pytest.approx((4 * math.exp(-4) + 2 * math.exp(-8)) / 6, rel=1e-5), "rank": pytest.approx(2)}
 
 
+@pytest.mark.parametrize("features", [torch.zeros(4, 8), torch.ones(4, 8)])
+def test_dead_representations_are_not_uniform(monkeypatch, capsys, features):
+    """Features without a direction coincide: G2 is 1, where 0.018 is that of a full sphere."""
+    monkeypatch.setattr("models.embed", lambda encoder, views: features)
+    split = data.Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4))
+    view = {"size": 8, "crop": 1.0, "mean": (0,) * 3, "std": (1,) * 3}
+    assert representations(nn.Flatten(), split, view) == {"g2": pytest.approx(1, abs=1e-6), "dead": True}
+    assert "WARNING: dead network: the encoder gives all images the same features" in capsys.readouterr().err
+
+
+def test_the_table_calls_a_dead_network_dead(drawn, tmp_path):
+    """Also in a log of an earlier version, where its uniformity is that of a full sphere; accuracies stay."""
+    for seed in range(3):
+        write_run(tmp_path / f"some{seed}", seed)
+        write_run(tmp_path / f"all{seed}", seed, norm="none")
+    for run in ("some1", "all0", "all1", "all2"):
+        path = tmp_path / run / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            if "loss" in row:
+                row |= {"std": 1e-7, "uniformity": -4.0, "alignment": 0.0}
+            elif run == "all2" and "g2" in row:
+                row["g2"] = 1.0
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, lines, _ = drawn("table", *(f"{name}{seed}" for name in ("some", "all") for seed in range(3)))
+    assert code == 0
+    assert (
+        "| BYOL, norm bn (1 of 3 dead) | photos | 3 | 70.0 ± 0.0 |  | -3.00 ± 1.41 (2) | 0.50 ± 0.00 (2) |" in lines[2]
+    )
+    assert "| BYOL, norm none (dead) | photos | 3 | 70.0 ± 0.0 |  | dead | dead | 0.800 ± 0.000 |" in lines[3]
+    with open(tmp_path / "figures" / "table.csv") as file:
+        assert [row["dead"] for row in csv.DictReader(file)] == ["1", "3"]
+
+
 def test_table_is_numpys_mean_and_sample_standard_deviation(drawn, tmp_path):
     scores = [(50, 61.0), (50, 64.5), (50, 63.2)]
     for seed, pair in enumerate(scores):

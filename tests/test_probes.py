@@ -16,6 +16,7 @@ from pretrain import pretrain
 def test_effective_rank_has_its_closed_forms():
     assert probes.effective_rank(torch.eye(8)) == pytest.approx(8)
     assert probes.effective_rank(torch.ones(9, 5)) == pytest.approx(1)
+    assert probes.effective_rank(torch.zeros(9, 5)) == 1
     rows = torch.zeros(6, 4)
     rows[0, 0], rows[1, 1] = 3, 1  # singular values 3 and 1
     entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)

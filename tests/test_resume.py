@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import models
 from harness import checkpoint
 from harness.log import read_log
 from harness.run import claim
@@ -245,6 +246,21 @@ def test_collapse_is_a_loud_warning(command, folder, monkeypatch):
     monkeypatch.setattr("pretrain.unit", lambda x: x * 0)
     code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
     assert code == 0 and err.count("WARNING: collapse? For 3 epochs") == 1 and "Try a smaller --lr" in err
+
+
+def test_a_dead_network_is_called_dead(command, folder, monkeypatch):
+    """On stderr and in the log from the first epoch on, by its projections and by its encoder's features."""
+    embed = models.embed
+    monkeypatch.setattr("models.embed", lambda encoder, views: embed(encoder, views) * 0)
+    monkeypatch.setattr("pretrain.unit", lambda x: x * 0)
+    code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
+    assert code == 0
+    epochs = [row for row in rows if "loss" in row]
+    judged = [row for row in rows if row.get("of") == "representations"]
+    assert len(epochs) == 3 and len(judged) == 2 and all(row["dead"] is True for row in epochs + judged)
+    assert [row["g2"] for row in judged] == [1, 1]
+    assert err.count("WARNING: dead network: all projections have been the same") == 3
+    assert err.count("WARNING: dead network: the encoder gives all images the same features") == 2
 
 
 def test_sigterm_to_the_process_itself(folder, tmp_path):

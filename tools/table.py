@@ -1,4 +1,8 @@
-"""A table of runs: mean and sample standard deviation over seeds, with the paper's figure beside its rows."""
+"""A table of runs: mean and sample standard deviation over seeds, with the paper's figure beside its rows.
+
+A dead network, whose outputs are the same for all images, is called dead: the alignment of its projections, 0, would be
+the best there is.
+"""
 
 import csv
 import io
@@ -7,10 +11,12 @@ from pathlib import Path
 from harness.errors import InputError
 from harness.files import write_whole
 from harness.log import RunLog
+from harness.probes import DEAD, DEAD_G2
 from tools.groups import groups, mean_and_std
 from tools.paper import is_row, paper_rows
 
 DIGITS = {"k-NN": 1, "linear": 1, "uniformity": 2, "alignment": 2, "energy": 3, "images_per_s": 1}
+OF_PROJECTIONS = ("uniformity", "alignment")
 HEADS = ("run", "data set", "seeds", "k-NN (%)", "linear (%)", "uniformity", "alignment", "energy", "images/s")
 
 
@@ -25,11 +31,13 @@ def table(runs: list[RunLog]) -> list[dict]:
         settings = group[0].settings
         places = [i for i, (_, expected) in enumerate(paper) if is_row(settings, expected)]
         row = {"run": label, "dataset": settings["dataset"], "seeds": len(group)}
+        dead = sum(is_dead(run) for run in group)
         for key, values in columns(group).items():
             mean, std = mean_and_std(values) if values else (None, None)
             row[key] = mean
             row[f"{key} std"] = std if len(values) > 1 else None
             row[f"{key} n"] = len(values)
+        row["dead"] = dead
         row["paper"] = "; ".join(f"{paper[i][0].top1:.2f} ({paper[i][0].name})" for i in places)
         order = (min(places, default=len(paper)), row["dataset"])
         ordered.append((order, row))
@@ -38,21 +46,36 @@ def table(runs: list[RunLog]) -> list[dict]:
 
 
 def columns(group: list[RunLog]) -> dict[str, list[float]]:
-    """Collect the numbers of a group of seeds, without those that a run does not have."""
+    """Collect the numbers of a group of seeds, without those that a run does not have.
+
+    A dead network has accuracies, but no uniformity or alignment.
+    """
     found = {
         "k-NN": [run.score("knn_eval") for run in group],
         "linear": [run.score("linear_eval") for run in group],
     }
     for key in ("uniformity", "alignment", "energy", "images_per_s"):
-        series = [list(run.series(key).values()) for run in group]
+        of_projections = key in OF_PROJECTIONS
+        measured = [run for run in group if not (of_projections and is_dead(run))]
+        series = [list(run.series(key).values()) for run in measured]
         found[key] = [values[-1] for values in series if values]
     return {key: [value for value in values if value is not None] for key, values in found.items()}
+
+
+def is_dead(run: RunLog) -> bool:
+    """Whether the network of the last epoch gives all images the same projections or features."""
+    std = list(run.series("std").values())
+    if std and std[-1] * run.settings["out_dim"] ** 0.5 < DEAD:
+        return True
+    g2 = list(run.series("g2", "representations").values())
+    return bool(g2) and g2[-1] > DEAD_G2
 
 
 def cell(row: dict, key: str) -> str:
     """Write mean and standard deviation, and the number of seeds where it is not all of them."""
     if row[key] is None:
-        return ""
+        is_of_dead = row["dead"] and key in OF_PROJECTIONS
+        return "dead" if is_of_dead else ""
     digits = DIGITS[key]
     text = f"{row[key]:.{digits}f}"
     if row[f"{key} std"] is not None:
@@ -62,12 +85,20 @@ def cell(row: dict, key: str) -> str:
     return text
 
 
+def name(row: dict) -> str:
+    """Write the name of a group of seeds, and how many of its networks are dead."""
+    if not row["dead"]:
+        return row["run"]
+    part = "" if row["dead"] == row["seeds"] else f"{row['dead']} of {row['seeds']} "
+    return f"{row['run']} ({part}dead)"
+
+
 def markdown(rows: list[dict]) -> list[str]:
     """Write the rows as the lines of a Markdown table."""
     heads = [*HEADS, "the paper's linear (%)"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
-        cells = [row["run"], Path(row["dataset"]).name, str(row["seeds"])]
+        cells = [name(row), Path(row["dataset"]).name, str(row["seeds"])]
         cells += [cell(row, key) for key in DIGITS]
         cells.append(row["paper"])
         lines.append(f"| {' | '.join(cells)} |")
