@@ -63,7 +63,7 @@ def knn_eval(
     protocol |= {"trained_epochs": judged.trained_epochs, "dataset": judged.dataset, "split": "test"}
     protocol |= {"bank": len(train.labels), "queries": len(test.labels)}
     for of, encoder in encoders.items():
-        encoder = encoder.to(accelerator.device)
+        encoder.to(accelerator.device)
         scores_by_k = nearest_neighbours(encoder, train, test, judged.view, accelerator, k, temperature)
         for neighbours, scores in scores_by_k.items():
             row = {"stage": "knn_eval", "of": of, "k": neighbours}

@@ -152,12 +152,12 @@ class _Energy(torch.autograd.Function):
             norm = (w * rows).sum(1, keepdim=True)
             inverse_norm = torch.where(norm > 0, 1 / norm, 0)
         pairs = max(1, len(w) * (len(w) - 1))  # a single neuron has no pair and the energy 0
-        how = (has_zeros, s, angular, ctx.needs_input_grad[0])
+        arguments = (has_zeros, s, angular, ctx.needs_input_grad[0])
         with torch.autocast(weight.device.type, enabled=False):
-            sums = _sweep(w, rows, *how)
+            sums = _sweep(w, rows, *arguments)
             if sums is None:
                 w = unit(_double(rows))
-                sums = _sweep(w, None, *how)
+                sums = _sweep(w, None, *arguments)
         energy, grad = sums
         if grad is not None:
             along_row = (grad * w).sum(1, keepdim=True)
