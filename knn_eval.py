@@ -56,8 +56,9 @@ def knn_eval(
     if floors:
         torch.manual_seed(judged.settings["seed"])
         architecture = [judged.settings[name] for name in ("model", "stem", "norm")]
-        encoders["untrained"] = models.build_encoder(*architecture)
-        judging.compute_in_precision(encoders["untrained"], accelerator)
+        untrained = models.build_encoder(*architecture)
+        judging.compute_in_precision(untrained, accelerator)
+        encoders["untrained"] = untrained
         encoders["pixels"] = nn.Flatten()
     protocol = {"temperature": temperature, "net": net, "eval_crop": judged.view["crop"]}
     protocol |= {"trained_epochs": judged.trained_epochs, "dataset": judged.dataset, "split": "test"}
