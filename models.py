@@ -185,12 +185,13 @@ METHODS = {"byol": BYOL, "simclr": SimCLR}
 def neurons(network: BYOL | SimCLR, parts: Iterable[str]) -> dict[str, Tensor]:
     """Return {layer: weight} for each weight of 2 dimensions or more in `parts`; each row of a weight is a neuron.
 
-    parts: any of encoder, projector, predictor. Biases and norms are not neurons. InputError for a grouped convolution:
-    rows of different groups see different inputs, so no angle lies between them.
+    parts: any of encoder, projector, predictor, or layers of these: predictor.out. Biases and norms are not neurons.
+    InputError for a grouped convolution: rows of different groups see different inputs, so no angle lies between them.
     """
     weights = {}
     for part in parts:
-        for layer, module in getattr(network, part).named_modules(prefix=part):
+        head, _, inner = part.partition(".")
+        for layer, module in getattr(network, head).get_submodule(inner).named_modules(prefix=part):
             if getattr(module, "groups", 1) > 1:
                 raise InputError(f"{layer} is a grouped convolution, which has no energy; leave {part} out of --reg_on")
             weight = getattr(module, "weight", None)

@@ -81,7 +81,8 @@ def pretrain(
     reg: Annotated[Literal["none", "mhe", "amhe", "uniform"], "energy by chord or angle, or uniformity"] = "none",
     s: Annotated[float, ">= 0", "power of the energy; 0 is logarithmic"] = 2.0,
     weight: Annotated[float, ">= 0", "lambda of the regularizer"] | None = None,
-    reg_on: Annotated[tuple[Literal[*PARTS], ...], "of mhe and amhe; None = all but the encoder"] | None = None,
+    reg_on: Annotated[tuple[Literal[*PARTS], ...], "of mhe and amhe; None = the heads, but no 2-d layers"]
+    | None = None,
     temperature: Annotated[float, "> 0", "of simclr"] | None = None,
     epochs: Annotated[int, ">= 1", "length of the training"] | None = None,
     batch_size: Annotated[int, ">= 2", "images in one step, over all processes"] | None = None,

@@ -11,7 +11,7 @@ from conftest import ROOT, SMALL, rows_of
 
 import data
 import models
-from harness import checkpoint, processes
+from harness import checkpoint, cli, processes, settings
 from knn_eval import knn_eval
 from pretrain import RECIPES, Lars, build, lr_at, objective, parameter_groups, pretrain, tau_at
 from regularizers import alignment, energy_by_definition, mhe, uniformity
@@ -259,7 +259,8 @@ def test_every_method_and_regularizer_trains(command, folder, tmp_path, flags, t
     weighed = {"none": 0, "uniform": row["uniformity"]}.get(reg, row["energy"])
     assert row["loss"] == pytest.approx(row[method] + weight * weighed, rel=1e-5)
     layers = [name for name in row if name.startswith("energy/")]
-    assert {name.split("/")[1].split(".")[0] for name in layers} == set(settings["reg_on"])
+    regularized = {part.split(".")[0] for part in settings["reg_on"]}
+    assert {name.split("/")[1].split(".")[0] for name in layers} == regularized
     assert row["energy"] == pytest.approx(sum(row[name] for name in layers), rel=1e-5)
     assert ("tau" in row) == (method == "byol") and ("predictor" in settings["reg_on"]) <= (method == "byol")
     assert online["split"] == ("holdout" if settings["holdout"] else "test")
@@ -270,6 +271,40 @@ def test_every_method_and_regularizer_trains(command, folder, tmp_path, flags, t
     assert description["view"]["crop"] == settings["eval_crop"]
     code, rows, _ = command(knn_eval, tmp_path / "run" / "encoder.safetensors", "--k", 5)
     assert code == 0 and {row["of"] for row in rows} == {"trained", "untrained", "pixels"}
+
+
+PROJECTOR = {"projector.hidden", "projector.out"}
+PREDICTOR = {"predictor.hidden", "predictor.out"}
+
+
+@pytest.mark.parametrize(
+    "flags, regularized, left_out",
+    [
+        ({"out_dim": 2}, PROJECTOR | {"predictor.out"}, "predictor.hidden (32 x 2)"),
+        ({"out_dim": 2, "reg_on": ("projector", "predictor")}, PROJECTOR | PREDICTOR, ""),
+        ({"out_dim": 2, "reg_on": ("predictor",)}, PREDICTOR, ""),
+        ({"out_dim": 2, "method": "simclr"}, PROJECTOR, ""),
+        ({"out_dim": 3}, PROJECTOR | PREDICTOR, ""),
+        (
+            {"out_dim": 1, "hidden_dim": 2},
+            {"projector.hidden"},
+            "projector.out (1 x 2), predictor.hidden (2 x 1), predictor.out (1 x 2)",
+        ),
+    ],
+)
+def test_neurons_of_fewer_than_3_dimensions_are_regularized_by_name_alone(flags, regularized, left_out):
+    """4,096 neurons on the circle of Figure 3 have the energy 10,566, which outweighs every loss."""
+    flags = cli.defaults(pretrain) | {"dataset": "photos", "reg": "mhe", "hidden_dim": 32} | flags
+    values = settings.resolve_recipe(flags, RECIPES, world=1)
+    cfg = settings.Settings(**(values | {"stem": "cifar", "blur_p": (0, 0)}))
+    with torch.device("meta"):
+        network = models.METHODS[cfg.method]("resnet18", "cifar", "bn", cfg.hidden_dim, cfg.out_dim)
+    layers = models.neurons(network, cfg.reg_on)
+    assert set(layers) == regularized
+    said = settings.announcement(cfg, flags, layers, SimpleNamespace(num_processes=1))
+    reason = "their neurons have fewer than 3 dimensions; --reg_on projector,predictor takes them in"
+    lines = [f"left out: {left_out}: {reason}"] if left_out else []
+    assert [line for line in said if line.startswith("left out")] == lines
 
 
 def test_a_tracker_gets_the_numbers_of_the_log(command, folder, tmp_path, monkeypatch):

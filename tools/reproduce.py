@@ -42,7 +42,7 @@ PLAN = [
     *[f"{method} --epochs 100 --accumulate 8" for method in ("", "--reg uniform", "--reg amhe")],  # Figure 8
     *[f"--norm none --epochs 100 {reg}" for reg in ("", f"--reg amhe {ALL}")],  # Table 4
     *[f"{CIRCLE} {method}" for method in ("--method simclr", "", "--reg uniform", "--reg mhe")],  # Figure 3
-    *[f"{CIRCLE} --norm none {reg}" for reg in ("", f"--reg mhe {ALL}")],  # Figure 7
+    *[f"{CIRCLE} --norm none {reg}" for reg in ("", "--reg mhe --reg_on encoder,projector")],  # Figure 7
 ]
 SMALL = "--recipe folder --model resnet10t --stem imagenet --epochs 20"
 CPU_PLAN = [
