@@ -12,7 +12,7 @@ from harness import processes
 from harness.checkpoint import load_encoder
 from harness.errors import InputError
 from harness.foreign import adopt
-from harness.log import log_of
+from harness.log import contents, log_of, other_data, same_place
 from harness.sources import MAKERS, Channels
 
 # The flags that both judges have
@@ -63,7 +63,7 @@ def open_judged(accelerator: Accelerator, flags: dict) -> Judged:
     compute_in_precision(encoder, accelerator)
     settings = description["settings"]
     with accelerator.main_process_first():  # the first process downloads a set, the others find it
-        images, view = open_images(description, dataset, flags["data_dir"], flags["skip_broken"])
+        images, view, is_own = open_images(description, dataset, flags["data_dir"], flags["skip_broken"])
     view |= own_view
     if flags["eval_crop"]:
         view["crop"] = flags["eval_crop"]
@@ -71,7 +71,9 @@ def open_judged(accelerator: Accelerator, flags: dict) -> Judged:
     columns = {"precision": accelerator.mixed_precision}
     if flags["model"]:
         columns |= foreign_columns(settings, view, name, flags)
-    log = log_of(ckpt, settings)
+    else:
+        columns["own_data"] = is_own
+    log = log_of(ckpt, settings, description)
     return Judged(accelerator, encoder, settings, description.get("epoch"), name, images, view, columns, log)
 
 
@@ -162,10 +164,11 @@ def foreign_columns(settings: dict, view: dict, dataset: str, flags: dict) -> di
 
 def open_images(
     description: dict, dataset: str | None, data_dir: str | None, skip_broken: bool
-) -> tuple[data.Dataset, dict]:
+) -> tuple[data.Dataset, dict, bool]:
     """Load the data set that an encoder is judged on and make its evaluation view; None = as in training.
 
-    A description without a view, of another project's file, gets the data set's own. InputError as from `data.load`.
+    Also tells whether it holds what the training's did, wherever it lies. A description without a view, of another
+    project's file, gets the data set's own. InputError as from `data.load`.
     """
     settings = description["settings"]
     name = dataset or settings["dataset"]
@@ -179,12 +182,15 @@ def open_images(
         raise InputError(f"{e}; {hint}") from e
     own_view = images.view(data.EVAL_CROP)
     view = dict(description.get("view") or own_view)
-    other_images = any(list(view[key]) != list(own_view[key]) for key in ("mean", "std"))
-    if other_images and not dataset:
+    found = {"settings": {**settings, "dataset": name}, "view": own_view, "data": contents(images)}
+    faults = other_data(found, description)
+    if faults and not dataset:
         processes.say(
-            f"dataset {name}: not the images of the training: mean and std differ; those of the training are used"
+            f"dataset {name}: not the images of the training: {', '.join(faults)}; mean and std of those are used"
         )
-    return images, view
+    if dataset and not faults and not same_place(dataset, settings["dataset"]):
+        processes.say(f"dataset {dataset}: holds what the training had in {settings['dataset']}")
+    return images, view, not faults
 
 
 def place_of(name: str, recorded: str) -> str:

@@ -22,6 +22,7 @@ from harness.files import LOG, write_whole
 
 LONGEST_LINE = 2**20  # bytes at a log's end in which a line that was cut short is looked for
 SETTINGS = {"dataset", "method", "reg", "accumulate"}  # some that the first row of every run has
+PLACES = ("dataset", "data_dir")  # settings that say where the data lie: see `other_data` for what they are
 EARLIER = {"optimizer": "lars", "tau_end": 1.0}  # settings that runs of earlier versions do not name, with their values
 
 
@@ -58,22 +59,67 @@ def _append(line: str, log: Path) -> None:
         raise InputError(f"{log}: cannot be written ({e.strerror})") from e
 
 
-def log_of(checkpoint: str, settings: dict) -> Path | None:
+def contents(images, holdout: bool = False) -> dict:
+    """Return what a data.Dataset holds, for `other_data`; with `holdout` its test set is of its training set."""
+    counts = {"train": len(images.train.labels), "test": len(images.test.labels)}
+    if holdout:
+        counts = {"train": sum(counts.values())}
+    return {"classes": list(images.classes), **counts}
+
+
+def other_data(mine: dict, theirs: dict) -> list[str]:
+    """Name what the data of one run hold that those of another did not, of the facts that both descriptions have.
+
+    A description is that of a checkpoint, or the first row of a log: classes and counts stand in its "data", size, mean
+    and std in its "view". A folder may move; its path decides only where nothing is known of what it holds.
+    """
+    mine, theirs = as_json(mine), as_json(theirs)
+    facts = mine.get("view", {}) | mine.get("data", {})
+    their_facts = theirs.get("view", {}) | theirs.get("data", {})
+    known = [name for name in facts if name in their_facts and name != "crop"]  # the crop is a setting
+    if not known:
+        place, their_place = (each.get("settings", {}).get("dataset", "") for each in (mine, theirs))
+        return [] if same_place(place, their_place) else [f"dataset {place} (it was {their_place})"]
+    faults = []
+    for name in known:
+        value, their_value = facts[name], their_facts[name]
+        if name == "classes":
+            new = sorted({*value} - {*their_value})
+            gone = sorted({*their_value} - {*value})
+            faults += [f"class {each} is new" for each in new[:3]] + [f"class {each} is gone" for each in gone[:3]]
+        elif value != their_value:
+            faults.append(f"{name} {value} (it was {their_value})")
+    return faults
+
+
+def same_place(place: str, other: str) -> bool:
+    """Whether two paths lead to one folder, or two names of data sets are one."""
+    return os.path.realpath(os.path.expanduser(place)) == os.path.realpath(os.path.expanduser(other))
+
+
+def as_json(values: dict) -> dict:
+    """Return the values as they come back from a file: tuples as lists."""
+    return json.loads(json.dumps(values))
+
+
+def log_of(checkpoint: str, settings: dict, description: dict | None = None) -> Path | None:
     """Return the log that lies beside a checkpoint, for a judge to add its rows to.
 
-    None where there is none, where it cannot be written to, or where it is of a run with other settings: a checkpoint
-    that was copied into the folder of another run must not leave its scores there. The data may have moved.
+    None where there is none, where it cannot be written to, or where it is of a run with other settings or other data:
+    a checkpoint that was copied into the folder of another run must not leave its scores there. The data may have
+    moved; `description` is the checkpoint's, and tells.
     """
+    nowhere = dict.fromkeys(PLACES)
     log = Path(checkpoint).with_name(LOG)
     try:
         with open(log) as file:
             first_row = json.loads(file.readline())
         same_stage = first_row["stage"] == "pretrain"
-        theirs = EARLIER | first_row["settings"] | {"data_dir": None}
-        same_settings = theirs == EARLIER | settings | {"data_dir": None}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        same_settings = EARLIER | first_row["settings"] | nowhere == EARLIER | settings | nowhere
+        same_data = not other_data(description or {"settings": settings}, first_row)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    if same_stage and same_settings and os.access(log, os.W_OK):
+    if same_stage and same_settings and same_data and os.access(log, os.W_OK):
         return log
     return None
 
@@ -137,7 +183,6 @@ class RunLog:
         """
         settings = self.settings
         wanted = {"stage": stage, "split": "test", "net": "online"}
-        wanted["dataset"] = settings["dataset"]
         wanted["eval_crop"] = settings["eval_crop"]
         if stage == "knn_eval":
             wanted |= {"of": "trained", "k": 20, "temperature": 0.07}
@@ -152,11 +197,12 @@ class RunLog:
 
     def _last_top1(self, wanted: dict) -> float | None:
         """Return the accuracy in the last row of a finished training that has all the wanted values."""
-        epochs = self.settings["epochs"]
+        epochs, own_place = self.settings["epochs"], self.settings["dataset"]
         for row in reversed(self.rows):
             is_finished = row.get("trained_epochs", epochs) == epochs
             in_fp32 = row.get("precision", "no") == "no"  # rows of old versions, all in fp32, do not say
-            if is_finished and in_fp32 and all(row.get(key) == value for key, value in wanted.items()):
+            on_own_data = row.get("own_data", same_place(row.get("dataset", own_place), own_place))
+            if is_finished and in_fp32 and on_own_data and all(row.get(key) == value for key, value in wanted.items()):
                 return row["top1"]
         return None
 

@@ -10,8 +10,6 @@ bits of a run that never stopped. `Run` is the one object with state; of network
 """
 
 import fcntl
-import json
-import os
 import shlex
 import signal
 import subprocess
@@ -34,10 +32,20 @@ import data
 from harness import checkpoint, probes, processes
 from harness.errors import InputError, Stopped
 from harness.files import CKPT, ENCODER, LOG, RUN_FILES
-from harness.log import EARLIER, emit, read_log, read_rows, rewind
+from harness.log import (
+    EARLIER,
+    PLACES,
+    as_json,
+    contents,
+    emit,
+    other_data,
+    read_log,
+    read_rows,
+    rewind,
+    same_place,
+)
 from harness.settings import Settings
 
-PLACES = ("data_dir",)  # settings that may change while a run is stopped: where the data lie, not what they are
 STEPS_BETWEEN_LOOKS = 10  # several processes ask each other for a signal this often: each look makes all of them wait
 
 
@@ -56,7 +64,8 @@ class Run:
         self.steps_per_epoch = steps // cfg.epochs
         self.view = images.view(cfg.eval_crop)
         self.split = "holdout" if cfg.holdout else "test"
-        self.description = {"settings": asdict(cfg), "view": self.view, "steps": steps, **provenance()}
+        self.description = {"settings": asdict(cfg), "view": self.view, "data": contents(images, cfg.holdout)}
+        self.description |= {"steps": steps, **provenance()}
         with accelerator.main_process_first():
             self.lock = claim(folder) if accelerator.is_main_process else None
             self._tensors, self._stored = stored_state(folder)
@@ -332,36 +341,27 @@ def position(description: dict, stored: dict | None, folder: Path) -> tuple[int,
     """Return the epochs and steps that the run of a folder has behind it. InputError if that run is another."""
     if stored is None:
         return 0, 0
+    new_data = other_data(description, stored)
     faults = differences(description["settings"], stored["settings"])
-    if faults:
+    if faults and not new_data:
         advice = "take these, or name another folder"
         raise InputError(f"--out {folder}: holds a run with other settings, {', '.join(faults)}; {advice}")
-    facts = as_json({**description["view"], "steps": description["steps"]})
-    stored_facts = {**stored["view"], "steps": stored["steps"]}
-    for name, value in facts.items():
-        if value != stored_facts.get(name):
-            faults.append(f"{name} {value} (it was {stored_facts.get(name)})")
-    if faults:
-        raise InputError(f"--out {folder}: holds a run on other images, {', '.join(faults)}; name another folder")
+    steps, stored_steps = description["steps"], stored["steps"]
+    if steps != stored_steps:
+        new_data.append(f"steps {steps} (it was {stored_steps})")
+    if new_data:
+        raise InputError(f"--out {folder}: holds a run on other images, {', '.join(new_data)}; name another folder")
     return stored["epoch"], stored["step"]
 
 
 def differences(settings: dict, stored: dict) -> list[str]:
-    """Name each setting that is not what it was in the run, as a flag."""
+    """Name each setting that is not what it was in the run, as a flag, but for the places of the data."""
     settings, stored = as_json(settings), EARLIER | stored
-    for values in (settings, stored):
-        if os.path.isdir(values.get("dataset", "")):
-            values["dataset"] = os.path.realpath(values["dataset"])
     faults = []
     for name in sorted(settings.keys() | stored.keys()):
         if name not in PLACES and settings.get(name) != stored.get(name):
             faults.append(f"--{name} {settings.get(name)} (it was {stored.get(name)})")
     return faults
-
-
-def as_json(values: dict) -> dict:
-    """Return the values as they come back from a file: tuples as lists."""
-    return json.loads(json.dumps(values))
 
 
 def provenance() -> dict:
@@ -394,6 +394,11 @@ def start_log(folder: Path, description: dict, whole_epochs: int, step: int, acc
     for name, value in may_change.items():
         if rows[0].get(name) != value:
             print(f"{name}: {value} (it was {rows[0].get(name)})", file=sys.stderr)
+    for name in PLACES:
+        place = description["settings"][name]
+        first_place = rows[0].get("settings", {}).get(name, place)
+        if not same_place(place, first_place):
+            print(f"{name}: {place} (it was {first_place}); it holds the same", file=sys.stderr)
     return log
 
 

@@ -28,6 +28,7 @@ from harness.settings import resolve_images, resolve_recipe
 from pretrain import RECIPES, pretrain
 from tools import paper
 from tools.figures import batch, dynamics, figures, gaussian_kde, knn, von_mises_fisher_kde
+from tools.groups import groups
 from tools.paper import is_row, paper_rows
 
 SETTINGS = {"dataset": "photos", "data_dir": "data", "method": "byol", "norm": "bn", "reg": "none", "s": 2.0}
@@ -59,6 +60,23 @@ def write_run(folder, seed=0, scores=(60.0, 70.0), linear=None, **changes):
 @pytest.fixture
 def drawn(shell):
     return partial(shell, figures)
+
+
+def test_seeds_on_one_set_are_one_setting_wherever_it_lies(tmp_path):
+    """pics, pics/, its absolute path and a copy elsewhere; not another set that took its place."""
+    data_ = {"classes": ["cat", "dog"], "train": 8, "test": 4}
+    places = ["pics", "pics/", str(tmp_path / "pics"), "/scratch/17/data", "pics"]
+    for seed, place in enumerate(places):
+        write_run(tmp_path / f"run{seed}", seed, dataset=place)
+        log = tmp_path / f"run{seed}" / "metrics.jsonl"
+        first, *others = log.read_text().splitlines()
+        described = json.loads(first) | {
+            "view": {"size": 32, "mean": [0.5] * 3},
+            "data": {**data_, "test": 4 + seed // 4},
+        }
+        log.write_text("\n".join([json.dumps(described), *others, ""]))
+    found = groups([read(tmp_path / f"run{seed}") for seed in range(5)])
+    assert sorted(len(group) for group in found.values()) == [1, 4]
 
 
 def test_gaussian_kde_of_known_points():

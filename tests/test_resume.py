@@ -18,6 +18,7 @@ from harness import checkpoint
 from harness.log import read_log
 from harness.run import claim
 from knn_eval import knn_eval
+from linear_eval import linear_eval
 from pretrain import Lars, pretrain
 from tools.figures import figures
 
@@ -149,6 +150,49 @@ def test_other_images_under_the_same_name_are_refused(command, picture_folder):
             (picture_folder / "train" / label / f"{i:02}.png").unlink()
     code, rows, err = command(pretrain, "--dataset", picture_folder, *FLAGS, "--out", "run")
     assert code == 2 and rows == [] and "holds a run on other images" in err and "steps 3 (it was 9)" in err
+
+
+def test_a_folder_may_move_but_not_change(command, shell, folder, picture_folder, tmp_path, monkeypatch):
+    """The path is a place and is told; classes, counts, size, mean and std are compared."""
+    step, steps = Lars.step, []
+
+    def killing(optimizer, closure=None):
+        step(optimizer, closure)
+        steps.append(1)
+        if len(steps) == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lars, "step", killing)
+        with pytest.raises(Killed):
+            command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
+    code, rows, err = command(pretrain, "--dataset", picture_folder, *FLAGS, "--out", "run")
+    assert code == 0 and rows and err.count(f"dataset: {picture_folder} (it was {folder}); it holds the same\n") == 1
+    assert read_log(tmp_path / "run").rows[0]["data"] == {
+        "classes": ["astronaut", "brick", "chelsea"], "train": 48, "test": 18
+    }  # fmt: skip
+    ckpt = "run/ckpt.safetensors"
+    for place in ([], ["--dataset", folder], ["--dataset", picture_folder]):
+        code, knn, err = command(knn_eval, ckpt, "--k", 20, *place)
+        assert code == 0 and knn[0]["own_data"], err
+        assert err.count(f"dataset {folder}: holds what the training had in {picture_folder}") == (
+            place == ["--dataset", folder]
+        )
+        assert rows_of(tmp_path / "run")[-1] == knn[-1]
+    _, linear, _ = command(linear_eval, ckpt, "--epochs", 1, "--dataset", folder)
+    log = read_log(tmp_path / "run")
+    assert log.score("knn_eval") == knn[0]["top1"] and log.score("linear_eval") == linear[-1]["top1"]
+
+    for i in range(4):
+        (picture_folder / "test" / "brick" / f"{i:02}.png").unlink()
+    code, rows, err = command(pretrain, "--dataset", picture_folder, *FLAGS, "--out", "run")
+    assert code == 2 and rows == [] and "a run on other images, test 14 (it was 18); name another folder" in err
+    code, knn, _ = command(knn_eval, ckpt, "--k", 20, "--dataset", picture_folder)
+    assert code == 0 and knn[0]["own_data"] is False
+    for part in ("train", "test"):
+        (picture_folder / part / "brick").rename(picture_folder / part / "wall")
+    code, rows, err = command(pretrain, "--dataset", picture_folder, *FLAGS, "--out", "run")
+    assert code == 2 and rows == [] and "class wall is new, class brick is gone" in err
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """Runs that differ in their seed alone, under one name: what a line of a figure and a row of a table stand for."""
 
-import json
 import statistics
 
 from harness.errors import InputError
-from harness.log import RunLog
+from harness.log import PLACES, RunLog, other_data
 
 METHODS = {"byol": "BYOL", "simclr": "SimCLR"}
-NOT_COMPARED = ("seed", "data_dir", "eval_every")  # settings that make no difference to what is compared
+NOT_COMPARED = ("seed", "eval_every", *PLACES)  # settings that make no difference to what is compared
 
 Groups = dict[str, list[RunLog]]
 
@@ -18,23 +17,39 @@ def groups(runs: list[RunLog], apart: tuple[str, ...] = ()) -> Groups:
     The settings named in `apart` may differ, too. InputError for two runs that agree in their seed as well.
     """
     ignored = (*NOT_COMPARED, *apart)
-    alike = {}
+    alike = []
     for run in runs:
-        compared = {name: value for name, value in run.settings.items() if name not in ignored}
-        compared["precision"] = run.rows[0].get("precision")
-        alike.setdefault(json.dumps(compared, sort_keys=True), []).append(run)
+        fitting = [group for group in alike if is_alike(run, group[0], ignored)]
+        if fitting:
+            fitting[0].append(run)
+        else:
+            alike.append([run])
     by_method = {}
-    for group in alike.values():
+    for group in alike:
         refuse_twins(group, apart)
         by_method.setdefault(method_name(group[0].settings), []).append(group)
     named = {}
     for method, same_method in by_method.items():
         settings = [group[0].settings for group in same_method]
         differing = [name for name in settings[0] if name not in ignored and differs(settings, name)]
+        if any(other_data(group[0].rows[0], same_method[0][0].rows[0]) for group in same_method):
+            differing.insert(0, "dataset")
         for group in same_method:
             details = [f"{name} {as_text(group[0].settings.get(name))}" for name in differing]
-            named[", ".join([method, *details])] = group
+            label = ", ".join([method, *details])
+            if label in named:  # another precision, or other data in the same place
+                label += f", as {group[0].folder}"
+            named[label] = group
     return named
+
+
+def is_alike(run: RunLog, other: RunLog, ignored: tuple[str, ...]) -> bool:
+    """Whether two runs have the same data, wherever these lie, the same precision, and the same settings."""
+    for name in run.settings.keys() | other.settings.keys():
+        if name not in ignored and run.settings.get(name) != other.settings.get(name):
+            return False
+    same_precision = run.rows[0].get("precision") == other.rows[0].get("precision")
+    return same_precision and not other_data(run.rows[0], other.rows[0])
 
 
 def refuse_twins(group: list[RunLog], apart: tuple[str, ...]) -> None:
