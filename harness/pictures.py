@@ -420,6 +420,7 @@ def loader(pictures, keys: Iterator, device: torch.device) -> Iterator:
         num_workers=workers(),
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_signals_to_main,
+        generator=torch.Generator(),  # of its own: it draws at each start, and a run that goes on has more starts
     )
     try:
         yield from batches

@@ -367,13 +367,22 @@ def differences(settings: dict, stored: dict) -> list[str]:
 def provenance() -> dict:
     """Name the command, the versions and the commit that make a run."""
     packages = ("torch", "torchvision", "timm", "accelerate", "safetensors")
-    describe = ["git", "describe", "--always", "--dirty"]
-    here = Path(__file__).parent
+    versions = {name: version(name) for name in packages}
+    return {"command": shlex.join(sys.argv), "versions": versions, "git": commit_of(Path(__file__).parent.parent)}
+
+
+def commit_of(folder: Path) -> str | None:
+    """Return the commit of the repository whose top level is this folder; None if it has none of its own."""
+
+    def git(*words: str) -> str:
+        return subprocess.check_output(["git", *words], cwd=folder, stderr=subprocess.DEVNULL, text=True).strip()
+
     try:
-        commit = subprocess.check_output(describe, cwd=here, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):  # git is missing, or this is not a repository
-        commit = None
-    return {"command": shlex.join(sys.argv), "versions": {name: version(name) for name in packages}, "git": commit}
+        if not folder.samefile(git("rev-parse", "--show-toplevel")):
+            return None  # a copy without history, inside a repository of something else
+        return git("describe", "--always", "--dirty")
+    except (OSError, subprocess.CalledProcessError):  # git is missing, or there is no repository
+        return None
 
 
 def start_log(folder: Path, description: dict, whole_epochs: int, step: int, accelerator: Accelerator) -> Path:
@@ -382,6 +391,7 @@ def start_log(folder: Path, description: dict, whole_epochs: int, step: int, acc
         "device": accelerator.device.type,
         "precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
     }
     log = folder / LOG
     rows = rewind(folder, whole_epochs if step else -1)
@@ -392,8 +402,9 @@ def start_log(folder: Path, description: dict, whole_epochs: int, step: int, acc
     print(f"{folder}: {goes_on} step {step}", file=sys.stderr)
     may_change = {**hardware, "versions": description["versions"], "git": description["git"]}
     for name, value in may_change.items():
-        if rows[0].get(name) != value:
-            print(f"{name}: {value} (it was {rows[0].get(name)})", file=sys.stderr)
+        first_value = rows[0].get(name, value)  # runs of earlier versions do not name the threads
+        if value != first_value:
+            print(f"{name}: {value} (it was {first_value})", file=sys.stderr)
     for name in PLACES:
         place = description["settings"][name]
         first_place = rows[0].get("settings", {}).get(name, place)

@@ -16,7 +16,7 @@ import torch
 import models
 from harness import checkpoint
 from harness.log import read_log
-from harness.run import claim
+from harness.run import claim, commit_of
 from knn_eval import knn_eval
 from linear_eval import linear_eval
 from pretrain import Lars, pretrain
@@ -193,6 +193,46 @@ def test_a_folder_may_move_but_not_change(command, shell, folder, picture_folder
         (picture_folder / part / "brick").rename(picture_folder / part / "wall")
     code, rows, err = command(pretrain, "--dataset", picture_folder, *FLAGS, "--out", "run")
     assert code == 2 and rows == [] and "class wall is new, class brick is gone" in err
+
+
+def test_a_streamed_run_that_was_killed_ends_in_the_same_random_numbers(command, folder, tmp_path, monkeypatch):
+    """The workers' loader draws a number at each start of a run."""
+    monkeypatch.setattr("harness.sources.MEMORY", 0)
+    assert command(pretrain, "--dataset", folder, *FLAGS, "--out", "through")[0] == 0
+    step, steps = Lars.step, []
+
+    def killing(optimizer, closure=None):
+        step(optimizer, closure)
+        steps.append(1)
+        if len(steps) == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lars, "step", killing)
+        with pytest.raises(Killed):
+            command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
+    assert command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")[0] == 0
+    assert_same_run(tmp_path / "run", tmp_path / "through")
+
+
+def test_another_number_of_threads_is_told(command, folder, whole, monkeypatch):
+    """It changes the order of sums, and so the last bits."""
+    was = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: was + 2)
+    code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", whole)
+    assert code == 0 and f"threads: {was + 2} (it was {was})" in err
+
+
+def test_the_commit_is_that_of_this_project_alone(tmp_path):
+    """Not that of a repository around it."""
+    project = tmp_path / "around" / "project"
+    project.mkdir(parents=True)
+    assert commit_of(project) is None
+    commit = "git init -q && git -c user.name=a -c user.email=a@b commit -q --allow-empty -m a && git describe --always"
+    for place in (project.parent, project):
+        done = subprocess.run(commit, shell=True, cwd=place, capture_output=True, text=True, check=True)
+        assert commit_of(place) == done.stdout.strip()
+        assert commit_of(project) == (None if place != project else done.stdout.strip())
 
 
 @pytest.fixture
