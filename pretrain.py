@@ -247,7 +247,7 @@ def objective(cfg: Settings, layers: Layers, z: Pair, p: Pair = None, t: Pair = 
         terms["uniformity"] = (uniformity(all_z1) + uniformity(all_z2)) / 2
     with torch.no_grad():
         terms["alignment"] = alignment(z1, z2)
-        std1, std2 = unit(z1).std(0), unit(z2).std(0)
+        std1, std2 = unit(all_z1).std(0), unit(all_z2).std(0)
         terms["std"] = (std1.mean() + std2.mean()) / 2
     if cfg.term == "energy":
         terms |= layer_energies(layers, cfg)

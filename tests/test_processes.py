@@ -129,7 +129,7 @@ def test_twenty_steps_are_those_of_one_process(two, command, folder, tmp_path, i
     ours = [row for row in rows_of(two / f"two{i}") if row["stage"] == "pretrain"]
     assert code == 0 and len(rows) == len(ours) == 12 and ours[0]["processes"] == 2
     for mine, theirs in zip(ours[1:], rows[1:]):
-        for name in {"loss", "byol", "simclr", "uniformity", "alignment", "energy", "top1"} & theirs.keys():
+        for name in {"loss", "byol", "simclr", "uniformity", "alignment", "std", "energy", "top1"} & theirs.keys():
             assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
     (two_, _), (one, _) = (checkpoint.load(run / "ckpt.safetensors") for run in (two / f"two{i}", tmp_path / "one"))
     networks = {name: x for name, x in one.items() if "/" not in name}
