@@ -17,6 +17,7 @@ import inspect
 import math
 import operator
 import os
+import re
 import sys
 import time
 import types
@@ -34,6 +35,75 @@ Flags = Mapping[str, inspect.Parameter]  # the parameters of a stage, by name
 
 AFTER_A_SWITCH = ("true", "false", "none")  # words that are the value of the switch before them
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+LAUNCHER = "accelerate launch"
+
+# What people mean: a meaning, then the words of other projects for it, without underscores. A meaning counts where a
+# stage has each flag that it names; one that begins with LAUNCHER counts where a stage has a network.
+MEANT = {
+    "--out": "output outputdir outputpath outputfolder outdir savedir savepath savefolder logdir workdir rundir expdir "
+    "experimentdir defaultrootdir checkpointdir ckptdir checkpointpath name runname expname exp experimentname",
+    "--ckpt": "checkpoint checkpointpath ckptpath ckptfile weights pretrained pretrainedweights modelpath load resume",
+    "--out, whose run goes on": "checkpoint ckpt ckptpath load loadfrom resumefrom resumefromcheckpoint",
+    "--weight": "weights lambda lambd lam regweight energyweight uniformityweight mheweight",
+    "--dataset or --data_dir": "data datapath dataroot root rootdir traindir imagedir imagepath imagenetpath inputdir",
+    "--dataset": "data datasetname ds traindata",
+    "--model": "arch a architecture backbone network modelname modelarch encodertype basemodel",
+    "--method": "algorithm algo ssl sslmethod objective loss",
+    "--reg": "regularizer regulariser regularization regularisation regtype energy mhe amhe uniform uniformity",
+    "--reg_on": "reglayers layers reglayer",
+    "--s": "power exponent spower rieszs",
+    "--epochs": "epoch nepochs ne numepochs maxepochs maxepoch nbepochs totalepochs trainepochs numtrainepochs "
+    "pretrainepochs iterations iters steps step maxsteps numsteps maxiter",
+    "--batch_size": "b bs batch batchsz perdevicetrainbatchsize trainbatchsize globalbatchsize perdevicebatchsize "
+    "batchsizepergpu minibatchsize",
+    "--accumulate": "accum accumiter accumsteps gradaccum gradaccumsteps gradientaccumulation "
+    "gradientaccumulationsteps accumulategradbatches accumulationsteps updatefreq",
+    "--optimizer": "opt optim optimiser lars sgd adam adamw",
+    "--lr": "learningrate baselr blr baselearningrate initlr maxlr peaklr lrbase lrs",
+    "--weight_decay": "wd decay l2 weightdecayend",
+    "--warmup": "warmupepochs warmepochs nwarmup warmupsteps lrwarmup",
+    "--tau": "mocom ema emadecay emamomentum momentumema momentumteacher momentumtarget taubase basetau taustart "
+    "basemomentum targetdecay basetargetema targetema movingaveragedecay momentumencoder",
+    "--temperature": "t temp softmaxt ncet simclrt knnt",
+    "--hidden_dim": "mlpdim projhiddendim hiddensize predhiddendim hiddenmlp headhidden headhiddendim mlphiddendim",
+    "--out_dim": "dim projdim projoutdim projectiondim projectionsize projectordim featuredim featdim embeddim zdim "
+    "projoutputdim",
+    "--blur_p": "blur gaussianblur blurprob pblur",
+    "--eval_crop": "crop croppct evalcroppct",
+    "--holdout": "val validation valsplit usevalidation validationsplit",
+    "--seed": "randomseed manualseed seeds rngseed",
+    "--save_every": "savefreq savesteps saveinterval saveeverynsteps saveckptfreq checkpointevery checkpointfreq",
+    "--eval_every": "evalfreq evalsteps evalinterval valinterval knnevery knnfreq checkvaleverynepoch",
+    "--tracker": "logger logwith reportto wandb usewandb tensorboard trackio usetensorboard tb",
+    "--k": "nbknn neighbors neighbours knn knnk nneighbors numneighbors",
+    "--net": "checkpointkey ckptkey teacher target useteacher",
+    "--cached": "precompute cachefeatures precomputedfeatures",
+    "momentum is 0.9, of each --optimizer": "momentum sgdmomentum beta1",
+    "the rate falls along a half cosine after --warmup": "scheduler sched lrscheduler lrschedule schedule cosine cos "
+    "minlr finallr lrdecay",
+    "the --dataset decides the size of the views": "imagesize imgsize imsize cropsize inputsize resolution size res",
+    "the --dataset says which classes there are": "numclasses nclasses nbclasses",
+    "--workers": "j numworkers nworkers worker dataloadernumworkers loaderworkers nproc",
+    "pictures in files are read by one process a core, at most 16": "j workers numworkers nworkers worker "
+    "dataloadernumworkers loaderworkers nproc",
+    "flags alone are settings, there is no configuration file": "config cfg configfile configpath configname conf",
+    "each process needs whole weights, so there is no FSDP or DeepSpeed": "fsdp usefsdp deepspeed usedeepspeed "
+    "deepspeedconfig usemegatronlm zero zerostage",
+    f"{LAUNCHER} --mixed_precision fp16": "fp16 half float16 usefp16",
+    f"{LAUNCHER} --mixed_precision bf16": "amp useamp bf16 bfloat16 usebf16 autocast precision mixedprecision dtype",
+    f"{LAUNCHER} --cpu": "cpu usecpu nocuda nogpu forcecpu",
+    f"{LAUNCHER} --gpu_ids 0": "device deviceid deviceids gpu gpuid gpuids cuda cudadevice cudavisibledevices "
+    "visibledevices usecuda usegpu accelerator",
+    f"{LAUNCHER} --num_processes 2": "gpus ngpus ngpu numgpus numgpu devices ndevices numdevices numprocesses nprocs "
+    "nprocpernode nprocesses worldsize multigpu ddp distributed strategy multiprocessingdistributed",
+    f"{LAUNCHER} --num_machines 2 --machine_rank 0": "nummachines machinerank nodes numnodes nnodes noderank rank "
+    "localrank",
+    f"{LAUNCHER} --main_process_ip HOST --main_process_port 29500": "disturl distbackend mainprocessip "
+    "mainprocessport masteraddr masterport port initmethod rdzvendpoint",
+    f"{LAUNCHER} --dynamo_backend inductor": "compile torchcompile usecompile dynamo dynamobackend compilemodel",
+    f"{LAUNCHER} --num_cpu_threads_per_process 2": "threads numthreads nthreads numcputhreadsperprocess",
+}
+ALIKE = 0.75  # difflib's ratio from which a flag is suggested: one wrong letter of four
 IN_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 
 
@@ -205,8 +275,9 @@ def take_flag(word: str, words: list[str], flags: Flags) -> tuple[str, str, str]
     """Return the name of a flag, the way it was typed, and its text, which may be the next of `words` and is taken."""
     typed, equals, text = word.partition("=")
     name, negated = find(typed, flags)
-    if negated and equals:
-        raise InputError(f"{word}: --no{name} takes no value")
+    value = words[0] if words and words[0].lower() in AFTER_A_SWITCH else ""
+    if negated and (equals or value):
+        raise InputError(f"{word} {value}".rstrip() + f": --no{name} takes no value")
     if equals:
         return name, typed, text
     switch = is_switch(flags[name])
@@ -239,12 +310,23 @@ def find(typed: str, flags: Flags) -> tuple[str, bool]:
     same_initial = [flag for flag in flags if flag.startswith(name)]
     if len(name) == 1 and len(same_initial) == 1:
         return same_initial[0], False
-    suggestions = difflib.get_close_matches(name, flags, 1, cutoff=0.5)
-    if suggestions:
-        hint = f"did you mean --{suggestions[0]}?"
-    else:
-        hint = f"known: {', '.join('--' + flag for flag in flags)}"
-    raise InputError(f"{typed}: no such flag; {hint}")
+    raise InputError(f"{typed}: no such flag; {hint(name, flags)}")
+
+
+def hint(name: str, flags: Flags) -> str:
+    """Return what may have been meant by the name of a flag that is not there, or which flags are."""
+    name = name.lower()
+    word = name.replace("_", "")
+    meanings = [meaning for meaning, words in MEANT.items() if word in words.split()]
+    for meaning in meanings:
+        if meaning.startswith(LAUNCHER) and "model" in flags:
+            return f"the launcher decides, before the name of the script: {meaning} {program()}"
+        if set(re.findall(r"--(\w+)", meaning)) <= flags.keys():
+            return f"did you mean {meaning}?" if meaning.startswith("--") else meaning
+    alike = difflib.get_close_matches(name, flags, 1, cutoff=ALIKE)
+    if alike and not meanings:
+        return f"did you mean --{alike[0]}?"
+    return f"known: {', '.join('--' + flag for flag in flags)}"
 
 
 def parse(text: str, annotation: Any) -> Any:

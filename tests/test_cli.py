@@ -1,7 +1,9 @@
 """The command line against a stage's signature."""
 
+import inspect
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -11,7 +13,12 @@ from typing import Annotated, Literal
 import pytest
 
 from harness import cli
+from harness.errors import InputError
 from harness.log import emit, log_of
+from knn_eval import knn_eval
+from linear_eval import linear_eval
+from pretrain import pretrain
+from tools.figures import figures
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,7 +76,7 @@ def test_values_arrive_as_the_signature_types_them(monkeypatch, capsys, text, va
     [
         ("", "FILE is missing, see --help"),
         ("x y", "y: a stray word; flags are given as --name value, see --help"),
-        ("x --rag amhe", "--rag: no such flag; did you mean --reg?"),
+        ("x --regs amhe", "--regs: no such flag; did you mean --reg?"),
         (
             "x --zzz 1",
             "--zzz: no such flag; known: --file, --reg, --s, --reg_on, --epochs, --data_dir, --floors, --seed",
@@ -91,6 +98,9 @@ def test_values_arrive_as_the_signature_types_them(monkeypatch, capsys, text, va
         ),
         ("x --s 1 --s 2", "--s 2: given twice"),
         ("x --nofloors=true", "--nofloors=true: --nofloors takes no value"),
+        ("x --nofloors true", "--nofloors true: --nofloors takes no value"),
+        ("--no-floors False x", "--no-floors False: --nofloors takes no value"),
+        ("x --nofloors none --s 1", "--nofloors none: --nofloors takes no value"),
         ("x --noreg", "--noreg: no such flag; did you mean --reg?"),
         (
             "x -e 3 -- --trace",
@@ -103,6 +113,80 @@ def test_wrong_usage_is_one_line_and_nothing_runs(monkeypatch, capsys, text, lin
         call(monkeypatch, capsys, text)
     out, err = capsys.readouterr()
     assert e.value.code == 2 and out == "" and err == f"stage.py: {line}\n"
+
+
+def hint(stage, word):
+    """What a stage says of a flag that it does not have."""
+    with pytest.raises(InputError) as e:
+        cli.read([word, "1"], inspect.signature(stage).parameters)
+    return str(e.value).removeprefix(f"{word}: no such flag; ")
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("out", "--output_dir --outdir --out-dir --save_dir --log-dir --outputDir"),
+        ("lr", "--learning_rate --learning-rate --base_lr --blr --LR"),
+        ("batch_size", "--bs --batch --per_device_train_batch_size -b"),
+        ("weight_decay", "--wd --weight_decayy"),
+        ("epochs", "--max_epochs --num-epochs --epoch --num_train_epochs --max_steps"),
+        ("model", "--arch --backbone --modle --model_name"),
+        ("seed", "--random_seed --manual_seed"),
+        ("weight", "--lambda --weights"),
+        ("tau", "--ema --ema_decay --moco-m"),
+        ("temperature", "--temp --temperatur"),
+        ("accumulate", "--gradient_accumulation_steps --accum_iter"),
+        ("tracker", "--wandb --report_to"),
+        ("dataset or --data_dir", "--data --data-path --root"),
+        ("out, whose run goes on", "--resume_from --checkpoint"),
+    ],
+)
+def test_what_other_projects_call_a_flag_leads_to_ours(flag, words):
+    for word in words.split():
+        assert hint(pretrain, word) == f"did you mean --{flag}?", word
+
+
+@pytest.mark.parametrize(
+    "launch, words",
+    [
+        ("--mixed_precision fp16", "--fp16 --half"),
+        ("--mixed_precision bf16", "--bf16 --amp --mixed_precision --precision"),
+        ("--gpu_ids 0", "--device --gpu --cuda --gpu_ids"),
+        ("--num_processes 2", "--gpus --num_processes --nproc_per_node --world-size --multi_gpu"),
+        ("--cpu", "--cpu --no-cuda"),
+        ("--dynamo_backend inductor", "--compile --dynamo_backend"),
+    ],
+)
+def test_flags_of_the_launcher_are_led_before_the_script(monkeypatch, launch, words):
+    monkeypatch.setattr(sys, "argv", ["knn_eval.py"])
+    for word in words.split():
+        told = f"the launcher decides, before the name of the script: accelerate launch {launch} knn_eval.py"
+        assert hint(knn_eval, word) == told, word
+        assert hint(figures, word).startswith("known: --name, "), word  # which is not launched
+
+
+def test_what_has_no_flag_is_said():
+    assert hint(pretrain, "--momentum") == "momentum is 0.9, of each --optimizer"
+    assert hint(pretrain, "--image_size") == "the --dataset decides the size of the views"
+    assert hint(pretrain, "--config").startswith("flags alone are settings")
+    assert hint(pretrain, "--deepspeed").startswith("each process needs whole weights")
+    for word in ("--workers", "--num_workers", "-j"):
+        assert hint(pretrain, word) in ("did you mean --workers?", cli.hint("workers", {}))
+
+
+@pytest.mark.parametrize("word", "--step --lars --node --tag --aug --sched --amp --outputs --workers --fp8".split())
+def test_nothing_far_fetched_is_suggested(word):
+    for stage in (pretrain, knn_eval, linear_eval):
+        for far in ("stem", "tau", "tracker", "warmup", "cached", "out_dim", "recipe", "s"):
+            assert hint(stage, word) != f"did you mean --{far}?"
+
+
+def test_the_table_of_meanings_names_flags_that_are_there():
+    flags = {*cli.defaults(pretrain), *cli.defaults(knn_eval), *cli.defaults(linear_eval), "ckpt", "workers"}
+    for meaning, words in cli.MEANT.items():
+        assert re.fullmatch("[a-z0-9 ]+", words), words
+        if not meaning.startswith(cli.LAUNCHER):
+            assert set(re.findall(r"--(\w+)", meaning)) <= flags, meaning
 
 
 def test_help_explains_each_flag(monkeypatch, capsys):

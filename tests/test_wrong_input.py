@@ -57,6 +57,7 @@ PRETRAIN = {
     "--seed -1": "--seed -1: expected a whole number >= 0",
     "--holdout maybe": "maybe: a stray word",
     "--noholdout=True": "--noholdout=True: --noholdout takes no value",
+    "--noholdout true": "--noholdout true: --noholdout takes no value",
     "--eval_crop 0": "--eval_crop 0: expected a number > 0 and <= 1",
     "--blur_p 2": "--blur_p 2: expected a number >= 0 and <= 1",
     "--save_every -1": "--save_every -1: expected a whole number >= 0",
@@ -117,6 +118,7 @@ KNN = {
     "good.safetensors --k 0": "--k 0: expected values separated by commas, each once: a whole number >= 1",
     "good.safetensors --k 5,5": "--k 5,5: expected values separated by commas, each once",
     "good.safetensors --temperature 0": "--temperature 0: expected a number > 0",
+    "good.safetensors --nofloors true": "--nofloors true: --nofloors takes no value",
 }
 LINEAR = {
     "good.safetensors --epochs 0": "--epochs 0: expected a whole number >= 1",
