@@ -1,12 +1,18 @@
-"""The names of a run's files, and the one way in which files are written: whole or not at all."""
+"""The names of a run's files, the one way in which files are written, whole or not at all, and locks on them."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from harness.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows has other locks
+    fcntl = None
 
 LOG = "metrics.jsonl"  # the rows that were printed
 CKPT = "ckpt.safetensors"  # the whole state of a run
@@ -34,6 +40,18 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def lock(file: IO, wait: bool) -> None:
+    """Keep a file from the locks of other processes until it is closed.
+
+    BlockingIOError if another process has it, unless this one is to wait; OSError where there are no locks, as on some
+    network file systems, and on Windows. lockf, not flock: forked workers of the loader would inherit a flock, and
+    would keep the file locked for some seconds after this process is killed.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOLCK, "no locks on this system")
+    fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _sync_folder(folder: Path) -> None:

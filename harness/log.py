@@ -8,15 +8,19 @@
 A row is one JSON object on one line. Its first keys say who wrote it and what it is about: "stage" and "of".
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from tqdm import tqdm
 
+from harness import files
 from harness.errors import InputError
 from harness.files import LOG, write_whole
 
@@ -48,13 +52,30 @@ def emit(row: dict, log: Path | None = None) -> None:
 
 def _append(line: str, log: Path) -> None:
     """Add a line to a log, in place of a last line without an end, left by a process that was killed as it wrote."""
+    with _alone(log) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - LONGEST_LINE))
+        cut_line = file.read().rpartition(b"\n")[2]
+        file.truncate(end - len(cut_line))
+        file.write(line.encode() + b"\n")
+
+
+@contextlib.contextmanager
+def _alone(log: Path) -> Iterator[BinaryIO]:
+    """Yield a log, to read and add to; other processes that call this for it wait, where there are locks.
+
+    A run that goes on puts a new file in place of its log; who waited for the old one takes the new one. InputError if
+    the log cannot be written to.
+    """
+    is_current = False
     try:
-        with open(log, "ab+") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - LONGEST_LINE))
-            cut_line = file.read().rpartition(b"\n")[2]
-            file.truncate(end - len(cut_line))
-            file.write(line.encode() + b"\n")
+        while not is_current:
+            with open(log, "ab+") as file:
+                with contextlib.suppress(OSError):  # there are no locks; `run.claim` has said so
+                    files.lock(file, wait=True)
+                is_current = os.path.exists(log) and os.path.samestat(os.fstat(file.fileno()), os.stat(log))
+                if is_current:
+                    yield file
     except OSError as e:
         raise InputError(f"{log}: cannot be written ({e.strerror})") from e
 
@@ -127,12 +148,18 @@ def log_of(checkpoint: str, settings: dict, description: dict | None = None) -> 
 def read_rows(folder: Path) -> list[dict]:
     """Return the rows of a run's log; a last line that was cut short does not count.
 
-    InputError for a log that cannot be read, or that holds rows of others than the stages.
+    A broken line is left out, and named on standard error. InputError for a log that cannot be read, or whose first
+    line is no row of a stage.
     """
     try:
         content = (folder / LOG).read_bytes()
     except OSError as e:
         raise InputError(f"{folder}: not a run folder, its {LOG} cannot be read ({e.strerror})") from e
+    return _rows(content, folder / LOG)
+
+
+def _rows(content: bytes, log: Path) -> list[dict]:
+    """Return the rows of a log's content, as `read_rows` does."""
     whole_lines = content.split(b"\n")[:-1]
     rows = []
     for n, line in enumerate(whole_lines, 1):
@@ -140,7 +167,11 @@ def read_rows(folder: Path) -> list[dict]:
             row = json.loads(line)
             _ = row["stage"]
         except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise InputError(f"{folder / LOG}: line {n} was not written by a command of this project") from e
+            if n == 1:
+                raise InputError(f"{log}: line 1 was not written by a command of this project") from e
+            if is_main():
+                print(f"{log}: line {n} is broken, and left out", file=sys.stderr)
+            continue
         rows.append(row)
     return rows
 
@@ -148,13 +179,18 @@ def read_rows(folder: Path) -> list[dict]:
 def rewind(folder: Path, epoch: int) -> list[dict]:
     """Drop from a log the rows of epochs after `epoch`, which will be written again; return the rows that stay.
 
-    The first row counts as epoch 0, so that -1 drops all of a run. A line that was cut short goes, too.
+    The first row counts as epoch 0, so that -1 drops all of a run. Broken lines go, too, and one that was cut short.
     """
-    rows = read_rows(folder) if (folder / LOG).exists() else []
-    kept = [row for row in rows if row["stage"] != "pretrain" or row.get("epoch", 0) <= epoch]
-    with write_whole(folder / LOG) as file:
-        for row in kept:
-            file.write(json.dumps(row).encode() + b"\n")
+    log = folder / LOG
+    with _alone(log) as file:
+        file.seek(0)
+        rows = _rows(file.read(), log)
+        kept = [row for row in rows if row["stage"] != "pretrain" or row.get("epoch", 0) <= epoch]
+        if files.fcntl is None:
+            file.close()  # Windows puts no file in place of one that is open
+        with write_whole(log) as new:
+            for row in kept:
+                new.write(json.dumps(row).encode() + b"\n")
     return kept
 
 

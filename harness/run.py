@@ -9,7 +9,6 @@ The order of the images and their views are functions of (seed, epoch, step), so
 bits of a run that never stopped. `Run` is the one object with state; of networks it knows only the training.
 """
 
-import fcntl
 import shlex
 import signal
 import subprocess
@@ -29,7 +28,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import data
-from harness import checkpoint, probes, processes
+from harness import checkpoint, files, probes, processes
 from harness.errors import InputError, Stopped
 from harness.files import CKPT, ENCODER, LOG, RUN_FILES
 from harness.log import (
@@ -290,21 +289,19 @@ def claim(folder: Path) -> TextIO:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115  # stays open as long as this process lives
+        claimed = open(folder / ".lock", "w")  # noqa: SIM115  # stays open as long as this process lives
         try:
-            # lockf, not flock: forked workers of the loader would inherit a flock, and would keep the folder locked for
-            # some seconds after this process is killed
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files.lock(claimed, wait=False)
         except BlockingIOError:
             raise InputError(f"--out {folder}: another process is training in it; name another folder") from None
-        except OSError as e:  # some network file systems have no locks
+        except OSError as e:  # there are no locks
             print(f"--out {folder}: cannot be locked ({e.strerror}); start no second run in it", file=sys.stderr)
         for name in RUN_FILES:
             for stray in folder.glob(f".{name}.*"):
                 stray.unlink()
     except OSError as e:
         raise InputError(f"--out {folder}: cannot be written ({e.strerror})") from e
-    return lock
+    return claimed
 
 
 def stored_state(folder: Path) -> tuple[dict[str, Tensor], dict | None]:

@@ -4,18 +4,21 @@ import json
 import math
 import os
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import models
-from harness import checkpoint
-from harness.log import read_log
+from harness import checkpoint, files
+from harness.log import emit, read_log, rewind
 from harness.run import claim, commit_of
 from knn_eval import knn_eval
 from linear_eval import linear_eval
@@ -252,6 +255,49 @@ def test_a_folder_in_use_is_refused(command, folder, whole):
         code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", whole)
         other.communicate("\n")
     assert code == 2 and rows == [] and "another process is training in it" in err and err.count("pretrain.py: ") == 1
+
+
+def test_a_judge_beside_a_run_loses_no_row_and_breaks_none(tmp_path):
+    """One process adds 300 rows while another adds 60, and puts its log in place anew after each, as on resuming."""
+    log = tmp_path / "metrics.jsonl"
+    judge = "import pathlib, sys; from harness.log import emit; "
+    judge += "[emit({'stage': 'knn_eval', 'n': n, 'x': 'x' * 9999}, pathlib.Path(sys.argv[1])) for n in range(300)]"
+    with subprocess.Popen([sys.executable, "-c", judge, log], cwd=ROOT, stdout=subprocess.DEVNULL) as other:
+        for n in range(60):
+            emit({"stage": "linear_eval", "n": n}, log)
+            rewind(tmp_path, 0)
+            time.sleep(0.01)
+    assert other.returncode == 0
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["n"] for row in rows if row["stage"] == "knn_eval"] == list(range(300))
+    assert [row["n"] for row in rows if row["stage"] == "linear_eval"] == list(range(60))
+
+
+def test_a_broken_line_is_named_and_does_not_forbid_to_go_on(command, folder, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    log = tmp_path / "run" / "metrics.jsonl"
+    rows = log.read_bytes().splitlines(keepends=True)
+    broken = [rows[2][:9] + rows[3], b'{"top1": 1}\n', b"0.5\n", b"\0\0\xff\n", b"\n"]
+    log.write_bytes(b"".join(rows[:2] + broken + rows[2:]))
+    assert read_log(tmp_path / "run") == replace(read_log(whole), folder=tmp_path / "run")
+    code, lines, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
+    told = [f"run/metrics.jsonl: line {n} is broken, and left out" for n in range(3, 8)]
+    assert code == 0 and lines == [] and [line for line in err.splitlines() if "broken" in line][-5:] == told
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_system_without_locks_is_told_and_trains(tmp_path, monkeypatch, capsys):
+    """As Windows is: it has no fcntl, and puts no file in place of one that is open."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    for name in ("files", "log", "run"):
+        runpy.run_path(str(ROOT / "harness" / f"{name}.py"))
+    monkeypatch.setattr(files, "fcntl", None)
+    claim(tmp_path).close()
+    told = f"--out {tmp_path}: cannot be locked (no locks on this system); start no second run in it\n"
+    assert capsys.readouterr().err == told
+    for n in range(2):
+        emit({"stage": "knn_eval", "n": n}, tmp_path / "metrics.jsonl")
+    assert [row["n"] for row in rewind(tmp_path, 0)] == [row["n"] for row in rows_of(tmp_path)] == [0, 1]
 
 
 def test_a_run_that_was_killed_does_not_hold_its_folder_by_its_workers(tmp_path):
