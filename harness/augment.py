@@ -32,6 +32,7 @@ DRAWS = {
 }
 DRAWS_PER_IMAGE = sum(DRAWS.values())
 
+SMALLEST_BLURRED = 20  # pixels a side: in smaller views the kernel of the blur is a single pixel and changes nothing
 CHUNK_ON_CPU = 2**20  # numbers: what a cache holds
 CHUNK_ON_GPU = 2**26  # numbers: 256 MB in fp32
 
@@ -235,9 +236,11 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Images x (b, 3, n, n), each blurred with its sigma (b,), in pixels; 23x23 at 224 pixels, Appendix B.5.
 
     The kernel has an odd side of about n / 10 and sees the image reflected at its edges. It is the same in both
-    directions, one after the other.
+    directions, one after the other. ValueError for images that are too small for it.
     """
-    radius = x.shape[-1] // 20
+    radius = x.shape[-1] // SMALLEST_BLURRED
+    if radius == 0:
+        raise ValueError(f"blur changes nothing in images below {SMALLEST_BLURRED} pixels, such as {tuple(x.shape)}")
     distances = torch.arange(radius + 1, device=x.device)
     deviations = distances / sigma[:, None]
     weights = torch.exp(-0.5 * deviations.square())

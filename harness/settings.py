@@ -22,6 +22,7 @@ from torch import Tensor
 
 import data
 import models
+from harness import augment
 from harness.errors import InputError
 from harness.files import RUN_FILES
 
@@ -259,6 +260,9 @@ def resolve_images(values: dict, flags: dict, images: data.Dataset) -> Settings:
         raise InputError(f"--batch_size {batch_size}{source}: {dataset} has {n} images to train on; take fewer")
     if not images.classes and flags["eval_every"]:
         raise InputError(f"--eval_every {flags['eval_every']}: {dataset} has no classes to judge by")
+    if flags["blur_p"] and images.size < augment.SMALLEST_BLURRED:
+        least = f"views of {images.size} pixels; they must have {augment.SMALLEST_BLURRED}"
+        raise InputError(f"--blur_p {flags['blur_p']}: has no effect on {least}")
     values = dict(values)
     values["stem"] = flags["stem"] or images.stem
     values["blur_p"] = images.blur_p if flags["blur_p"] is None else (flags["blur_p"], flags["blur_p"])

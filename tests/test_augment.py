@@ -121,12 +121,19 @@ def test_recolour_composes_them_in_each_images_order(photos):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("size, side", [(224, 23), (64, 7), (32, 3)])
+@pytest.mark.parametrize("size, side", [(224, 23), (64, 7), (32, 3), (20, 3)])
 def test_gaussian_blur_is_torchvisions(photos, size, side):
     x = F.resize(photos.train.images[::250] / 255, [size, size], antialias=True)
     sigma = torch.linspace(0.1, 2, len(x))
     for image, s, mine in zip(x, sigma.tolist(), gaussian_blur(x, sigma)):
         torch.testing.assert_close(mine, F.gaussian_blur(image, [side, side], [s, s]), rtol=0, atol=2e-6)
+
+
+def test_a_view_too_small_for_the_blur_is_refused():
+    x, sigma = torch.rand(2, 3, 20, 20), torch.tensor([1.0, 2.0])
+    assert not torch.allclose(gaussian_blur(x, sigma), x, atol=1e-2)
+    with pytest.raises(ValueError, match="blur changes nothing in images below 20 pixels"):
+        gaussian_blur(x[:, :, :19, :19], sigma)
 
 
 def test_blur_and_solarisation_come_last_and_as_often_as_they_should(photos):

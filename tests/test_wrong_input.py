@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import data
@@ -224,6 +225,16 @@ def test_what_needs_no_image_is_found_before_one_is_read(shell, monkeypatch, tmp
     monkeypatch.setattr(data, "load", None)
     code, lines, err = shell(pretrain, *words.split())
     assert code == 2 and lines == [] and line in err and err.count("\n") == 1, err
+
+
+def test_blur_of_views_that_are_too_small_for_it_is_refused(shell, tmp_path):
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / "tiny" / place).mkdir(parents=True)
+        Image.effect_noise((16, 16), 60).convert("RGB").save(tmp_path / "tiny" / place / "1.png")
+    code, lines, err = shell(pretrain, *"--dataset tiny --blur_p 1 --out run --model test_resnet --epochs 1".split())
+    told = "pretrain.py: --blur_p 1.0: has no effect on views of 16 pixels; they must have 20"
+    assert code == 2 and lines == [] and err.splitlines()[-1] == told, err
+    assert not (tmp_path / "run").exists()
 
 
 def test_they_are_many():
