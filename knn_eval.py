@@ -19,7 +19,7 @@ import models
 from data import Split
 from harness import cli, judging, processes
 from harness.log import emit
-from harness.neighbours import nearest
+from harness.neighbours import finest, nearest
 from harness.probes import floors_are_cheap
 
 DEFAULT_K = (10, 20, 100, 200)
@@ -41,6 +41,7 @@ def knn_eval(
     net: judging.Net = "online",
     eval_crop: judging.EvalCrop = None,
     skip_broken: judging.SkipBroken = False,
+    workers: judging.Workers = None,
     floors: Annotated[bool, "judge an untrained network and pixels, too; None = up to 10,000 images"] | None = None,
 ):
     """Print the top-1 and top-5 accuracy (%) of a weighted k-NN vote on the features of a checkpoint."""
@@ -103,7 +104,7 @@ def vote(
     ranks = {neighbours: [] for neighbours in ks}
     chunks = [x.split(QUERIES_AT_ONCE) for x in (cosines, rows, labels)]
     for cosine, voters, truth in zip(*chunks):
-        advantage = (cosine - cosine[:, :1]).double()
+        advantage = (cosine - cosine[:, :1]).to(finest(cosine.device))
         weight = (advantage / temperature).exp()  # the nearest has weight 1; only ratios matter, so nothing overflows
         for neighbours in ks:
             votes = weight.new_zeros(len(truth), classes)
@@ -126,8 +127,8 @@ def rank_of(truth: Tensor, votes: Tensor) -> Tensor:
 
 def accuracy(ranks: Tensor) -> dict[str, float]:
     """Percent of the queries whose true class is first, or among the first five."""
-    top1 = 100 * (ranks < 1).double().mean().item()
-    top5 = 100 * (ranks < 5).double().mean().item()
+    top1 = 100 * ((ranks < 1).sum().item() / len(ranks))
+    top5 = 100 * ((ranks < 5).sum().item() / len(ranks))
     return {"top1": round(top1, 4), "top5": round(top5, 4)}
 
 

@@ -51,6 +51,7 @@ def linear_eval(
     net: judging.Net = "online",
     eval_crop: judging.EvalCrop = None,
     skip_broken: judging.SkipBroken = False,
+    workers: judging.Workers = None,
 ):
     """Print the top-1 and top-5 accuracy (%) of a linear classifier trained on the frozen features of a checkpoint."""
     flags = dict(locals())
@@ -205,8 +206,8 @@ def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent of logits (n, classes)."""
     best = logits.topk(min(5, logits.shape[1])).indices
     is_right = best == labels[:, None]
-    top1 = 100 * is_right[:, 0].double().mean().item()
-    top5 = 100 * is_right.any(1).double().mean().item()
+    top1 = 100 * (is_right[:, 0].sum().item() / len(labels))
+    top5 = 100 * (is_right.any(1).sum().item() / len(labels))
     return {"top1": round(top1, 4), "top5": round(top5, 4)}
 
 

@@ -104,6 +104,7 @@ def pretrain(
     eval_every: Annotated[int, ">= 0", "epochs between k-NN rows, besides the last epoch; 0 = never"] | None = None,
     save_every: Annotated[int, ">= 0", "steps between checkpoints, besides each epoch's end; 0 = none"] = 500,
     resume: Annotated[Literal["auto", "never"], "auto continues the folder's run; never stops with an error"] = "auto",
+    workers: Annotated[int, ">= 0", "processes that read pictures; None = by cores and shared memory"] | None = None,
     tracker: Annotated[Literal["none", "tensorboard", "wandb", "trackio"], "gets the log's numbers, too"] = "none",
 ):
     """Pre-train an encoder by BYOL or SimCLR. None = the value of the recipe, printed before the first step."""

@@ -104,6 +104,10 @@ MEANT = {
     f"{LAUNCHER} --num_cpu_threads_per_process 2": "threads numthreads nthreads numcputhreadsperprocess",
 }
 ALIKE = 0.75  # difflib's ratio from which a flag is suggested: one wrong letter of four
+DEAD_WORKER = (
+    "as they do where memory, or shared memory (/dev/shm), is short: take a smaller --workers (0 = none), "
+    "or give more (docker run --shm-size 8g)"
+)
 IN_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 
 
@@ -128,6 +132,8 @@ def run_guarded(stage: Callable) -> None:
     except KeyboardInterrupt:
         stop("interrupted", 130)
     except RuntimeError as e:
+        if "DataLoader worker" in str(e):
+            fail(f"a process that reads pictures has died, {DEAD_WORKER}", 1, wait=True)
         if "gloo" not in str(e):
             raise
         fail("another process has ended", 1, wait=True)

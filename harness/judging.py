@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 import data
-from harness import processes
+from harness import pictures, processes
 from harness.checkpoint import load_encoder
 from harness.errors import InputError
 from harness.foreign import adopt
@@ -27,6 +27,7 @@ Std = Annotated[str, "likewise; --mean 0 --std 1 changes nothing"] | None
 Net = Annotated[Literal["online", "target"], "the network that is judged"]
 EvalCrop = Annotated[float, "> 0", "<= 1", "part of the side that the view keeps; None = as in training"] | None
 SkipBroken = Annotated[bool, "leave out pictures that cannot be read; done in any case if it was done in training"]
+Workers = Annotated[int, ">= 0", "processes that read pictures ahead; None = as in pretrain.py"] | None
 
 
 FOREIGN_FLAGS = ("stem", "prefix", "mean", "std")  # of a file of another project alone: a run's file says all this
@@ -57,6 +58,7 @@ def open_judged(accelerator: Accelerator, flags: dict) -> Judged:
     """Open what the flags of a judge name. InputError for flags, a file or a data set at fault."""
     ckpt, dataset = flags["ckpt"], flags["dataset"]
     refuse_idle_flags(flags)
+    pictures.choose_workers(flags["workers"])
     own_view = {name: channels(name, flags[name]) for name in ("mean", "std") if flags[name] is not None}
     encoder, description = open_encoder(ckpt, flags["net"], flags["model"], flags["stem"], dataset, flags["prefix"])
     encoder.to(accelerator.device).requires_grad_(False)

@@ -31,3 +31,8 @@ def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
         best, order = candidates.topk(min(k, candidates.shape[1]))
         rows = candidate_rows.gather(1, order)
     return best, rows
+
+
+def finest(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on Apple's mps, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64

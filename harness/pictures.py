@@ -7,6 +7,7 @@ ones before any is needed. A large set stays in files: `loader` reads its crops 
 import contextlib
 import functools
 import itertools
+import math
 import os
 import signal
 from collections import Counter
@@ -66,6 +67,9 @@ SURVEY = np.dtype(
 MOST_REASONS = 10  # that one line names
 PICTURES_A_CHUNK = 32  # that a worker looks at before it answers
 SECONDS_WITHOUT_MAIN = 30  # for which a worker outlives a SIGTERM
+SHARED_MEMORY = "/dev/shm"  # through which workers hand over batches
+BATCHES_A_WORKER = 2  # that wait there, besides those in use
+BATCHES_IN_USE = 2
 
 
 class Files:
@@ -394,9 +398,50 @@ class _Attempts:
             return 0, str(e)
 
 
+_chosen_workers: int | None = None
+
+
+def choose_workers(n: int | None) -> None:
+    """Set how many processes read pictures; None = by the cores, and as many as shared memory has room for."""
+    global _chosen_workers
+    _chosen_workers = n
+
+
 def workers() -> int:
     """Return how many processes read pictures ahead, for each of those that train."""
-    return min(16, processes.cores())
+    return min(16, processes.cores()) if _chosen_workers is None else _chosen_workers
+
+
+def workers_for(batch_bytes: int) -> int:
+    """Return how many `workers` hand over batches of this size: fewer, down to none, where shared memory is small.
+
+    A number that was chosen stays. Half of the memory is left to another loader, as of an evaluation within a run.
+    """
+    n = workers()
+    if _chosen_workers is not None:
+        return n
+    batches = free_shared_memory() / 2 / processes.processes_here() / batch_bytes
+    fitting = max(0, int((batches - BATCHES_IN_USE) / BATCHES_A_WORKER)) if batches < math.inf else n
+    if fitting < n:
+        _tell_of_small_memory(n, fitting)
+    return min(n, fitting)
+
+
+def free_shared_memory() -> float:
+    """Return the free bytes of shared memory; infinite where it is not a file system of its own, as on a Mac."""
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+    except (OSError, AttributeError):
+        return math.inf
+    return status.f_bavail * status.f_frsize
+
+
+@functools.cache  # once for each pair of numbers
+def _tell_of_small_memory(n: int, fitting: int) -> None:
+    processes.say(
+        f"{SHARED_MEMORY} is small: {fitting} processes read pictures ahead, in place of {n}; give it more "
+        "(docker run --shm-size 8g), or choose a number by --workers"
+    )
 
 
 def _leave_signals_to_main(_) -> None:
@@ -414,19 +459,22 @@ def loader(pictures, keys: Iterator, device: torch.device) -> Iterator:
 
     InputError for a picture that cannot be read.
     """
+    first = next(keys, None)
+    if first is None:
+        return
     batches = DataLoader(
         pictures,
-        batch_sampler=keys,
-        num_workers=workers(),
+        batch_sampler=itertools.chain([first], keys),
+        num_workers=workers_for(pictures.bytes_of(first)),
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_signals_to_main,
         generator=torch.Generator(),  # of its own: it draws at each start, and a run that goes on has more starts
     )
     try:
         yield from batches
-    except InputError as e:  # its text is the traceback in the worker, whose last line is "...InputError: message"
+    except InputError as e:  # a worker's is the traceback there, whose last line is "...InputError: message"
         last_line = str(e).strip().splitlines()[-1]
-        raise InputError(last_line.partition("InputError: ")[2]) from None
+        raise InputError(last_line.split("InputError: ", 1)[-1]) from None
 
 
 @dataclass
@@ -438,6 +486,10 @@ class Crops:
 
     files: Files
     size: int
+
+    def bytes_of(self, keys: Sequence) -> int:
+        """Return the size of the batch of these keys."""
+        return 3 * self.size**2 * sum(len(u) for _, u in keys)
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Tensor:
         row, u = key
@@ -463,6 +515,10 @@ class Centres:
     files: Files
     size: int
     crop: float
+
+    def bytes_of(self, keys: Sequence) -> int:
+        """Return the size of the batch of these keys."""
+        return 3 * self.size**2 * len(keys)
 
     def __getitem__(self, row: int) -> Tensor:
         image = self.files.read(row)

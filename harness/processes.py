@@ -120,8 +120,12 @@ def cores() -> int:
         available = len(os.sched_getaffinity(0))
     else:
         available = os.cpu_count() or 1
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, available // processes_here)
+    return max(1, available // processes_here())
+
+
+def processes_here() -> int:
+    """Return how many processes of this program run on its machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def agree(accelerator: Accelerator, **facts) -> None:

@@ -22,11 +22,11 @@ from torch import Tensor
 
 import data
 import models
-from harness import augment
+from harness import augment, pictures
 from harness.errors import InputError
 from harness.files import RUN_FILES
 
-NOT_SETTINGS = ("out", "save_every", "resume", "tracker")  # flags that change nothing in what a run computes
+NOT_SETTINGS = ("out", "save_every", "resume", "tracker", "workers")  # flags that change nothing in what a run computes
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what --weight weighs
 NARROW = 3  # a layer whose neurons have fewer dimensions is regularized only if --reg_on names its network
 FOLDER_RECIPE = "folder"  # of a folder of pictures, unless --recipe names another
@@ -166,6 +166,7 @@ def recipe_name(flags: dict, recipes: Mapping) -> str:
 def resolve(flags: dict, recipes: Mapping, accelerator: Accelerator) -> tuple[Settings, data.Dataset]:
     """Return the settings in force and the data set. InputError for settings that do not go together."""
     values = resolve_recipe(flags, recipes, accelerator.num_processes)
+    pictures.choose_workers(flags["workers"])
     with accelerator.main_process_first():  # the first process downloads a set, the others find it
         images = data.load(flags["dataset"], flags["data_dir"], pretraining=True, skip_broken=flags["skip_broken"])
     if flags["holdout"]:

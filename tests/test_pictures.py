@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import struct
 import sys
 import zlib
@@ -246,6 +247,76 @@ def test_several_sizes_stay_in_files(crowd):
     assert (read.mean, read.std) == expected
     crops, _, _ = next(data.batches(read.train, 4, read.size, 0, [1]))
     assert crops.shape == (2, 4, 3, 40, 40)
+
+
+def test_workers_are_as_many_as_shared_memory_holds(monkeypatch, capsys):
+    """64 MB, half of it: two batches for each worker and two in use; the bytes are those of a batch as it comes."""
+    monkeypatch.setattr(pictures.processes, "cores", lambda: 8)
+    monkeypatch.setattr(pictures, "free_shared_memory", lambda: 64e6)
+    pictures._tell_of_small_memory.cache_clear()
+    sizes = (1e5, 1.7e6, 3.2e6, 5e6, 8.1e6, 77e6)
+    assert [pictures.workers_for(size) for size in (*sizes, 77e6)] == [8, 8, 4, 2, 0, 0, 0]
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 3 and "/dev/shm is small: 0 processes" in told[2] and "--workers" in told[2]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert pictures.workers_for(1e6) == 3
+    monkeypatch.setattr(pictures, "free_shared_memory", lambda: float("inf"))
+    assert pictures.workers_for(77e6) == 8
+
+
+def test_bytes_of_a_batch(crowd):
+    images = data.load(str(crowd)).train.images
+    u = np.full((2, data.DRAWS_PER_IMAGE), 0.5, np.float32)
+    for kind, keys in (
+        (pictures.Crops(images, 24), [(0, u), (1, u), (2, u)]),
+        (pictures.Centres(images, 24, 0.875), range(3)),
+    ):
+        assert kind.bytes_of(keys) == sum(kind[key].nbytes for key in keys)
+
+
+def test_no_worker_and_two_read_the_same(command, crowd, monkeypatch):
+    """A number that was chosen holds where memory is small, too; each run reads by as many as it says."""
+    monkeypatch.setattr(pictures, "free_shared_memory", lambda: 0)
+    used = []
+
+    class Loader(pictures.DataLoader):
+        def __init__(self, *args, num_workers, **rest):
+            if "batch_sampler" in rest:  # not to look at pictures before the first step
+                used.append(num_workers)
+            super().__init__(*args, num_workers=num_workers, **rest)
+
+    monkeypatch.setattr(pictures, "DataLoader", Loader)
+    flags = "--model test_resnet --hidden_dim 32 --out_dim 16 --batch_size 4 --epochs 1".split()
+    losses = []
+    for n in (None, 0, 2):
+        used.clear()
+        chosen = [] if n is None else ["--workers", n]
+        code, rows, err = command(pretrain, "--dataset", crowd, *flags, "--out", f"by{n}", *chosen)
+        assert code == 0 and {*used} == {n or 0} and ("is small" in err) == (n is None), err
+        losses.append([row["loss"] for row in rows if "loss" in row])
+        pictures._tell_of_small_memory.cache_clear()
+    assert losses[0] == losses[1] == losses[2] != []
+    used.clear()
+    code, _, err = command(knn_eval, "by0/ckpt.safetensors", "--workers", 1, "--k", 2)
+    assert code == 0 and {*used} == {1}, err
+    pictures.choose_workers(None)
+
+
+def test_a_worker_that_dies_ends_a_run_with_one_line(command, crowd, monkeypatch):
+    """As one does that shared memory is too small for: by SIGBUS, in the middle of a run."""
+
+    def die(self, key):
+        os.kill(os.getpid(), signal.SIGBUS)
+
+    monkeypatch.setattr(pictures.Crops, "__getitem__", die)
+    monkeypatch.setattr("harness.cli.time.sleep", lambda _: None)
+    code, _, err = command(
+        pretrain, "--dataset", crowd, "--model", "test_resnet", "--batch_size", 4, "--epochs", 1, "--workers", 1
+    )
+    pictures.choose_workers(None)
+    assert code == 1 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("pretrain.py: a process that reads pictures has died")
+    assert "--workers" in err.splitlines()[-1]
 
 
 def test_a_loop_of_links_ends(crowd):
