@@ -84,8 +84,6 @@ MEANT = {
     "the --dataset decides the size of the views": "imagesize imgsize imsize cropsize inputsize resolution size res",
     "the --dataset says which classes there are": "numclasses nclasses nbclasses",
     "--workers": "j numworkers nworkers worker dataloadernumworkers loaderworkers nproc",
-    "pictures in files are read by one process a core, at most 16": "j workers numworkers nworkers worker "
-    "dataloadernumworkers loaderworkers nproc",
     "flags alone are settings, there is no configuration file": "config cfg configfile configpath configname conf",
     "each process needs whole weights, so there is no FSDP or DeepSpeed": "fsdp usefsdp deepspeed usedeepspeed "
     "deepspeedconfig usemegatronlm zero zerostage",
