@@ -64,7 +64,7 @@ def open_judged(accelerator: Accelerator, flags: dict) -> Judged:
     encoder.to(accelerator.device).requires_grad_(False)
     compute_in_precision(encoder, accelerator)
     settings = description["settings"]
-    with accelerator.main_process_first():  # the first process downloads a set, the others find it
+    with processes.first_alone(accelerator):  # it downloads a set, the others find it
         images, view, is_own = open_images(description, dataset, flags["data_dir"], flags["skip_broken"])
     view |= own_view
     if flags["eval_crop"]:

@@ -3,10 +3,11 @@
 Each has its share of a batch, or of a set that is embedded; the numbers are those that one process would come to.
 """
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from harness.errors import InputError
 from harness.log import is_main
 
-PATIENCE = timedelta(hours=3)  # for the first process, which downloads a set, or looks through its pictures, alone
+PATIENCE = timedelta(hours=3)  # with the first process, which downloads a set, or looks through its pictures, alone
+COLLECTIVE = timedelta(minutes=30)  # for all else that processes do together: a longer wait is for one that hangs
 
 # What a launcher's configuration may ask for, and what would then be divided among processes: checkpoints, energies of
 # whole layers and LARS's norms need whole weights in each process.
@@ -41,7 +43,7 @@ def start(accumulate: int | None = None, **arguments) -> Accelerator:
     _refuse_division()
     if accumulate:
         _tell_of_accumulation(accumulate)
-    group = InitProcessGroupKwargs(timeout=PATIENCE)
+    group = InitProcessGroupKwargs(timeout=COLLECTIVE)
     micro_batches = GradientAccumulationPlugin(num_steps=accumulate or 1)  # a number would give way to the launcher's
     try:
         accelerator = Accelerator(kwargs_handlers=[group], gradient_accumulation_plugin=micro_batches, **arguments)
@@ -97,6 +99,20 @@ def _refuse_strangers(accelerator: Accelerator) -> None:
                 f"{name} is {launched}, but Accelerate sees {number} (of {accelerator.num_processes} process); start "
                 "several by a launcher, on a machine without a GPU with ACCELERATE_USE_CPU=true"
             )
+
+
+@contextlib.contextmanager
+def first_alone(accelerator: Accelerator) -> Iterator[None]:
+    """Let the first process do what is in the block, for as long as PATIENCE lasts, before the others do it."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)  # of its own: the timeout of a group is one for all
+    if not is_main():
+        dist.barrier(group)
+    yield
+    if is_main():
+        dist.barrier(group)
 
 
 def say(text: str) -> None:

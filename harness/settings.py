@@ -22,7 +22,7 @@ from torch import Tensor
 
 import data
 import models
-from harness import augment, pictures
+from harness import augment, pictures, processes
 from harness.errors import InputError
 from harness.files import RUN_FILES
 
@@ -167,7 +167,7 @@ def resolve(flags: dict, recipes: Mapping, accelerator: Accelerator) -> tuple[Se
     """Return the settings in force and the data set. InputError for settings that do not go together."""
     values = resolve_recipe(flags, recipes, accelerator.num_processes)
     pictures.choose_workers(flags["workers"])
-    with accelerator.main_process_first():  # the first process downloads a set, the others find it
+    with processes.first_alone(accelerator):  # it downloads a set, the others find it
         images = data.load(flags["dataset"], flags["data_dir"], pretraining=True, skip_broken=flags["skip_broken"])
     if flags["holdout"]:
         images = data.hold_out(images)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -112,11 +113,45 @@ TERMS = {"uniformity": uniformity, "info_nce": lambda z: info_nce(*z.chunk(2))}
 def two(folder, tmp_path_factory):
     """The folder in which two processes have done all of that."""
     place = tmp_path_factory.mktemp("two")
+    mp.spawn(one_of_two, (free_port(), folder, place), nprocs=2)
+    return place
+
+
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(one_of_two, (port, folder, place), nprocs=2)
-    return place
+        return free.getsockname()[1]
+
+
+def one_that_waits(rank, port, place):
+    """Wait longer than a collective may for what the first process does alone, then too long for the other one."""
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    os.environ.update({name: str(x) for name, x in world.items()})
+    processes.COLLECTIVE = timedelta(seconds=4)
+    accelerator = processes.start()
+    dist.barrier()
+    with processes.first_alone(accelerator):
+        if rank == 0:
+            time.sleep(6)
+            Path(place, "downloaded").touch()
+        else:
+            Path(place, f"seen {Path(place, 'downloaded').exists()}").touch()
+    dist.barrier()
+    if rank == 0:
+        time.sleep(8)
+        os._exit(0)
+    started = time.monotonic()
+    try:
+        dist.barrier()
+    except RuntimeError:
+        Path(place, f"given up {time.monotonic() - started < 7}").touch()
+    os._exit(0)
+
+
+def test_a_download_may_take_longer_than_a_collective(tmp_path):
+    mp.spawn(one_that_waits, (free_port(), tmp_path), nprocs=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"downloaded", "seen True", "given up True"}
 
 
 def rows_of(run):
