@@ -26,7 +26,8 @@ from harness import cli
 from harness.checkpoint import build_described, load_network
 from harness.errors import InputError
 from harness.files import CKPT, write_whole
-from harness.log import RunLog, read_log
+from harness.judging import place_of
+from harness.log import RunLog, other_data, read_log
 from tools import paper
 from tools.groups import groups, mean_and_std, method_name
 from tools.table import write_table
@@ -74,8 +75,8 @@ def figures(
     if name == "table":
         write_table(logs, Path(out))
         return
-    datasets = {log.settings["dataset"] for log in logs}
-    if len(datasets) > 1:
+    if any(other_data(log.rows[0], logs[0].rows[0]) for log in logs):
+        datasets = {log.settings["dataset"] for log in logs}
         raise InputError(f"{name}: runs of different data sets in one figure: {', '.join(sorted(datasets))}")
     if name == "circle":
         figure = circle(logs, data_dir)
@@ -240,13 +241,14 @@ def circle(runs: list[RunLog], data_dir: str | None = None):
         out_dim = run.settings["out_dim"]
         if out_dim != 2:
             raise InputError(f"{run.folder}: projects to {out_dim} dimensions; a circle takes pretrain.py --out_dim 2")
-    first = runs[0].settings
-    images = data.load(first["dataset"], data_dir or first["data_dir"])
-    torch.manual_seed(first["seed"])
-    untrained = build_described("checkpoint", first)
-    columns = [("untrained\n", untrained, runs[0].rows[0]["view"])]
-    for run in runs:
-        network, description = load_network(run.folder / CKPT)
+    loaded = [load_network(run.folder / CKPT) for run in runs]
+    first = loaded[0][1]
+    settings = first["settings"]
+    images = data.load(settings["dataset"], data_dir or place_of(settings["dataset"], settings["data_dir"]))
+    torch.manual_seed(settings["seed"])
+    untrained = build_described("checkpoint", settings)
+    columns = [("untrained\n", untrained, first["view"])]
+    for run, (network, description) in zip(runs, loaded):
         columns.append((title_of(run), network, description["view"]))
     classes = images.test.labels.unique()[:3].tolist()
     rows = ["all classes", "density of the angle", *(images.classes[label] for label in classes)]
