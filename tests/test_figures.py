@@ -113,7 +113,8 @@ def test_dead_representations_are_not_uniform(monkeypatch, capsys, features):
     monkeypatch.setattr("models.embed", lambda encoder, views: features)
     split = data.Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4))
     view = {"size": 8, "crop": 1.0, "mean": (0,) * 3, "std": (1,) * 3}
-    assert representations(nn.Flatten(), split, view) == {"g2": pytest.approx(1, abs=1e-6), "dead": True}
+    row = representations(nn.Flatten(), split, view)
+    assert row == {"g2": pytest.approx(1, abs=1e-6), "rank": pytest.approx(1), "dead": True}
     assert "WARNING: dead network: the encoder gives all images the same features" in capsys.readouterr().err
 
 
