@@ -67,7 +67,7 @@ def floors_are_cheap(bank: data.Split, queries: data.Split, size: int) -> bool:
 def poor_features(top1: float, floors: dict[str, float], rank: float) -> str:
     """Say what is wrong with features that a vote judges below a floor, or that differ in one direction alone."""
     if rank < LOW_RANK:
-        return f"collapse? the effective rank of the features is {rank:.2f}, in one direction they hardly differ"
+        return f"collapse? the effective rank of the features is {rank:.2f}: they differ in one direction alone"
     higher = [f"{of} {floor:g}" for of, floor in floors.items() if top1 < floor]
     if higher:
         return f"the k-NN accuracy, {top1:g} %, lies below its floors: {', '.join(higher)}"
