@@ -15,9 +15,11 @@ import difflib
 import functools
 import inspect
 import math
+import multiprocessing
 import operator
 import os
 import re
+import signal
 import sys
 import time
 import types
@@ -226,6 +228,8 @@ def leave(exit_code: int) -> None:
 
     One of several processes ends at once, without the interpreter's clean-up, in which gloo's threads abort some.
     """
+    if exit_code:
+        end_workers()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         if exit_code == 0:
             from harness import processes  # here, because it imports torch, which a wrong flag need not wait for
@@ -237,6 +241,14 @@ def leave(exit_code: int) -> None:
         os._exit(exit_code)
     if exit_code:
         sys.exit(exit_code)
+
+
+def end_workers() -> None:
+    """End the processes that read pictures at once: they outlive SIGTERM by half a minute, and would be waited for."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error at the end of a worker
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 # ---- From words to values --------------------------------------------------------------------------------------------
