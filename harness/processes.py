@@ -103,7 +103,10 @@ def _refuse_strangers(accelerator: Accelerator) -> None:
 
 @contextlib.contextmanager
 def first_alone(accelerator: Accelerator) -> Iterator[None]:
-    """Let the first process do what is in the block, for as long as PATIENCE lasts, before the others do it."""
+    """Let the first process do what is in the block, for as long as PATIENCE lasts, before the others do it.
+
+    All leave together: in what follows, the one that was done first would wait for the others with less patience.
+    """
     if accelerator.num_processes == 1:
         yield
         return
@@ -113,6 +116,7 @@ def first_alone(accelerator: Accelerator) -> Iterator[None]:
     yield
     if is_main():
         dist.barrier(group)
+    dist.barrier(group)
 
 
 def say(text: str) -> None:
@@ -137,6 +141,13 @@ def cores() -> int:
     else:
         available = os.cpu_count() or 1
     return max(1, available // processes_here())
+
+
+def processor(accelerator: Accelerator) -> str:
+    """Name what computes: the GPU, or the vector instructions of a CPU. Another one rounds in other places."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_name(accelerator.device)
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def processes_here() -> int:

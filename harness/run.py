@@ -9,6 +9,7 @@ The order of the images and their views are functions of (seed, epoch, step), so
 bits of a run that never stopped. `Run` is the one object with state; of networks it knows only the training.
 """
 
+import os
 import shlex
 import signal
 import subprocess
@@ -371,8 +372,12 @@ def provenance() -> dict:
 def commit_of(folder: Path) -> str | None:
     """Return the commit of the repository whose top level is this folder; None if it has none of its own."""
 
+    # git's hooks name their repository in variables, which would be taken in place of the folder
+    environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
+
     def git(*words: str) -> str:
-        return subprocess.check_output(["git", *words], cwd=folder, stderr=subprocess.DEVNULL, text=True).strip()
+        options = {"cwd": folder, "env": environment, "stderr": subprocess.DEVNULL}
+        return subprocess.check_output(["git", *words], text=True, **options).strip()
 
     try:
         if not folder.samefile(git("rev-parse", "--show-toplevel")):
@@ -389,6 +394,7 @@ def start_log(folder: Path, description: dict, whole_epochs: int, step: int, acc
         "precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
+        "processor": processes.processor(accelerator),
     }
     log = folder / LOG
     rows = rewind(folder, whole_epochs if step else -1)

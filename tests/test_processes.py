@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch.multiprocessing as mp
 
 import data
 import models
-from harness import checkpoint, cli, processes
+from harness import checkpoint, cli, pictures, processes
 from harness.errors import InputError
 from harness.files import RUN_FILES
 from harness.probes import refuse_faults
@@ -132,8 +133,8 @@ def one_that_waits(rank, port, place):
     accelerator = processes.start()
     dist.barrier()
     with processes.first_alone(accelerator):
+        time.sleep(6)  # the others as well, of whose work the first must not grow tired
         if rank == 0:
-            time.sleep(6)
             Path(place, "downloaded").touch()
         else:
             Path(place, f"seen {Path(place, 'downloaded').exists()}").touch()
@@ -298,3 +299,35 @@ def test_two_processes_are_launched_and_leave_cleanly(folder, tmp_path):
     assert [json.loads(line) for line in done.stdout.splitlines()] == rows_of(tmp_path / "run")
     assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", *RUN_FILES}
     assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["epoch"] == 1
+
+
+class Fatal:
+    """A worker that reads this is killed at the fourth picture; the others take their time to end."""
+
+    def __getitem__(self, key):
+        if key == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.ones(3)
+
+    def bytes_of(self, keys):
+        return 0
+
+
+def test_a_worker_that_dies_keeps_nobody_waiting(shell, monkeypatch):
+    """Workers outlive a SIGTERM by half a minute, for which the interpreter waited at its end."""
+    monkeypatch.setattr(pictures, "workers_for", lambda _: 2)
+
+    def stage():
+        for _ in pictures.loader(Fatal(), iter([[i] for i in range(9)]), torch.device("cpu")):
+            slow.append(mp.get_context("fork").Process(target=outlive, daemon=True))
+            slow[-1].start()
+
+    slow = []
+    code, lines, err = shell(stage)
+    assert code == 1 and lines == [] and err.count("\n") == 1 and "has died" in err, err
+    assert slow and not mp.active_children()
+
+
+def outlive():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
