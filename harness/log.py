@@ -24,6 +24,7 @@ from harness import files
 from harness.errors import InputError
 from harness.files import LOG, write_whole
 
+ROUNDING = 1e-6  # of mean and std: another processor sums in another order
 LONGEST_LINE = 2**20  # bytes at a log's end in which a line that was cut short is looked for
 SETTINGS = {"dataset", "method", "reg", "accumulate"}  # some that the first row of every run has
 PLACES = ("dataset", "data_dir")  # settings that say where the data lie: see `other_data` for what they are
@@ -108,9 +109,16 @@ def other_data(mine: dict, theirs: dict) -> list[str]:
             new = sorted({*value} - {*their_value})
             gone = sorted({*their_value} - {*value})
             faults += [f"class {each} is new" for each in new[:3]] + [f"class {each} is gone" for each in gone[:3]]
-        elif value != their_value:
+        elif not _equal(value, their_value):
             faults.append(f"{name} {value} (it was {their_value})")
     return faults
+
+
+def _equal(fact: object, other: object) -> bool:
+    """Whether two facts are equal, mean and std but for ROUNDING."""
+    if isinstance(fact, list) and isinstance(other, list) and len(fact) == len(other):
+        return all(abs(x - y) <= ROUNDING for x, y in zip(fact, other))
+    return fact == other
 
 
 def same_place(place: str, other: str) -> bool:

@@ -104,14 +104,14 @@ def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
 
 def run_name(flags: dict, defaults: dict) -> str:
     """Name a run by its data set, method, regularizer and every other flag that is not a default: photos-amhe-s1."""
-    named_first = ("dataset", "method", "reg", *NOT_SETTINGS)
+    unnamed = ("dataset", "method", "reg", "data_dir", *NOT_SETTINGS)  # named already, or no matter of the run
     parts = [Path(flags["dataset"]).resolve().name]
     if flags["method"] != "byol" or flags["reg"] == "none":
         parts.append(flags["method"])
     if flags["reg"] != "none":
         parts.append(flags["reg"])
     for name, value in flags.items():
-        if value != defaults[name] and name not in named_first:
+        if value != defaults[name] and name not in unnamed:
             text = "+".join(value) if isinstance(value, tuple) else str(value)
             parts.append(name + text)
     return re.sub(r"[^\w.+-]+", "_", "-".join(parts))[:200]

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import models
-from harness import checkpoint, files
-from harness.log import emit, read_log, rewind
+from harness import checkpoint, cli, files, settings
+from harness.log import emit, other_data, read_log, rewind
 from harness.run import claim, commit_of
 from knn_eval import knn_eval
 from linear_eval import linear_eval
@@ -226,6 +226,26 @@ def test_another_number_of_threads_is_told(command, folder, whole, monkeypatch):
     assert code == 0 and f"threads: {was + 2} (it was {was})" in err
 
 
+def test_another_kind_of_processor_is_told(command, folder, whole, monkeypatch):
+    """It rounds in other places: a run that goes on there ends in other bits."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ABACUS")
+    code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", whole)
+    assert code == 0 and "processor: ABACUS (it was " in err
+
+
+def test_mean_and_std_may_differ_by_rounding(whole):
+    first = rows_of(whole)[0]
+    for shift, faults in ((1e-15, 0), (1e-4, 1)):
+        mean = [x + shift for x in first["view"]["mean"]]
+        assert len(other_data({**first, "view": {**first["view"], "mean": mean}}, first)) == faults
+
+
+def test_where_a_set_lies_is_no_part_of_the_name_of_a_run():
+    """Node-local scratch has another path in each job, and the same command goes on."""
+    flags = cli.defaults(pretrain)
+    assert {settings.run_name({**flags, "data_dir": x}, flags) for x in ("data", "/scratch/1")} == {"photos-byol"}
+
+
 def test_the_commit_is_that_of_this_project_alone(tmp_path):
     """Not that of a repository around it."""
     project = tmp_path / "around" / "project"
@@ -236,6 +256,18 @@ def test_the_commit_is_that_of_this_project_alone(tmp_path):
         done = subprocess.run(commit, shell=True, cwd=place, capture_output=True, text=True, check=True)
         assert commit_of(place) == done.stdout.strip()
         assert commit_of(project) == (None if place != project else done.stdout.strip())
+
+
+def test_the_repository_of_a_hook_is_not_that_of_this_project(tmp_path, monkeypatch):
+    """git names it in a variable to all that its hooks start, and then takes any folder for its top level."""
+    subprocess.run(
+        "git init -q x && cd x && git -c user.name=a -c user.email=a@b commit -q --allow-empty -m a",
+        shell=True,
+        cwd=tmp_path,
+        check=True,
+    )
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "x" / ".git"))
+    assert commit_of(tmp_path) is None and commit_of(tmp_path / "x")
 
 
 @pytest.fixture
