@@ -26,28 +26,18 @@ DEFAULT_K = (10, 20, 100, 200)
 QUERIES_AT_ONCE = 512  # queries in one chunk of the vote
 
 
+@judging.judge
 def knn_eval(
     ckpt: judging.Ckpt,
     *,
     k: Annotated[tuple[Annotated[int, ">= 1"], ...], "numbers of neighbours, up to all of the bank"] = DEFAULT_K,
     temperature: Annotated[float, "> 0", "of the votes' weights exp(cosine / temperature); DINO's 0.07"] = 0.07,
-    dataset: judging.DatasetName = None,
-    data_dir: judging.DataDir = None,
-    model: judging.Model = None,
-    stem: judging.Stem = None,
-    prefix: judging.Prefix = None,
-    mean: judging.Mean = None,
-    std: judging.Std = None,
-    net: judging.Net = "online",
-    eval_crop: judging.EvalCrop = None,
-    skip_broken: judging.SkipBroken = False,
-    workers: judging.Workers = None,
     floors: Annotated[bool, "judge an untrained network and pixels, too; None = up to 10,000 images"] | None = None,
+    **shared,
 ):
     """Print the top-1 and top-5 accuracy (%) of a weighted k-NN vote on the features of a checkpoint."""
-    flags = dict(locals())
     accelerator = processes.start()
-    judged = judging.open_judged(accelerator, flags)
+    judged = judging.open_judged(accelerator, ckpt, shared)
     train = judged.images.train.to(accelerator.device)
     test = judged.images.test.to(accelerator.device)
     if floors is None:
@@ -55,17 +45,11 @@ def knn_eval(
 
     encoders = {"trained": judged.encoder}
     if floors:
-        torch.manual_seed(judged.settings["seed"])
-        architecture = [judged.settings[name] for name in ("model", "stem", "norm")]
-        untrained = models.build_encoder(*architecture)
-        judging.compute_in_precision(untrained, accelerator)
-        encoders["untrained"] = untrained
+        encoders["untrained"] = judging.untrained_encoder(judged)
         encoders["pixels"] = nn.Flatten()
-    protocol = {"temperature": temperature, "net": net, "eval_crop": judged.view["crop"]}
-    protocol |= {"trained_epochs": judged.trained_epochs, "dataset": judged.dataset, "split": "test"}
-    protocol |= {"bank": len(train.labels), "queries": len(test.labels)}
+    sizes = {"bank": len(train.labels), "queries": len(test.labels)}
+    protocol = {"temperature": temperature, **sizes}
     for of, encoder in encoders.items():
-        encoder.to(accelerator.device)
         scores_by_k = nearest_neighbours(encoder, train, test, judged.view, accelerator, k, temperature)
         for neighbours, scores in scores_by_k.items():
             row = {"stage": "knn_eval", "of": of, "k": neighbours}
@@ -127,9 +111,7 @@ def rank_of(truth: Tensor, votes: Tensor) -> Tensor:
 
 def accuracy(ranks: Tensor) -> dict[str, float]:
     """Percent of the queries whose true class is first, or among the first five."""
-    top1 = 100 * ((ranks < 1).sum().item() / len(ranks))
-    top5 = 100 * ((ranks < 5).sum().item() / len(ranks))
-    return {"top1": round(top1, 4), "top5": round(top5, 4)}
+    return {"top1": judging.percent(ranks < 1), "top5": judging.percent(ranks < 5)}
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ BATCH_SIZE = 100  # Appendix D
 SWEEP = (0.4, 0.3, 0.2, 0.1, 0.05)  # BYOL's rates, per 256 images
 
 
+@judging.judge
 def linear_eval(
     ckpt: judging.Ckpt,
     *,
@@ -41,24 +42,13 @@ def linear_eval(
     weight_decay: Annotated[float, ">= 0", "of the classifier"] = 0.0,
     seed: Annotated[int, ">= 0", "< 1e9", "of the classifier's weights, the order and the crops"] = 0,
     cached: Annotated[bool, "train on features of the evaluation view, in place of crops and flips"] = False,
-    dataset: judging.DatasetName = None,
-    data_dir: judging.DataDir = None,
-    model: judging.Model = None,
-    stem: judging.Stem = None,
-    prefix: judging.Prefix = None,
-    mean: judging.Mean = None,
-    std: judging.Std = None,
-    net: judging.Net = "online",
-    eval_crop: judging.EvalCrop = None,
-    skip_broken: judging.SkipBroken = False,
-    workers: judging.Workers = None,
+    **shared,
 ):
     """Print the top-1 and top-5 accuracy (%) of a linear classifier trained on the frozen features of a checkpoint."""
-    flags = dict(locals())
     if sweep and lr:
         raise InputError(f"--lr {lr}: has no effect with --sweep")
     accelerator = processes.start()
-    judged = judging.open_judged(accelerator, flags)
+    judged = judging.open_judged(accelerator, ckpt, shared)
     images = judged.images
     tuning = data.hold_out(images) if sweep else images
     n = len(tuning.train.labels)
@@ -66,7 +56,6 @@ def linear_eval(
         raise InputError(f"--batch_size {batch_size}: {judged.dataset} has {n} images to train on; take fewer")
     batch_size = batch_size or min(BATCH_SIZE, n)
     hyper = {"epochs": epochs, "batch_size": batch_size, "weight_decay": weight_decay, "seed": seed}
-    frozen = {name: x.clone() for name, x in judged.encoder.state_dict().items()}
 
     row = {"stage": "linear_eval", "features": "cached" if cached else "augmented"}
     if sweep:
@@ -74,14 +63,10 @@ def linear_eval(
     lr = lr or LR
     train = ready(judged, images.train, cached)
     test = ready(judged, images.test, cached=True)
-    classifier = fit(judged, train, {lr: row}, **hyper)[lr]
-    for name, x in judged.encoder.state_dict().items():
-        if not torch.equal(x, frozen[name]):
-            raise RuntimeError(f"the frozen encoder has changed: {name}")
+    with judging.unchanged(judged.encoder):
+        classifier = fit(judged, train, {lr: row}, **hyper)[lr]
     scores = accuracy(classifier(test.images), test.labels)  # .images holds features: see `ready`
-    protocol = {**hyper, "lr": lr, "net": net, "eval_crop": judged.view["crop"], "swept": sweep}
-    protocol |= {"trained_epochs": judged.trained_epochs, "dataset": judged.dataset, "split": "test"}
-    protocol |= {"train": len(train.labels), "test": len(test.labels)}
+    protocol = {**hyper, "lr": lr, "swept": sweep, "train": len(train.labels), "test": len(test.labels)}
     row["epoch"] = epochs
     emit(row | scores | protocol | judged.columns, judged.log)
 
@@ -157,21 +142,11 @@ def fit(
                 weights = classifiers[rate].weight
                 if not math.isfinite(mean_loss[i]) or not weights.isfinite().all():
                     diverged.add(rate)
-                    note_divergence(rate, epoch, len(rows), all_diverged=len(diverged) == len(rows))
+                    judging.note_divergence(rate, epoch, len(rows), all_diverged=len(diverged) == len(rows))
                     continue
                 numbers = {"loss": mean_loss[i], "train_top1": round(train_top1[i], 4), "rate": rates_now[i]}
                 emit({**row, "epoch": epoch, **numbers}, judged.log)
     return {rate: classifier for rate, classifier in classifiers.items() if rate not in diverged}
-
-
-def note_divergence(rate: float, epoch: int, of_rates: int, all_diverged: bool) -> None:
-    """Say that the classifier of one of some rates has diverged. InputError if all have."""
-    fault = f"the loss is not finite after epoch {epoch}"
-    if of_rates == 1:
-        raise InputError(f"--lr {rate}: {fault}; take a smaller one")
-    processes.say(f"--sweep: rate {rate}: {fault}; the sweep goes on without it")
-    if all_diverged:
-        raise InputError("--sweep: the loss of none of its rates is finite; take a smaller rate by --lr in its place")
 
 
 def feature_batches(
@@ -206,9 +181,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent of logits (n, classes)."""
     best = logits.topk(min(5, logits.shape[1])).indices
     is_right = best == labels[:, None]
-    top1 = 100 * (is_right[:, 0].sum().item() / len(labels))
-    top5 = 100 * (is_right.any(1).sum().item() / len(labels))
-    return {"top1": round(top1, 4), "top5": round(top5, 4)}
+    return {"top1": judging.percent(is_right[:, 0]), "top5": judging.percent(is_right.any(1))}
 
 
 if __name__ == "__main__":

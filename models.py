@@ -14,14 +14,14 @@ from itertools import pairwise
 
 import timm
 import torch
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from harness.errors import InputError
 
 # ---- Encoders --------------------------------------------------------------------------------------------------------
-STRIDES = {"cifar": 1, "stride2": 2}  # of the first convolution of these stems
+STEMS = {"cifar": 1, "stride2": 2, "imagenet": None}  # stride of a 3x3 convolution; None = the stem of timm
 
 
 def build_encoder(name: str, stem: str, norm: str = "bn") -> nn.Module:
@@ -36,8 +36,8 @@ def build_encoder(name: str, stem: str, norm: str = "bn") -> nn.Module:
     else:
         encoder = _resnet(name)
         if stem != "imagenet":
-            width, stride = encoder.bn1.num_features, STRIDES[stem]
-            encoder.conv1 = nn.Conv2d(3, width, 3, stride, padding=1, bias=False)
+            width = encoder.bn1.num_features
+            encoder.conv1 = nn.Conv2d(3, width, 3, STEMS[stem], padding=1, bias=False)
             nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as in timm
             encoder.maxpool = nn.Identity()
     encoder = with_norm(encoder, norm)
@@ -214,21 +214,3 @@ def embed(encoder: nn.Module, views: Iterable[Tensor]) -> Tensor:
     if not features.isfinite().all():
         raise InputError("the encoder's features are not finite: its weights have diverged")
     return features
-
-
-def embed_blocks(encoder: nn.Module, views: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Compute the outputs of the encoder's residual blocks, averaged over their maps: (n, c) by the block's name."""
-    kinds = (BasicBlock, Bottleneck)
-    names = {block: name for name, block in encoder.named_modules() if isinstance(block, kinds)}
-    outputs = {name: [] for name in names.values()}
-
-    def keep(block: nn.Module, _inputs: tuple, output: Tensor) -> None:
-        outputs[names[block]].append(output.mean((2, 3)).float())
-
-    hooks = [block.register_forward_hook(keep) for block in names]
-    try:
-        embed(encoder, views)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: torch.cat(batches) for name, batches in outputs.items()}

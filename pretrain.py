@@ -66,7 +66,6 @@ RECIPES = {
     "imagenet-1000": Recipe(1000, 4096,  0.2, 1.5e-6,  10, 0.996,    1,  0.1),
 }  # fmt: skip
 PARTS = ("encoder", "projector", "predictor")
-STEMS = ("cifar", "stride2", "imagenet")
 
 
 def pretrain(
@@ -76,7 +75,7 @@ def pretrain(
     recipe: Annotated[Literal[*RECIPES], "None = the shorter of the data set, or folder"] | None = None,
     method: Annotated[Literal["byol", "simclr"], "the loss, with its network"] = "byol",
     model: Annotated[str, "any ResNet of timm, or alexnet"] = "resnet18",
-    stem: Annotated[Literal[*STEMS], "3x3 of stride 1 or 2, or timm's; None = the data set's"] | None = None,
+    stem: Annotated[Literal[*models.STEMS], "3x3 of stride 1 or 2, or timm's; None = the data set's"] | None = None,
     norm: Annotated[Literal["bn", "none"], "BatchNorm, or networks without it"] = "bn",
     reg: Annotated[Literal["none", "mhe", "amhe", "uniform"], "energy by chord or angle, or uniformity"] = "none",
     s: Annotated[float, ">= 0", "power of the energy; 0 is logarithmic"] = 2.0,
@@ -125,8 +124,8 @@ def pretrain(
 
     with run:  # a signal ends the run between two steps, with its state saved
         if run.wants_floors():
-            judge(run, training.network.encoder, "untrained")
-            judge(run, nn.Flatten(), "pixels")
+            run.log_scores("untrained", nearest_neighbours(training.network.encoder, *run.judged_on))
+            run.log_scores("pixels", nearest_neighbours(nn.Flatten(), *run.judged_on))
         for _ in run.epochs():
             for crops, u in run.micro_batches():
                 lr = lr_at(run.step, steps, warmup_steps, cfg.peak_lr)
@@ -146,18 +145,11 @@ def pretrain(
             if run.judges_now():
                 encoder = training.network.encoder
                 processes.broadcast_buffers(encoder, accelerator)
-                judge(run, encoder, "online")
+                run.log_scores("online", nearest_neighbours(encoder, *run.judged_on))
                 run.log(of="representations", **representations(encoder, run.test, run.view))
                 run.warn_of_poor_features()
             run.end_epoch()
     run.finish()
-
-
-def judge(run: Run, encoder: nn.Module, of: str) -> None:
-    """Log the k-NN accuracy of an encoder."""
-    scores_by_k = nearest_neighbours(encoder, run.train, run.test, run.view, run.accelerator)
-    for k, scores in scores_by_k.items():
-        run.log(of=of, split=run.split, k=k, **scores)
 
 
 # ---- One step --------------------------------------------------------------------------------------------------------

@@ -1,34 +1,25 @@
 """What both judges open: an encoder from the file of a run or of another project, and the data it is judged on."""
 
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
 import data
+import models
 from harness import pictures, processes
 from harness.checkpoint import load_encoder
 from harness.errors import InputError
 from harness.foreign import adopt
 from harness.log import contents, log_of, other_data, same_place
 from harness.sources import MAKERS, Channels
-
-# The flags that both judges have
-Ckpt = Annotated[str, "ckpt.safetensors or encoder.safetensors of a run, or with --model a file of another project"]
-DatasetName = Annotated[str, "as in pretrain.py; None = the one the checkpoint was trained on"] | None
-DataDir = Annotated[str, "as in pretrain.py; None = as in training"] | None
-Model = Annotated[str, "any ResNet of timm, for a file of another project; then --dataset is needed"] | None
-Stem = Annotated[Literal["cifar", "stride2", "imagenet"], "of such a file; None = imagenet"] | None
-Prefix = Annotated[str, "of such a file: what stands before the names of the encoder, if it holds several"] | None
-Mean = Annotated[str, "of such a file's input: R,G,B as parts of 1, or one number; None = the data set's"] | None
-Std = Annotated[str, "likewise; --mean 0 --std 1 changes nothing"] | None
-Net = Annotated[Literal["online", "target"], "the network that is judged"]
-EvalCrop = Annotated[float, "> 0", "<= 1", "part of the side that the view keeps; None = as in training"] | None
-SkipBroken = Annotated[bool, "leave out pictures that cannot be read; done in any case if it was done in training"]
-Workers = Annotated[int, ">= 0", "processes that read pictures ahead; None = as in pretrain.py"] | None
-
 
 FOREIGN_FLAGS = ("stem", "prefix", "mean", "std")  # of a file of another project alone: a run's file says all this
 DEFAULT_DATA_DIR = "data"
@@ -46,17 +37,16 @@ class Judged:
     accelerator: Accelerator
     encoder: nn.Module
     settings: dict  # those of the run that trained it
-    trained_epochs: int | None  # epochs that the run had behind it; None for a file of another project
     dataset: str
     images: data.Dataset
     view: dict  # of the evaluation, see data.evaluation_views
-    columns: dict  # that each row has, about the precision and about a file of another project
+    columns: dict  # of each row of scores: what was judged, and how
     log: Path | None  # of the run whose folder the file lies in
 
 
-def open_judged(accelerator: Accelerator, flags: dict) -> Judged:
-    """Open what the flags of a judge name. InputError for flags, a file or a data set at fault."""
-    ckpt, dataset = flags["ckpt"], flags["dataset"]
+def open_judged(accelerator: Accelerator, ckpt: str, flags: dict) -> Judged:
+    """Open what the shared flags of a judge name. InputError for flags, a file or a data set at fault."""
+    dataset = flags["dataset"]
     refuse_idle_flags(flags)
     pictures.choose_workers(flags["workers"])
     own_view = {name: channels(name, flags[name]) for name in ("mean", "std") if flags[name] is not None}
@@ -70,16 +60,52 @@ def open_judged(accelerator: Accelerator, flags: dict) -> Judged:
     if flags["eval_crop"]:
         view["crop"] = flags["eval_crop"]
     name = dataset or settings["dataset"]
-    columns = {"precision": accelerator.mixed_precision}
+    columns = {"net": flags["net"], "eval_crop": view["crop"], "trained_epochs": description.get("epoch")}
+    columns |= {"dataset": name, "split": "test", "precision": accelerator.mixed_precision}
     if flags["model"]:
-        columns |= foreign_columns(settings, view, name, flags)
+        columns |= foreign_columns(ckpt, settings, view, name, has_mean=flags["mean"] is not None)
     else:
         columns["own_data"] = is_own
-    log = log_of(ckpt, settings, description)
-    return Judged(accelerator, encoder, settings, description.get("epoch"), name, images, view, columns, log)
+    log = log_of(ckpt, description)
+    return Judged(accelerator, encoder, settings, name, images, view, columns, log)
 
 
 # ---- Flags -----------------------------------------------------------------------------------------------------------
+
+Ckpt = Annotated[str, "ckpt.safetensors or encoder.safetensors of a run, or with --model a file of another project"]
+
+
+def shared_flags(
+    *,
+    dataset: Annotated[str, "as in pretrain.py; None = the one the checkpoint was trained on"] | None = None,
+    data_dir: Annotated[str, "as in pretrain.py; None = as in training"] | None = None,
+    model: Annotated[str, "any ResNet of timm, for a file of another project; then --dataset is needed"] | None = None,
+    stem: Annotated[Literal[*models.STEMS], "of such a file; None = imagenet"] | None = None,
+    prefix: Annotated[str, "of such a file: what stands before the encoder's names, if it holds several"] | None = None,
+    mean: Annotated[str, "of such a file's input: R,G,B as parts of 1, or one number; None = the set's"] | None = None,
+    std: Annotated[str, "likewise; --mean 0 --std 1 changes nothing"] | None = None,
+    net: Annotated[Literal["online", "target"], "the network that is judged"] = "online",
+    eval_crop: Annotated[float, "> 0", "<= 1", "part of the side the view keeps; None = as in training"] | None = None,
+    skip_broken: Annotated[bool, "leave out pictures that cannot be read; done in any case if training did"] = False,
+    workers: Annotated[int, ">= 0", "processes that read pictures ahead; None = as in pretrain.py"] | None = None,
+) -> dict:
+    """Return the flags that both judges have, by name; without arguments, their defaults."""
+    return dict(locals())
+
+
+def judge(stage: Callable) -> Callable:
+    """Give a stage the shared flags behind its own; it takes them, defaults too, as its last argument, **shared."""
+    *own, _ = inspect.signature(stage).parameters.values()
+    shared = inspect.signature(shared_flags).parameters.values()
+    signature = inspect.Signature([*own, *shared])
+
+    @functools.wraps(stage)
+    def with_shared_flags(*places, **given):
+        signature.bind(*places, **given)  # TypeError for a flag that there is not
+        stage(*places, **(shared_flags() | given))
+
+    with_shared_flags.__signature__ = signature
+    return with_shared_flags
 
 
 def refuse_idle_flags(flags: dict) -> None:
@@ -142,20 +168,39 @@ def open_encoder(
     return encoder, {"settings": settings}
 
 
+def untrained_encoder(judged: Judged) -> nn.Module:
+    """Build the encoder that the run had before its first step."""
+    torch.manual_seed(judged.settings["seed"])
+    architecture = [judged.settings[name] for name in ("model", "stem", "norm")]
+    encoder = models.build_encoder(*architecture).to(judged.accelerator.device)
+    compute_in_precision(encoder, judged.accelerator)
+    return encoder
+
+
+@contextlib.contextmanager
+def unchanged(encoder: nn.Module) -> Iterator[None]:
+    """Raise RuntimeError if what is done in the block changes an encoder."""
+    before = {name: x.clone() for name, x in encoder.state_dict().items()}
+    yield
+    for name, x in encoder.state_dict().items():
+        if not torch.equal(x, before[name]):
+            raise RuntimeError(f"the frozen encoder has changed: {name}")
+
+
 def compute_in_precision(encoder: nn.Module, accelerator: Accelerator) -> None:
     """Have an encoder compute in the launcher's --mixed_precision; the judges take its features as fp32 from there."""
     encoder.forward = accelerator.autocast()(encoder.forward)
 
 
-def foreign_columns(settings: dict, view: dict, dataset: str, flags: dict) -> dict:
+def foreign_columns(ckpt: str, settings: dict, view: dict, dataset: str, has_mean: bool) -> dict:
     """Return the columns of rows about a file of another project; say what its tensors cannot show and is assumed."""
     assumed = []
     if settings["model"] != "alexnet":
         assumed.append(ASSUMED[settings["stem"]])
-    if flags["mean"] is None:
+    if not has_mean:
         assumed.append(f"its input was normalised by mean and std of {dataset}; --mean and --std say otherwise")
     if assumed:
-        processes.say(f"{flags['ckpt']}: assumed, as tensors do not show it: {'; '.join(assumed)}")
+        processes.say(f"{ckpt}: assumed, as tensors do not show it: {'; '.join(assumed)}")
     columns = {name: settings[name] for name in ("model", "stem", "prefix")}
     columns |= {"mean": list(view["mean"]), "std": list(view["std"]), "assumed": assumed}
     return columns
@@ -211,3 +256,21 @@ def place_of(name: str, recorded: str) -> str:
         return recorded
     processes.say(f"dataset {name}: not in {recorded}, where the checkpoint's was; taken from {DEFAULT_DATA_DIR}")
     return DEFAULT_DATA_DIR
+
+
+# ---- Scores ----------------------------------------------------------------------------------------------------------
+
+
+def percent(is_right: torch.Tensor) -> float:
+    """Percent of a mask (n,) that is true, to 4 digits; counted in whole numbers, as mps has no float64."""
+    return round(100 * (is_right.sum().item() / len(is_right)), 4)
+
+
+def note_divergence(rate: float, epoch: int, of_rates: int, all_diverged: bool) -> None:
+    """Say that the classifier of one of some rates has diverged. InputError if all have."""
+    fault = f"the loss is not finite after epoch {epoch}"
+    if of_rates == 1:
+        raise InputError(f"--lr {rate}: {fault}; take a smaller one")
+    processes.say(f"--sweep: rate {rate}: {fault}; the sweep goes on without it")
+    if all_diverged:
+        raise InputError("--sweep: the loss of none of its rates is finite; take a smaller rate by --lr in its place")

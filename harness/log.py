@@ -131,12 +131,12 @@ def as_json(values: dict) -> dict:
     return json.loads(json.dumps(values))
 
 
-def log_of(checkpoint: str, settings: dict, description: dict | None = None) -> Path | None:
+def log_of(checkpoint: str, description: dict) -> Path | None:
     """Return the log that lies beside a checkpoint, for a judge to add its rows to.
 
     None where there is none, where it cannot be written to, or where it is of a run with other settings or other data:
     a checkpoint that was copied into the folder of another run must not leave its scores there. The data may have
-    moved; `description` is the checkpoint's, and tells.
+    moved. `description` is the checkpoint's.
     """
     nowhere = dict.fromkeys(PLACES)
     log = Path(checkpoint).with_name(LOG)
@@ -144,8 +144,8 @@ def log_of(checkpoint: str, settings: dict, description: dict | None = None) -> 
         with open(log) as file:
             first_row = json.loads(file.readline())
         same_stage = first_row["stage"] == "pretrain"
-        same_settings = EARLIER | first_row["settings"] | nowhere == EARLIER | settings | nowhere
-        same_data = not other_data(description or {"settings": settings}, first_row)
+        same_settings = EARLIER | first_row["settings"] | nowhere == EARLIER | description["settings"] | nowhere
+        same_data = not other_data(description, first_row)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     if same_stage and same_settings and same_data and os.access(log, os.W_OK):

@@ -1,10 +1,12 @@
 """What is measured while a network trains, beside its loss: representations, gradients, and numbers that went wrong."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 import data
@@ -36,7 +38,7 @@ def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[st
     n = len(test.labels)
     rows = torch.linspace(0, n - 1, min(PROBED_IMAGES, n)).long()
     sample = test.rows(rows.to(test.labels.device))
-    blocks = models.embed_blocks(encoder, data.evaluation_views(sample, **view))
+    blocks = embed_blocks(encoder, data.evaluation_views(sample, **view))
     features = models.embed(encoder, data.evaluation_views(sample, **view))
     row = {"g2": uniformity(features).exp().item(), "rank": effective_rank(features)}
     for name, outputs in blocks.items():
@@ -45,6 +47,24 @@ def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[st
         row["dead"] = True
         processes.say(f"WARNING: dead network: the encoder gives all images the same features. {REVIVE}")
     return row
+
+
+def embed_blocks(encoder: nn.Module, views: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Compute the outputs of the encoder's residual blocks, averaged over their maps: (n, c) by the block's name."""
+    kinds = (BasicBlock, Bottleneck)
+    names = {block: name for name, block in encoder.named_modules() if isinstance(block, kinds)}
+    outputs = {name: [] for name in names.values()}
+
+    def keep(block: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        outputs[names[block]].append(output.mean((2, 3)).float())
+
+    hooks = [block.register_forward_hook(keep) for block in names]
+    try:
+        models.embed(encoder, views)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(batches) for name, batches in outputs.items()}
 
 
 def effective_rank(features: Tensor) -> float:

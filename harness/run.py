@@ -193,6 +193,16 @@ class Run:
         numbers = {prefix + name: x for name, x in row.items() if isinstance(x, float)}
         self.accelerator.log(numbers, step=self.step)
 
+    @property
+    def judged_on(self) -> tuple:
+        """What `knn_eval.nearest_neighbours` takes behind the encoder."""
+        return self.train, self.test, self.view, self.accelerator
+
+    def log_scores(self, of: str, scores_by_k: dict[int, dict[str, float]]) -> None:
+        """Log the accuracy of a k-NN vote, for each k."""
+        for k, scores in scores_by_k.items():
+            self.log(of=of, split=self.split, k=k, **scores)
+
     def warn_of_collapse(self, std: float) -> None:
         """Warn if the projections have been nearly one point for some epochs; `std` as the log has it."""
         spread = std * self.cfg.out_dim**0.5  # 1 where they fill the sphere

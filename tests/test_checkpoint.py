@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_refused_or_intact(tmp_path):
 def test_a_log_that_is_nested_deep_is_no_log(tmp_path):
     """As a description that is: a line of it beside a checkpoint ends no judge in a traceback."""
     (tmp_path / "metrics.jsonl").write_text('{"stage": "pretrain", "settings": ' + "[" * 200_000 + "\n")
-    assert log.log_of(str(tmp_path / "ckpt.safetensors"), {}) is None
+    assert log.log_of(str(tmp_path / "ckpt.safetensors"), {"settings": {}}) is None
     with pytest.raises(InputError, match="line 1 was not written by a command of this project"):
         log.read_log(tmp_path)
 

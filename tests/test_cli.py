@@ -217,19 +217,19 @@ def test_rows_go_to_standard_output_and_the_log(tmp_path, capsys):
     for row in ({"a": 1}, {"b": [0.5, None]}):
         emit(row, log)
     assert capsys.readouterr().out == log.read_text() == '{"a": 1}\n{"b": [0.5, null]}\n'
-    assert log_of(tmp_path / "ckpt.safetensors", {}) is None  # not the log of a run of ours
+    assert log_of(tmp_path / "ckpt.safetensors", {"settings": {}}) is None  # not the log of a run of ours
     first = '{"stage": "pretrain", "settings": {"seed": 1}}\n'
     log.write_text(first + '{"stage": "pretr')
-    assert log_of(tmp_path / "ckpt.safetensors", {"seed": 1}) == log
-    assert log_of(tmp_path / "ckpt.safetensors", {"seed": 2}) is None  # a checkpoint of another run
+    assert log_of(tmp_path / "ckpt.safetensors", {"settings": {"seed": 1}}) == log
+    assert log_of(tmp_path / "ckpt.safetensors", {"settings": {"seed": 2}}) is None  # a checkpoint of another run
     emit({"a": 1}, log)
     assert log.read_text() == first + '{"a": 1}\n'  # the line that was cut short is no part of the next
     with pytest.raises(ValueError):
         emit({"loss": float("nan")}, log)
     assert log.read_text() == first + '{"a": 1}\n'
-    assert log_of(tmp_path / "elsewhere" / "ckpt.safetensors", {}) is None
+    assert log_of(tmp_path / "elsewhere" / "ckpt.safetensors", {"settings": {}}) is None
     log.write_bytes(b"\xff\xfe")
-    assert log_of(tmp_path / "ckpt.safetensors", {}) is None
+    assert log_of(tmp_path / "ckpt.safetensors", {"settings": {}}) is None
 
 
 def test_a_reader_that_leaves_ends_the_stage_quietly():

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import models
 from harness.errors import InputError
+from harness.probes import embed_blocks
 from regularizers import alignment
 
 
@@ -231,7 +232,7 @@ def test_embed_is_in_evaluation_mode_and_puts_the_mode_back():
 def test_outputs_of_blocks_are_those_of_timms_stages(byol):
     """The last block of a stage gives what timm says the stage gives; the last of all, pooled, is the embedding."""
     views = torch.randn(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    blocks, x = models.embed_blocks(byol.encoder, views), views.flatten(0, 1)
+    blocks, x = embed_blocks(byol.encoder, views), views.flatten(0, 1)
     assert list(blocks) == [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
     with torch.no_grad():
         stages = byol.encoder.eval().forward_intermediates(x, intermediates_only=True)[1:]

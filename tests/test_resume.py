@@ -1,5 +1,6 @@
 """A run that is stopped, killed, or cannot write goes on and ends in the bits of one that never stopped."""
 
+import contextlib
 import json
 import math
 import os
@@ -65,6 +66,22 @@ def last_save(step):
 
 class Killed(BaseException):
     """Ends the stage where it stands, as SIGKILL does."""
+
+
+@contextlib.contextmanager
+def killed_after(at, monkeypatch):
+    """Kill the run in the block after `at` steps."""
+    step, steps = Lars.step, []
+
+    def killing(optimizer, closure=None):
+        step(optimizer, closure)
+        steps.append(1)
+        if len(steps) == at:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Lars, "step", killing)
+        yield
 
 
 @pytest.mark.parametrize(
@@ -157,18 +174,8 @@ def test_other_images_under_the_same_name_are_refused(command, picture_folder):
 
 def test_a_folder_may_move_but_not_change(command, shell, folder, picture_folder, tmp_path, monkeypatch):
     """The path is a place and is told; classes, counts, size, mean and std are compared."""
-    step, steps = Lars.step, []
-
-    def killing(optimizer, closure=None):
-        step(optimizer, closure)
-        steps.append(1)
-        if len(steps) == 5:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Lars, "step", killing)
-        with pytest.raises(Killed):
-            command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
+    with killed_after(5, monkeypatch):
+        command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
     code, rows, err = command(pretrain, "--dataset", picture_folder, *FLAGS, "--out", "run")
     assert code == 0 and rows and err.count(f"dataset: {picture_folder} (it was {folder}); it holds the same\n") == 1
     assert read_log(tmp_path / "run").rows[0]["data"] == {
@@ -202,18 +209,8 @@ def test_a_streamed_run_that_was_killed_ends_in_the_same_random_numbers(command,
     """The workers' loader draws a number at each start of a run."""
     monkeypatch.setattr("harness.sources.MEMORY", 0)
     assert command(pretrain, "--dataset", folder, *FLAGS, "--out", "through")[0] == 0
-    step, steps = Lars.step, []
-
-    def killing(optimizer, closure=None):
-        step(optimizer, closure)
-        steps.append(1)
-        if len(steps) == 5:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Lars, "step", killing)
-        with pytest.raises(Killed):
-            command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
+    with killed_after(5, monkeypatch):
+        command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
     assert command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")[0] == 0
     assert_same_run(tmp_path / "run", tmp_path / "through")
 
