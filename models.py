@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from harness.errors import InputError
+from regularizers import Layers, layers_of
 
 # ---- Encoders --------------------------------------------------------------------------------------------------------
 STEMS = {"cifar": 1, "stride2": 2, "imagenet": None}  # stride of a 3x3 convolution; None = the stem of timm
@@ -182,21 +183,21 @@ class BYOL(nn.Module):
 METHODS = {"byol": BYOL, "simclr": SimCLR}
 
 
-def neurons(network: BYOL | SimCLR, parts: Iterable[str]) -> dict[str, Tensor]:
-    """Return {layer: weight} for each weight of 2 dimensions or more in `parts`; each row of a weight is a neuron.
+def neurons(network: BYOL | SimCLR, parts: Iterable[str]) -> Layers:
+    """Return {layer: weight} of the layers in `parts`, see `regularizers.layers_of`; each row of a weight is a neuron.
 
-    parts: any of encoder, projector, predictor, or layers of these: predictor.out. Biases and norms are not neurons.
-    InputError for a grouped convolution: rows of different groups see different inputs, so no angle lies between them.
+    parts: any of encoder, projector, predictor, or layers of these: predictor.out. InputError for a grouped
+    convolution.
     """
     weights = {}
     for part in parts:
         head, _, inner = part.partition(".")
-        for layer, module in getattr(network, head).get_submodule(inner).named_modules(prefix=part):
-            if getattr(module, "groups", 1) > 1:
+        module = getattr(network, head).get_submodule(inner)
+        for layer, child in module.named_modules(prefix=part):
+            if getattr(child, "groups", 1) > 1:
                 raise InputError(f"{layer} is a grouped convolution, which has no energy; leave {part} out of --reg_on")
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, Tensor) and weight.ndim > 1:
-                weights[layer] = weight
+        for layer, weight in layers_of(module).items():
+            weights[f"{part}.{layer}".removesuffix(".")] = weight
     return weights
 
 

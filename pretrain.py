@@ -25,7 +25,7 @@ from harness.probes import gradient_norms, representations
 from harness.run import Run
 from harness.settings import Settings
 from knn_eval import nearest_neighbours
-from regularizers import alignment, amhe, info_nce, mhe, uniformity, unit
+from regularizers import Layers, alignment, energy_of, info_nce, uniformity, unit
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def pretrain(
             row = run.means()
             if "energy" not in row:  # not part of the objective: log the weights' energy now
                 with torch.no_grad():
-                    energies = layer_energies(training.layers, cfg)
-                row |= {name: energy.item() for name, energy in energies.items()}
+                    of_weights = layer_energies(training.layers, cfg)
+                row |= {name: energy.item() for name, energy in of_weights.items()}
             if cfg.method == "byol":
                 row["tau"] = tau_at(run.step - 1, steps, cfg.tau, cfg.tau_end)
             row["lr"] = lr_at(run.step - 1, steps, warmup_steps, cfg.peak_lr)
@@ -163,7 +163,7 @@ class Training:
     network: models.BYOL | models.SimCLR
     parallel: nn.Module  # the same network, as it runs on all processes
     optimizer: AcceleratedOptimizer  # of Lars or SGD
-    layers: dict[str, Tensor]  # the weights that Eq. 7 sums over
+    layers: Layers  # the weights that Eq. 7 sums over
 
 
 def build(cfg: Settings, images: data.Dataset, accelerator: Accelerator) -> Training:
@@ -218,7 +218,6 @@ def train_step(training: Training, crops: Tensor, u: Tensor, lr: float, tau: flo
 
 # ---- The objective ---------------------------------------------------------------------------------------------------
 Pair = tuple[Tensor, Tensor]  # a tensor for each view
-Layers = dict[str, Tensor]  # weights by the name of their layer
 
 
 def objective(cfg: Settings, layers: Layers, z: Pair, p: Pair = None, t: Pair = None) -> dict[str, Tensor]:
@@ -252,11 +251,9 @@ def objective(cfg: Settings, layers: Layers, z: Pair, p: Pair = None, t: Pair = 
 
 def layer_energies(layers: Layers, cfg: Settings) -> dict[str, Tensor]:
     """Compute the sum of Eq. 7 without lambda, and what each layer adds: by chord for --reg mhe, else by angle."""
-    energy = mhe if cfg.reg == "mhe" else amhe
-    energies = {}
-    for name, rows in layers.items():
-        energies[f"energy/{name}"] = energy(rows, cfg.s)
-    return {"energy": sum(energies.values())} | energies
+    by_layer = energy_of(layers, cfg.s, angular=cfg.reg != "mhe")
+    total = {"energy": sum(by_layer.values())}
+    return total | {f"energy/{name}": energy for name, energy in by_layer.items()}
 
 
 # ---- Schedules, Appendix B.2 -----------------------------------------------------------------------------------------

@@ -5,20 +5,23 @@
     info_nce(x, y)      Eq. 1
     mhe(weight)         Eq. 5, the mean over the N (N - 1) ordered pairs of Eq. 7
     amhe(weight)        Eq. A.3, the same mean with angles
+    energy_of(model)    the same for each layer of a network
 
 Each function projects its rows to the unit sphere, and computes in fp32 (float64 stays float64) even under autocast. A
 zero row, of length 1e-12 or less, stays at the centre: at distance 1 and angle pi/2 from other rows, at 0 from other
-zero rows, with gradient 0. torch.func, vmap, forward AD, export and higher derivatives work with the first three; mhe
-and amhe have the gradient by backward alone, raise otherwise, and run as they are under torch.compile.
+zero rows, with gradient 0. Energies have their gradient by backward alone: torch.func and second derivatives raise.
 Equations: Durrant & Leontidis (2022). To copy this file, torch is all you need.
 """
 
+import itertools
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+Layers = dict[str, Tensor]  # weights, or what belongs to each, by the name of their layer
 ZERO = 1e-12  # a row of at most this length has no direction; torch.nn.functional.normalize uses the same bound
 
 
@@ -27,9 +30,7 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2) -> Tensor:
 
     x, y: (n, d), row i of both from the same image. ValueError unless the shapes agree and alpha > 0.
     """
-    if x.shape != y.shape or x.ndim != 2 or not 0 < alpha < math.inf:
-        shapes = f"{tuple(x.shape)}, {tuple(y.shape)}"
-        raise ValueError(f"alignment takes two (n, d) tensors and alpha > 0, not {shapes}, {alpha}")
+    _check_pairs(x, y, "alpha", alpha)
     distance = torch.linalg.vector_norm(unit(x) - unit(y), dim=1)
     return distance.clamp_min(1e-30).pow(alpha).mean()  # at 0 the slope would be infinite for alpha < 1
 
@@ -44,10 +45,11 @@ def uniformity(x: Tensor, t: float = 2) -> Tensor:
         raise ValueError(f"uniformity takes (n, d) with n >= 2 and t > 0, not {tuple(x.shape)}, {t}")
     with torch.autocast(x.device.type, enabled=False):
         x = unit(x)
-        half = torch.linalg.vector_norm(x.detach(), dim=1).round() / 2  # of the squared length, which is 1 or 0
+        half = x.detach().any(1) / 2  # of the squared length, which is 1 or 0
         halves = (half[:, None] + half).fill_diagonal_(math.inf)  # i = j is not a pair
         exponent = 2 * t * (x @ x.T - halves)  # = -t ||x_i - x_j||^2
-        return exponent.flatten().logsumexp(0) - math.log(len(x) * (len(x) - 1))
+        pairs = len(x) * (len(x) - 1)
+        return exponent.flatten().logsumexp(0) - math.log(pairs)
 
 
 def info_nce(x: Tensor, y: Tensor, temperature: float = 0.5) -> Tensor:
@@ -56,9 +58,7 @@ def info_nce(x: Tensor, y: Tensor, temperature: float = 0.5) -> Tensor:
     x, y: (n, d), row i of both from the same image. The other 2n - 2 rows are negatives; the paper's M = 2B - 1 counts
     the positive. ValueError unless the shapes agree and temperature > 0.
     """
-    if x.shape != y.shape or x.ndim != 2 or not 0 < temperature < math.inf:
-        shapes = f"{tuple(x.shape)}, {tuple(y.shape)}"
-        raise ValueError(f"info_nce takes two (n, d) tensors and temperature > 0, not {shapes}, {temperature}")
+    _check_pairs(x, y, "temperature", temperature)
     with torch.autocast(x.device.type, enabled=False):
         z = unit(torch.cat([x, y]))
         similarity = (z @ z.T / temperature).fill_diagonal_(-math.inf)
@@ -66,24 +66,65 @@ def info_nce(x: Tensor, y: Tensor, temperature: float = 0.5) -> Tensor:
         return F.cross_entropy(similarity, other_view)
 
 
+def _check_pairs(x, y, name, number):
+    """Raise ValueError unless x and y are (n, d) both, and the number called `name` is above 0."""
+    if x.shape != y.shape or x.ndim != 2 or not 0 < number < math.inf:
+        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
+        raise ValueError(f"takes two (n, d) tensors and {name} > 0, not {shapes} and {number}")
+
+
 def mhe(weight: Tensor, s: float = 2) -> Tensor:
     """Hyperspherical energy of a layer, Eq. 5 / (N (N - 1)): mean over i != j of ||w_i - w_j||^-s for unit rows w.
 
     weight: (N, ...), one neuron a row of weight.flatten(1); N = 1 has no pair and the energy 0. s >= 0; s = 0 is the
     mean of log(1 / ||w_i - w_j||). Distances below 1e-4 count as 1e-4. ValueError for a weight below 2-d or s < 0.
-    wy1iu/MHE, the code of Liu et al. (2018), has log(1 / |.|^2) for s = 0, and divides rows by sqrt(|w|^2 + 1e-4).
     """
-    return _energy(weight, s, angular=False)
+    return energy_of({"": weight}, s, angular=False)[""]
 
 
 def amhe(weight: Tensor, s: float = 2) -> Tensor:
-    """Angular hyperspherical energy of a layer, Eq. A.3 / (N (N - 1)): `mhe` with the angle arccos(w_i . w_j) in
-    radians in place of the chord.
-
-    Shapes, errors and the smallest distance (1e-4 rad) are those of `mhe`. wy1iu/MHE divides the angle by pi, adds 1e-4
-    to it, and multiplies its energies for s = 1 and 2 by 0.1.
+    """Angular hyperspherical energy of a layer, Eq. A.3 / (N (N - 1)): `mhe` with the angle arccos(w_i . w_j), in
+    radians, in place of the chord.
     """
-    return _energy(weight, s, angular=True)
+    return energy_of({"": weight}, s)[""]
+
+
+def energy_of(network: nn.Module | Layers, s: float = 2, angular: bool = True, half_space: bool = False) -> Layers:
+    """`amhe`, or `mhe` if not angular, of each layer, {layer: energy}, of a network or of weights {layer: weight}.
+
+    half_space: for each neuron w, -w is a neuron, too, so that opposite ones repel as equal ones do, as in wy1iu/MHE.
+    `layers_of` says which layers a network has. ValueError if it has none, for a weight below 2-d, or for s < 0.
+    """
+    layers = network if isinstance(network, dict) else layers_of(network)
+    weights = list(layers.values())
+    shapes = [tuple(weight.shape) for weight in weights]
+    if not weights or min(map(len, shapes)) < 2 or not 0 <= s < math.inf:
+        raise ValueError(f"an energy takes weights (N, ...) of 2 dimensions or more and s >= 0, not {shapes} and {s}")
+    if half_space:
+        weights = [torch.cat([weight, -weight]) for weight in weights]
+    with torch.autocast(weights[0].device.type, enabled=False):
+        values = _Energies.apply(s, angular, *weights)
+    return dict(zip(layers, values))
+
+
+def layers_of(network: nn.Module) -> Layers:
+    """Weights (N, ...) of the linear layers and convolutions of a network, {layer: weight}; a row is a neuron.
+
+    A weight that layers share counts once. Left out are norms, biases, embeddings, the input of nn.MultiheadAttention,
+    and grouped convolutions: rows of different groups see different inputs, so no angle lies between them.
+    """
+    weights = {}
+    for name, module in network.named_modules():
+        is_grouped = getattr(module, "groups", 1) > 1
+        if is_grouped or not isinstance(module, (nn.Linear, _ConvNd)):
+            continue
+        if any(module.weight is weight for weight in weights.values()):
+            continue
+        layer = name.replace("_orig_mod.", "").removeprefix("module.")  # of torch.compile, and of DDP
+        weights[layer] = module.weight
+        if isinstance(module, _ConvTransposeNd):
+            weights[layer] = module.weight.transpose(0, 1)  # it is (in, N, ...)
+    return weights
 
 
 def energy_by_definition(weight: Tensor, s: float, angular: bool) -> Tensor:
@@ -93,10 +134,10 @@ def energy_by_definition(weight: Tensor, s: float, angular: bool) -> Tensor:
     for autograd, and in fp32 close pairs lose their digits: the result is 2 % off at an angle of 1e-3.
     """
     w = unit(weight.flatten(1))
-    i, j = torch.triu_indices(len(w), len(w), 1, device=w.device)
-    z = torch.cdist(w, w)[i, j]
+    is_pair = ~torch.eye(len(w), dtype=torch.bool, device=w.device)
+    z = torch.cdist(w, w)[is_pair]
     if angular:
-        z = (w @ w.T)[i, j].clamp(-1, 1).arccos()
+        z = (w @ w.T)[is_pair].clamp(-1, 1).arccos()
     return riesz(z, s).mean()
 
 
@@ -108,8 +149,8 @@ def riesz(z: Tensor, s: float) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """Rows of x (n, d) projected to the unit sphere, in fp32 or float64; a zero row stays zero, with gradient 0."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    largest = x.detach().abs().amax(1, keepdim=True)
-    x = x / largest.where(largest > 1e15, 1)  # the square of 1e19 would overflow
+    scale = x.detach().abs().amax(1, keepdim=True).clamp_min(1e15)
+    x = x / (scale / 1e15)  # which is 1 but for long rows: the square of 1e19 would overflow
     return x * _inverse_norm(x)
 
 
@@ -122,117 +163,105 @@ def _inverse_norm(x: Tensor) -> Tensor:
 # ---- The same energies, fast and exact -------------------------------------------------------------------------------
 #
 # The gradient has a closed form: with cosines c_ij = w_i . w_j, dE/dw_i = 2 / (N (N - 1)) sum_j f'(c_ij) w_j. So one
-# sweep over blocks of the symmetric Gram matrix yields energy and gradient together, and keeps no block. A cosine near
-# 1 or -1 has lost the digits of its angle: a few such pairs are computed from their rows; with many, all is in float64.
+# sweep over blocks of the symmetric Gram matrix yields energy and gradient together, and keeps no block. In fp32 a
+# cosine near 1 or -1 has lost the digits of its angle: a block with such a pair is computed in float64.
 
 SMALLEST = 1e-4  # smaller distances count as this, so that the energy is finite; close neurons are still pushed apart
-NEAR = 0.99  # pairs beyond this |cosine| are computed in float64
+NEAR = 0.99  # blocks with a |cosine| beyond this are computed in float64
 CPU_BLOCK = 512  # rows in a block: 1 MB of cosines, to fit a cache
 GPU_BLOCK = 2048  # for few launches
 
 
-def _energy(weight, s, angular) -> Tensor:
-    if weight.ndim < 2 or not 0 <= s < math.inf:
-        wrong = f"{tuple(weight.shape)}, {s}"
-        raise ValueError(f"an energy takes a weight (N, ...) of 2 dimensions or more and s >= 0, not {wrong}")
-    return _Energy.apply(weight, s, angular)
-
-
-class _Energy(torch.autograd.Function):
-    """Mean of f_s(z) = z^-s, or log(1 / z) for s = 0, over all pairs of neurons; its gradient comes with the value."""
+class _Energies(torch.autograd.Function):
+    """Mean of f_s(z) over all pairs of neurons, for each weight; the gradients come with the values."""
 
     @staticmethod
-    def forward(ctx, weight, s, angular):
-        rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-        inverse_norm = _inverse_norm(rows)
-        w = rows * inverse_norm
-        has_zeros = not inverse_norm.all()
-        if has_zeros:  # the rows are zero, or their squares have overflowed
-            w = unit(rows)
-            norm = (w * rows).sum(1, keepdim=True)
-            inverse_norm = torch.where(norm > 0, 1 / norm, 0)
-        pairs = max(1, len(w) * (len(w) - 1))  # a single neuron has no pair and the energy 0
-        arguments = (has_zeros, s, angular, ctx.needs_input_grad[0])
-        with torch.autocast(weight.device.type, enabled=False):
-            sums = _sweep(w, rows, *arguments)
-            if sums is None:
-                w = unit(_double(rows))
-                sums = _sweep(w, None, *arguments)
-        energy, grad = sums
-        if grad is not None:
-            along_row = (grad * w).sum(1, keepdim=True)
-            grad.addcmul_(w, along_row, value=-1)  # the energy does not change with the length of a row
-            grad = grad.to(rows).mul_(inverse_norm * (2 / pairs))
-            ctx.save_for_backward(grad.view_as(weight))
-        return (energy / pairs).to(rows)
+    def forward(ctx, s, angular, *weights):
+        wanted = ctx.needs_input_grad[2:]
+        sweeps = [_sweep(weight, _blocks(weight), s, angular, want) for weight, want in zip(weights, wanted)]
+        energies, grads, left = zip(*sweeps)
+        is_left = torch.stack([*itertools.chain(*left)]).tolist()  # the only time that the host waits for a GPU
+        for weight, want_grad, energy, grad in zip(weights, wanted, energies, grads):
+            blocks = [block for block in _blocks(weight) if is_left.pop(0)]
+            if blocks:
+                wide = weight.cpu() if weight.device.type == "mps" else weight  # Apple's MPS has no float64
+                more_energy, more_grad, _ = _sweep(wide.double(), blocks, s, angular, want_grad, exact=True)
+                energy += more_energy.to(energy)
+                if want_grad:
+                    grad += more_grad.to(grad)
+        ctx.save_for_backward(*grads)
+        return energies
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, *grad_outputs):
         if torch.is_grad_enabled():  # create_graph=True; autograd would take the gradient for a constant
             raise RuntimeError("mhe and amhe have no second derivative; energy_by_definition has")
-        (grad,) = ctx.saved_tensors
-        return grad * grad_output, None, None  # autograd rounds the product to weight's type; in fp16 grad could be 0
+        pairs = zip(ctx.saved_tensors, grad_outputs)
+        grads = [grad if grad is None else grad * factor for grad, factor in pairs]
+        return None, None, *grads  # autograd rounds them to the weight's type, in which `grad` alone could be 0
 
 
-def _sweep(w, rows, has_zeros, s, angular, want_grad):
-    """Sum of f_s over ordered pairs of unit rows w, and sum_j f'(c_ij) w_j for each row i, up to a multiple of w_i.
+def _blocks(weight):
+    """Rows and columns of the blocks on and above the diagonal of a weight's Gram matrix."""
+    size = CPU_BLOCK if weight.device.type == "cpu" else GPU_BLOCK
+    slices = [slice(start, start + size) for start in range(0, len(weight), size)]
+    return list(itertools.combinations_with_replacement(slices, 2))
 
-    rows: w before it was projected; None if w is in float64. Returns None if it has to be, as near pairs are too many.
+
+def _sweep(weight, blocks, s, angular, want_grad, exact=False):
+    """Mean energy of a weight, its gradient, and whether each block was left out, of the pairs in these blocks alone.
+
+    A block is left out if fp32 is too coarse for it, and every one if a row is zero or too long; with exact, which
+    wants float64, none is.
     """
+    x = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+    inverse_norm = _inverse_norm(x)
+    w = x * inverse_norm
+    if exact:
+        w = unit(x)
+        norm = (w * x).sum(1, keepdim=True)
+        inverse_norm = torch.where(norm > 0, 1 / norm, 0)
+    is_zero = (inverse_norm == 0).to(w)  # 1 for a zero row, or in fp32 for one whose square has overflowed
     energy = w.new_zeros(())
     grad = torch.zeros_like(w) if want_grad else None
-    size = CPU_BLOCK if w.device.type == "cpu" else GPU_BLOCK
-    for a in range(0, len(w), size):
-        for b in range(a, len(w), size):
-            i = slice(a, a + size)
-            j = slice(b, b + size)
-            on_diagonal = a == b
-            times = 1 if on_diagonal else 2  # a block above the diagonal counts for its mirror image, too
-            cosine = w[i] @ w[j].T
-            if has_zeros:
-                zeros = (w[i] == 0).all(1).int()[:, None] + (w[j] == 0).all(1)
-                cosine[zeros == 1] = 0 if angular else 0.5  # one of the two: a right angle, or distance 1
-                cosine[zeros == 2] = 1
-            if on_diagonal:
-                cosine.fill_diagonal_(0)  # i = j is not a pair; `_clear` zeroes its terms
-            near = None if rows is None else _near_pairs(cosine)
-            if rows is None:
-                cosine.clamp_(-1 + 2e-16, 1 - SMALLEST**2 / 2)
-            if near is not None:
-                if len(near[0]) * (w.shape[1] + 16) > max(2**14, cosine.numel()):
-                    return None
-                cosine.clamp_(-NEAR, NEAR)
-            value, slope = _potential(cosine, s, angular, want_grad)
-            energy += times * _clear(value, on_diagonal, near).sum()
-            if want_grad:
-                _clear(slope, on_diagonal, near)
-                grad[i].addmm_(slope, w[j])
-                if not on_diagonal:
-                    grad[j].addmm_(slope.T, w[i])
-            if near is not None:
-                p, q = near
-                energy += times * _exact_pairs(rows, grad, p + a, q + b, s, angular, on_diagonal)
-    return energy, grad
+    left = []
+    for i, j in blocks:
+        cosine = w[i] @ w[j].T
+        times = 1 if i == j else 2  # a block off the diagonal has a mirror image
+        if i == j:
+            cosine.fill_diagonal_(0)  # i = j is not a pair; its terms become zero below
+        if exact:
+            cosine += is_zero[i] * is_zero[j].T if angular else (is_zero[i] + is_zero[j].T) / 2
+            cosine.clamp_(-1 + 2e-16, 1 - SMALLEST**2 / 2)
+            counts = 1
+        else:
+            low, high = cosine.aminmax()
+            is_left = is_zero.any() | (low < -NEAR) | (high > NEAR)
+            left.append(is_left)
+            cosine.clamp_(-NEAR, NEAR)
+            counts = ~is_left
+        value, slope = _potential(cosine, s, angular, want_grad)
+        if i == j:
+            value.fill_diagonal_(0)
+        energy += times * counts * value.sum()
+        if not want_grad:
+            continue
+        slope *= counts
+        if i == j:
+            slope.fill_diagonal_(0)
+        grad[i].addmm_(slope, w[j])
+        if i != j:
+            grad[j].addmm_(slope.T, w[i])
+    pairs = max(1, len(w) * (len(w) - 1))  # a single neuron has no pair and the energy 0
+    if want_grad:
+        along_row = (grad * w).sum(1, keepdim=True)
+        grad.addcmul_(w, along_row, value=-1)  # the energy does not change with the length of a row
+        grad.mul_(inverse_norm * (2 / pairs))
+        grad = grad.view(weight.shape)
+    return energy / pairs, grad, left
 
 
-def _near_pairs(cosine):
-    """Rows and columns of the pairs beyond NEAR; None if there are none, which is usual."""
-    low, high = cosine.aminmax()
-    if torch.maximum(-low, high) <= NEAR:
-        return None
-    return (cosine.abs() > NEAR).nonzero(as_tuple=True)
-
-
-def _clear(block, on_diagonal, near):
-    """Set to zero the entries of a block that are not pairs, or that `_exact_pairs` adds."""
-    if on_diagonal:
-        block.fill_diagonal_(0)
-    if near is not None:
-        block[near] = 0
-    return block
-
-
-def _potential(cosine, s, angular, want_slope) -> tuple[Tensor, Tensor | None]:
+def _potential(cosine, s, angular, want_slope):
     """f_s(z) and its derivative by the cosine, for cosines within NEAR, which are overwritten."""
     if angular:
         angle = cosine.arccos()
@@ -246,35 +275,6 @@ def _potential(cosine, s, angular, want_slope) -> tuple[Tensor, Tensor | None]:
     if angular:
         square_of_sine = torch.addcmul(cosine.new_ones(()), cosine, cosine, value=-1, out=cosine)
         bend = angle.mul_(square_of_sine.sqrt_())
-    slope = torch.div(value, bend, out=bend).mul_(s) if s > 0 else bend.reciprocal_()
-    return value, slope
-
-
-def _exact_pairs(rows, grad, p, q, s, angular, on_diagonal):
-    """Sum of f_s over the near pairs (p, q) in float64, from rows; adds their share of the gradient to `grad`."""
-    x = unit(_double(rows[p]))
-    y = unit(_double(rows[q]))
-    apart = (x - y).norm(dim=1)
-    across = (x + y).norm(dim=1)
-    z = dc_dz = apart
-    if angular:
-        z = 2 * torch.atan2(apart, across)
-        dc_dz = apart * across / 2  # the sine of the angle
-    z = z.clamp_min(SMALLEST)
-    value = riesz(z, s)
-    if grad is not None:
-        bend = z * dc_dz.clamp_min(1e-30)
-        slope = (s * value if s > 0 else 1) / bend
-        slope = slope[:, None]
-        side = torch.where(apart < across, 1, -1)[:, None]
-        pull_p = slope * (y - side * x)  # subtracting side * x changes nothing along the sphere, but keeps all digits
-        grad.index_add_(0, p, pull_p.to(grad))
-        if not on_diagonal:
-            pull_q = slope * (x - side * y)
-            grad.index_add_(0, q, pull_q.to(grad))
-    return value.sum().to(rows)
-
-
-def _double(x):
-    """Convert to float64, on the CPU if the device has none (Apple's MPS)."""
-    return x.cpu().double() if x.device.type == "mps" else x.double()
+    if s > 0:
+        return value, torch.div(value, bend, out=bend).mul_(s)
+    return value, bend.reciprocal_()

@@ -4,10 +4,23 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.nn.functional import normalize
 
 import regularizers
-from regularizers import SMALLEST, alignment, amhe, energy_by_definition, info_nce, mhe, riesz, uniformity
+from regularizers import (
+    SMALLEST,
+    alignment,
+    amhe,
+    energy_by_definition,
+    energy_of,
+    info_nce,
+    layers_of,
+    mhe,
+    riesz,
+    uniformity,
+)
 
 ENERGIES = [(mhe, False), (amhe, True)]
 
@@ -113,7 +126,8 @@ def test_degenerate_rows(f, _):
     assert gradient[4].abs().max() == 0
     assert energy.item() == pytest.approx(2 * 1e8 / 30, rel=1e-4)  # the smallest distance is 1e-4
     close = torch.tensor([[1.0, 0.0], [1.0, 3e-5]])
-    assert with_gradient(f, close, 2)[1].norm(dim=1).tolist() == pytest.approx([2e12, 2e12], rel=1e-3)
+    lengths = with_gradient(f, close, 2)[1].norm(dim=1).tolist()
+    assert lengths == pytest.approx([6e11, 6e11], rel=1e-3)  # 0.3 of that at 1e-4
 
 
 def test_many_coincident_rows_across_blocks():
@@ -233,6 +247,83 @@ def test_uniformity_of_a_perfect_sphere():
     assert uniformity(random(4096, 256)).item() == pytest.approx(-3.9688, abs=1e-4)
 
 
+# ---- The energy of a network -----------------------------------------------------------------------------------------
+
+
+def network():
+    torch.manual_seed(0)
+    layers = {
+        "conv": nn.Conv2d(3, 8, 3),
+        "norm": nn.LayerNorm([8, 4, 4]),
+        "depthwise": nn.Conv2d(8, 8, 3, groups=8),
+        "up": nn.ConvTranspose2d(8, 5, 2),
+        "words": nn.Embedding(10, 6),
+        "out": nn.Linear(6, 10),
+    }
+    network = nn.ModuleDict(layers)
+    network["tied"] = nn.Linear(6, 10)
+    network["tied"].weight = network["out"].weight
+    return network
+
+
+def test_energy_of_a_network_is_that_of_its_neurons():
+    model = network()
+    neurons = {"conv": model["conv"].weight, "up": model["up"].weight.transpose(0, 1), "out": model["out"].weight}
+    energies = energy_of(model, s=1)
+    assert energies.keys() == neurons.keys()
+    for layer, rows in neurons.items():
+        assert energies[layer].item() == pytest.approx(energy_by_definition(rows.double(), 1, True).item(), rel=1e-5)
+        assert energy_of(model, 2, angular=False)[layer] == mhe(rows)
+    along_the_wrong_axis = amhe(model["up"].weight, 1)
+    assert abs(along_the_wrong_axis - energies["up"]) > 0.01
+
+    sum(energies.values()).backward()
+    for layer, rows in neurons.items():
+        _, expected = with_gradient(amhe, rows.detach(), 1)
+        gradient = model[layer].weight.grad
+        torch.testing.assert_close(gradient.transpose(0, 1) if layer == "up" else gradient, expected)
+
+
+def test_wrapped_networks_have_the_same_layers(tmp_path):
+    plain = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    names = list(layers_of(plain))
+    assert names == ["0", "2"]
+    assert list(layers_of(torch.compile(plain))) == names
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(plain)
+        assert list(layers_of(parallel)) == names
+        assert list(layers_of(torch.compile(parallel))) == names
+        assert energy_of(parallel)["2"] == amhe(plain[2].weight)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("angular", [False, True])
+def test_half_space_appends_the_opposite_neurons(angular):
+    """Two orthogonal neurons become four on a square: of 12 ordered pairs, 8 at a right angle and 4 opposite."""
+    across, opposite = (math.pi / 2, math.pi) if angular else (math.sqrt(2), 2)
+    expected = (8 * across**-2 + 4 * opposite**-2) / 12
+    rows = {"layer": 3 * torch.eye(2)}
+    assert energy_of(rows, 2, angular, half_space=True)["layer"].item() == pytest.approx(expected, rel=1e-6)
+    mirrored = {"layer": torch.tensor([[3.0, 0], [0, -3.0]])}
+    assert energy_of(mirrored, 2, angular, half_space=True) == energy_of(rows, 2, angular, half_space=True)
+
+
+def test_the_host_looks_at_the_device_once_for_all_layers(monkeypatch):
+    looks = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: looks.append(x.numel()) or tolist(x))
+    energy_of({"a": random(600, 8), "b": random(20, 8)})
+    assert looks == [3 + 1]  # blocks
+
+
+@pytest.mark.parametrize("wrong", [lambda: energy_of(nn.ReLU()), lambda: energy_of({"bias": torch.ones(3)})])
+def test_a_network_without_neurons_is_refused(wrong):
+    with pytest.raises(ValueError, match="takes weights"):
+        wrong()
+
+
 # ---- Crowds, half precision, second derivatives ----------------------------------------------------------------------
 
 
@@ -278,22 +369,17 @@ def test_crowds_keep_their_digits(f, angular, distance):
 )
 @pytest.mark.parametrize("f, _", ENERGIES)
 def test_no_rows_take_much_more_work_than_random_ones(f, _, rows, monkeypatch):
-    """Two sweeps at most, and fewer pairs one by one than would cost what a Gram matrix does."""
-    pairs, sweeps = [], []
-    exact_pairs, sweep = regularizers._exact_pairs, regularizers._sweep
+    """Each of the three blocks is computed twice at most: in fp32, and in float64."""
+    blocks = []
+    potential = regularizers._potential
 
-    def counted_pairs(rows, grad, p, *others):
-        pairs.append(len(p))
-        return exact_pairs(rows, grad, p, *others)
+    def counted(cosine, *arguments):
+        blocks.append(cosine.dtype)
+        return potential(cosine, *arguments)
 
-    def counted_sweep(*arguments):
-        sweeps.append(1)
-        return sweep(*arguments)
-
-    monkeypatch.setattr(regularizers, "_exact_pairs", counted_pairs)
-    monkeypatch.setattr(regularizers, "_sweep", counted_sweep)
+    monkeypatch.setattr(regularizers, "_potential", counted)
     with_gradient(f, rows(random(1024, 64)))
-    assert sum(pairs) * (64 + 16) <= 1024**2 and len(sweeps) <= 2
+    assert blocks.count(torch.float32) == 3 and blocks.count(torch.float64) <= 3
 
 
 @pytest.mark.parametrize("f", [mhe, amhe])
