@@ -112,11 +112,8 @@ def hold_out(dataset: Dataset) -> Dataset:
     if dataset.holdout is None:
         held = order[-IMAGENET_HOLDOUT:]
     else:
-        by_class = order[labels[order].argsort(stable=True)]
-        counts = labels.bincount(minlength=len(dataset.classes))
-        firsts = counts.cumsum(0) - counts  # where each class begins in `by_class`
-        place_in_class = torch.arange(len(labels)) - firsts.repeat_interleave(counts)
-        held = by_class[place_in_class < dataset.holdout]
+        rows, place_in_class = sources.by_class(labels, order)
+        held = rows[place_in_class < dataset.holdout]
     is_held = torch.zeros(len(labels), dtype=torch.bool)
     is_held[held] = True
     kept = _rows(~is_held)
@@ -138,24 +135,25 @@ NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # the factor of each that changes nothing
 
 
 def two_views(
-    crops: Tensor, u: Tensor, mean: tuple, std: tuple, blur_p=(0.0, 0.0), solarise_p=(0.0, 0.0)
+    crops: Tensor, u: Tensor, mean, std, blur_p=(0.0, 0.0), solarise_p=(0.0, 0.0), jitter=1.0, grey_p=GREY_P
 ) -> tuple[Tensor, Tensor]:
     """Make the two views (b, 3, size, size) of crops (2, b, 3, size, size); overwrites float crops.
 
     crops: uint8, or floats in [0, 1], cropped and flipped. u: draws (2, b, DRAWS_PER_IMAGE), uniform on [0, 1), on the
     CPU: each image has draws of its own. Then come colour jitter, grey, blur and solarisation, the last two with a
-    probability for each view, and normalisation by mean and std.
+    probability for each view, and normalisation by mean and std. jitter is a part, 0 ... 1, of BYOL's strength.
     """
     views = []
     for x, u_of_view, blur, solarise in zip(crops, u, blur_p, solarise_p):
-        views.append(augment.in_chunks(one_view, x, u_of_view, mean, std, blur, solarise))
+        recipe = (mean, std, blur, solarise, jitter, grey_p)
+        views.append(augment.in_chunks(one_view, x, u_of_view, *recipe))
     return tuple(views)
 
 
-def one_view(x: Tensor, u: Tensor, mean: tuple, std: tuple, blur_p: float, solarise_p: float) -> Tensor:
+def one_view(x: Tensor, u: Tensor, mean, std, blur_p, solarise_p, jitter, grey_p) -> Tensor:
     """Make one view of crops x (b, 3, size, size) by draws u (b, DRAWS_PER_IMAGE); overwrites a float x."""
     draws = named_draws(u)
-    x = recolour(F.to_dtype(x, scale=True), u)
+    x = recolour(F.to_dtype(x, scale=True), u, jitter, grey_p)
     blurred = _rows(draws["blur"] < blur_p)
     sigma = 0.1 + 1.9 * draws["sigma"][:, 0]  # in pixels
     change_rows(x, blurred, augment.gaussian_blur, sigma[blurred])
@@ -163,17 +161,18 @@ def one_view(x: Tensor, u: Tensor, mean: tuple, std: tuple, blur_p: float, solar
     return normalise(x, mean, std)
 
 
-def recolour(x: Tensor, u: Tensor) -> Tensor:
+def recolour(x: Tensor, u: Tensor, jitter: float = 1, grey_p: float = GREY_P) -> Tensor:
     """Apply colour jitter, each image in an order of its own, and grey to images x (b, 3, h, w) in [0, 1], in place."""
     draws = named_draws(u)
-    factors = (2 * draws["factors"] - 1) * torch.tensor(STRENGTH) + torch.tensor(NEUTRAL)
+    strength = jitter * torch.tensor(STRENGTH)
+    factors = (2 * draws["factors"] - 1) * strength + torch.tensor(NEUTRAL)
     order = draws["order"].argsort(1)  # order[i, turn]: the operation of COLOUR that image i gets in this turn
-    order = order.masked_fill(draws["jitter"] >= JITTER_P, -1)  # -1: none
+    order = order.masked_fill(draws["jitter"] >= JITTER_P * (jitter > 0), -1)  # -1: none
     for operations in order.unbind(1):
         for i, operation in enumerate(COLOUR):
             rows = _rows(operations == i)
             change_rows(x, rows, operation, factors[rows, i][:, None, None, None])
-    change_rows(x, _rows(draws["grey"] < GREY_P), augment.greyscale)
+    change_rows(x, _rows(draws["grey"] < grey_p), augment.greyscale)
     return x
 
 

@@ -95,6 +95,10 @@ def pretrain(
     hidden_dim: Annotated[int, ">= 1", "<= 65536", "width of the hidden layers of the heads"] | None = None,
     out_dim: Annotated[int, ">= 1", "<= 65536", "width of the projections"] | None = None,
     blur_p: Annotated[float, ">= 0", "<= 1", "probability of blur in both views; None = the data set's"] | None = None,
+    jitter: Annotated[
+        float, ">= 0", "<= 1", "part of BYOL's strength of colour jitter; 0 where colour tells classes"
+    ] = 1.0,
+    grey: Annotated[float, ">= 0", "<= 1", "probability of grey in both views"] = data.GREY_P,
     eval_crop: Annotated[float, "> 0", "<= 1", "part of the side that the evaluation view keeps"] = data.EVAL_CROP,
     holdout: Annotated[bool, "judge on images held out of the training set, not on the test set"] = False,
     skip_broken: Annotated[bool, "leave out pictures of a folder that cannot be read, instead of stopping"] = False,
@@ -202,7 +206,8 @@ def train_step(training: Training, crops: Tensor, u: Tensor, lr: float, tau: flo
     accelerator = training.accelerator
     for group in training.optimizer.param_groups:
         group["lr"] = lr
-    v1, v2 = data.two_views(crops, u, images.mean, images.std, cfg.blur_p, images.solarise_p)
+    colours = {"jitter": cfg.jitter, "grey_p": cfg.grey}
+    v1, v2 = data.two_views(crops, u, images.mean, images.std, cfg.blur_p, images.solarise_p, **colours)
     with accelerator.accumulate(training.parallel):
         outputs = training.parallel(v1, v2)
         terms = objective(cfg, training.layers, *outputs)

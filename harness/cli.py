@@ -70,6 +70,9 @@ MEANT = {
     "--hidden_dim": "mlpdim projhiddendim hiddensize predhiddendim hiddenmlp headhidden headhiddendim mlphiddendim",
     "--out_dim": "dim projdim projoutdim projectiondim projectionsize projectordim featuredim featdim embeddim zdim "
     "projoutputdim",
+    "--jitter": "colorjitter colourjitter cj cjstrength jitterstrength colorjitterstrength strength brightness "
+    "contrast saturation hue",
+    "--grey": "gray grayscale greyscale grayp greyp grayprob randomgrayscale prandomgray",
     "--blur_p": "blur gaussianblur blurprob pblur",
     "--eval_crop": "crop croppct evalcroppct",
     "--holdout": "val validation valsplit usevalidation validationsplit",
@@ -315,7 +318,7 @@ def is_flag(word: str) -> bool:
 def find(typed: str, flags: Flags) -> tuple[str, bool]:
     """Return the flag that was typed, and whether --no stood before its name. InputError if there is none.
 
-    An initial will do if no other flag has it.
+    An initial will do if no other flag has it, here or in other projects.
     """
     name = typed.lstrip("-").replace("-", "_")
     if name in flags:
@@ -323,9 +326,12 @@ def find(typed: str, flags: Flags) -> tuple[str, bool]:
     switch = name.removeprefix("no").lstrip("_")
     if name.startswith("no") and switch in flags and is_switch(flags[switch]):
         return switch, True
-    same_initial = [flag for flag in flags if flag.startswith(name)]
-    if len(name) == 1 and len(same_initial) == 1:
-        return same_initial[0], False
+    if len(name) == 1:
+        same_initial = {flag for flag in flags if flag.startswith(name)}
+        elsewhere = {meaning.lstrip("-") for meaning, words in MEANT.items() if name in words.split()}
+        candidates = same_initial | (elsewhere & flags.keys())  # -j is --workers in other projects, not --jitter
+        if same_initial and len(candidates) == 1:
+            return candidates.pop(), False
     raise InputError(f"{typed}: no such flag; {hint(name, flags)}")
 
 

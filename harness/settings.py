@@ -65,6 +65,8 @@ class Settings:
     eval_every: int
     optimizer: str
     tau_end: float
+    jitter: float  # part of BYOL's strength
+    grey: float
 
     @property
     def term(self) -> str | None:

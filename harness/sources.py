@@ -63,6 +63,15 @@ class Split(NamedTuple):
         return Split(self.images.to(device), self.labels.to(device))
 
 
+def by_class(labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort images by class, those of a class in the order (n,): their row numbers, and the place of each, from 0."""
+    sorted_rows = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount()
+    firsts = counts.cumsum(0) - counts  # where each class begins
+    place_in_class = torch.arange(len(labels)) - firsts.repeat_interleave(counts)
+    return sorted_rows, place_in_class
+
+
 def pixel_statistics(images: Tensor) -> tuple[Channels, Channels]:
     """Return mean and standard deviation of each channel of uint8 images (n, 3, h, w), as parts of 255, to 4 digits."""
     values = torch.arange(256, dtype=torch.float64) / 255

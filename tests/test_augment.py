@@ -121,6 +121,22 @@ def test_recolour_composes_them_in_each_images_order(photos):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
+def test_jitter_scales_the_factors_and_grey_is_a_probability(photos):
+    x = photos.train.images[::20] / 255
+    u = draws(len(x))
+    factors = named_draws(u.clone())["factors"]
+    halved = u.clone()
+    named_draws(halved)["factors"].copy_(0.5 + (factors - 0.5) / 2)
+    torch.testing.assert_close(recolour(x.clone(), u, jitter=0.5), recolour(x.clone(), halved), rtol=0, atol=1e-6)
+    assert torch.equal(recolour(x.clone(), u, jitter=0, grey_p=0), x)
+    grey = F.rgb_to_grayscale(x, 3)
+    torch.testing.assert_close(recolour(x.clone(), u, jitter=0, grey_p=1), grey, rtol=0, atol=1e-6)
+    plain, _ = two_views(
+        x[None].repeat(2, 1, 1, 1, 1), u[None].repeat(2, 1, 1), (0, 0, 0), (1, 1, 1), jitter=0, grey_p=0
+    )
+    assert torch.equal(plain, x)
+
+
 @pytest.mark.parametrize("size, side", [(224, 23), (64, 7), (32, 3), (20, 3)])
 def test_gaussian_blur_is_torchvisions(photos, size, side):
     x = F.resize(photos.train.images[::250] / 255, [size, size], antialias=True)

@@ -53,11 +53,14 @@ def sgd_direction(w, grad, weight_decay):
     return grad if w.ndim == 1 else grad + weight_decay * w
 
 
-@pytest.mark.parametrize("optimizer, direction", [("lars", lars_direction), ("sgd", sgd_direction)])
-def test_one_step_is_the_one_written_by_hand(command, folder, tmp_path, optimizer, direction):
+@pytest.mark.parametrize(
+    "optimizer, direction, jitter, grey", [("lars", lars_direction, 1, 0.2), ("sgd", sgd_direction, 0.5, 0.6)]
+)
+def test_one_step_is_the_one_written_by_hand(command, folder, tmp_path, optimizer, direction, jitter, grey):
     """Seed, order, views, Eq. 3 in both directions, Eq. 7, optimizer and target, from one batch of all images."""
     flags = "--stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 48 --epochs 1 --lr 8 --weight_decay 0.1".split()
     flags += f"--reg mhe --weight 3 --tau 0.7 --seed 5 --out run --optimizer {optimizer}".split()
+    flags += ["--jitter", jitter, "--grey", grey]
     code, rows, prose = command(pretrain, "--dataset", folder, *flags)
     rows = [row for row in rows if "of" not in row]
     assert code == 0 and rows[1]["lr"] == 8 * 48 / 256 and rows[1]["tau"] == pytest.approx(0.7)
@@ -69,7 +72,7 @@ def test_one_step_is_the_one_written_by_hand(command, folder, tmp_path, optimize
     before = {name: x.clone() for name, x in network.state_dict().items()}
     pictures = data.load(str(folder))
     ((crops, _, u),) = data.batches(pictures.train, 48, 32, 5, [1])
-    both = torch.cat(data.two_views(crops, u, pictures.mean, pictures.std))
+    both = torch.cat(data.two_views(crops, u, pictures.mean, pictures.std, jitter=jitter, grey_p=grey))
     z1, z2 = (z := network.projector(network.encoder(both))).chunk(2)
     p1, p2 = network.predictor(z).chunk(2)
     with torch.no_grad():
