@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 import data
 import models
@@ -132,3 +133,14 @@ def test_commands_are_found():
     """On every page that explains commands, and one of each stage."""
     lines = [parameter.values[0] for parameter in commands()]
     assert len(lines) > 60 and all(any(name in line for line in lines) for name in STAGES)
+
+
+def test_constraints_name_a_version_of_each_requirement():
+    def versions(name, comparison):
+        lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+        return {package: version for package, _, version in (line.partition(comparison) for line in lines if line)}
+
+    lowest, pinned = versions("requirements.txt", ">="), versions("constraints.txt", "==")
+    assert lowest.keys() <= pinned.keys()
+    for package, version in pinned.items():
+        assert Version(version) >= Version(lowest.get(package) or "0"), package
