@@ -164,10 +164,10 @@ def _inverse_norm(x: Tensor) -> Tensor:
 #
 # The gradient has a closed form: with cosines c_ij = w_i . w_j, dE/dw_i = 2 / (N (N - 1)) sum_j f'(c_ij) w_j. So one
 # sweep over blocks of the symmetric Gram matrix yields energy and gradient together, and keeps no block. In fp32 a
-# cosine near 1 or -1 has lost the digits of its angle: a block with such a pair is computed in float64.
+# cosine near 1 or -1 has lost the digits of its angle: a layer with such a pair is computed again in float64.
 
 SMALLEST = 1e-4  # smaller distances count as this, so that the energy is finite; close neurons are still pushed apart
-NEAR = 0.99  # blocks with a |cosine| beyond this are computed in float64
+NEAR = 0.99  # layers with a |cosine| beyond this are computed in float64
 CPU_BLOCK = 512  # rows in a block: 1 MB of cosines, to fit a cache
 GPU_BLOCK = 2048  # for few launches
 
@@ -178,19 +178,18 @@ class _Energies(torch.autograd.Function):
     @staticmethod
     def forward(ctx, s, angular, *weights):
         wanted = ctx.needs_input_grad[2:]
-        sweeps = [_sweep(weight, _blocks(weight), s, angular, want) for weight, want in zip(weights, wanted)]
-        energies, grads, left = zip(*sweeps)
-        is_left = torch.stack([*itertools.chain(*left)]).tolist()  # the only time that the host waits for a GPU
-        for weight, want_grad, energy, grad in zip(weights, wanted, energies, grads):
-            blocks = [block for block in _blocks(weight) if is_left.pop(0)]
-            if blocks:
-                wide = weight.cpu() if weight.device.type == "mps" else weight  # Apple's MPS has no float64
-                more_energy, more_grad, _ = _sweep(wide.double(), blocks, s, angular, want_grad, exact=True)
-                energy += more_energy.to(energy)
-                if want_grad:
-                    grad += more_grad.to(grad)
+        sweeps = [_sweep(weight, s, angular, want_grad) for weight, want_grad in zip(weights, wanted)]
+        energies, grads, is_coarse = map(list, zip(*sweeps))
+        for i, needs_float64 in enumerate(torch.stack(is_coarse).tolist()):  # the only time a GPU is waited for
+            if needs_float64:
+                x = weights[i]
+                if x.device.type == "mps":
+                    x = x.cpu()  # Apple's GPUs have no float64
+                energy, grad, _ = _sweep(x.double(), s, angular, wanted[i], exact=True)
+                energies[i] = energy.to(energies[i])
+                grads[i] = grad if grad is None else grad.to(grads[i])
         ctx.save_for_backward(*grads)
-        return energies
+        return tuple(energies)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -201,52 +200,44 @@ class _Energies(torch.autograd.Function):
         return None, None, *grads  # autograd rounds them to the weight's type, in which `grad` alone could be 0
 
 
-def _blocks(weight):
-    """Rows and columns of the blocks on and above the diagonal of a weight's Gram matrix."""
-    size = CPU_BLOCK if weight.device.type == "cpu" else GPU_BLOCK
-    slices = [slice(start, start + size) for start in range(0, len(weight), size)]
-    return list(itertools.combinations_with_replacement(slices, 2))
+def _sweep(weight, s, angular, want_grad, exact=False):
+    """Mean energy of a weight, its gradient, and whether fp32 is too coarse for them; exact wants float64.
 
-
-def _sweep(weight, blocks, s, angular, want_grad, exact=False):
-    """Mean energy of a weight, its gradient, and whether each block was left out, of the pairs in these blocks alone.
-
-    A block is left out if fp32 is too coarse for it, and every one if a row is zero or too long; with exact, which
-    wants float64, none is.
+    It is if a cosine lies beyond NEAR, if a row is zero, or if the square of its length has overflowed.
     """
     x = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
     inverse_norm = _inverse_norm(x)
     w = x * inverse_norm
+    lowest, highest = -NEAR, NEAR
     if exact:
+        lowest, highest = -1 + 2e-16, 1 - SMALLEST**2 / 2
         w = unit(x)
         norm = (w * x).sum(1, keepdim=True)
         inverse_norm = torch.where(norm > 0, 1 / norm, 0)
-    is_zero = (inverse_norm == 0).to(w)  # 1 for a zero row, or in fp32 for one whose square has overflowed
+    is_zero = (inverse_norm == 0).to(w)
+    is_coarse = is_zero.any()
     energy = w.new_zeros(())
     grad = torch.zeros_like(w) if want_grad else None
-    left = []
-    for i, j in blocks:
+    size = CPU_BLOCK if w.device.type == "cpu" else GPU_BLOCK
+    slices = [slice(start, start + size) for start in range(0, len(w), size)]
+    for i, j in itertools.combinations_with_replacement(slices, 2):  # blocks on and above the diagonal
         cosine = w[i] @ w[j].T
-        times = 1 if i == j else 2  # a block off the diagonal has a mirror image
+        if exact and angular:
+            cosine += is_zero[i] * is_zero[j].T
+        elif exact:
+            cosine += (is_zero[i] + is_zero[j].T) / 2
         if i == j:
             cosine.fill_diagonal_(0)  # i = j is not a pair; its terms become zero below
-        if exact:
-            cosine += is_zero[i] * is_zero[j].T if angular else (is_zero[i] + is_zero[j].T) / 2
-            cosine.clamp_(-1 + 2e-16, 1 - SMALLEST**2 / 2)
-            counts = 1
-        else:
-            low, high = cosine.aminmax()
-            is_left = is_zero.any() | (low < -NEAR) | (high > NEAR)
-            left.append(is_left)
-            cosine.clamp_(-NEAR, NEAR)
-            counts = ~is_left
+        low, high = cosine.aminmax()
+        is_coarse = is_coarse | (low < -NEAR) | (high > NEAR)
+        cosine.clamp_(lowest, highest)
         value, slope = _potential(cosine, s, angular, want_grad)
         if i == j:
             value.fill_diagonal_(0)
-        energy += times * counts * value.sum()
+        times = 1 if i == j else 2  # a block off the diagonal has a mirror image
+        energy += times * value.sum()
         if not want_grad:
             continue
-        slope *= counts
         if i == j:
             slope.fill_diagonal_(0)
         grad[i].addmm_(slope, w[j])
@@ -258,17 +249,19 @@ def _sweep(weight, blocks, s, angular, want_grad, exact=False):
         grad.addcmul_(w, along_row, value=-1)  # the energy does not change with the length of a row
         grad.mul_(inverse_norm * (2 / pairs))
         grad = grad.view(weight.shape)
-    return energy / pairs, grad, left
+    return energy / pairs, grad, is_coarse
 
 
 def _potential(cosine, s, angular, want_slope):
-    """f_s(z) and its derivative by the cosine, for cosines within NEAR, which are overwritten."""
+    """f_s(z) and its derivative by the cosine, for cosines, which are overwritten."""
     if angular:
         angle = cosine.arccos()
         value = riesz(angle, s)
     else:
         bend = cosine.mul_(-2).add_(2)  # |w_i - w_j|^2
-        value = bend.pow(-s / 2) if s > 0 else bend.log().div_(-2)
+        value = riesz(bend, s / 2)
+        if s == 0:
+            value.div_(2)
     if not want_slope:
         return value, None
     # bend = z |dc / dz|, so that the slope f'(c) is s f / bend, or 1 / bend for s = 0

@@ -315,7 +315,7 @@ def test_the_host_looks_at_the_device_once_for_all_layers(monkeypatch):
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: looks.append(x.numel()) or tolist(x))
     energy_of({"a": random(600, 8), "b": random(20, 8)})
-    assert looks == [3 + 1]  # blocks
+    assert looks == [2]  # a number for each layer
 
 
 @pytest.mark.parametrize("wrong", [lambda: energy_of(nn.ReLU()), lambda: energy_of({"bias": torch.ones(3)})])
@@ -369,7 +369,7 @@ def test_crowds_keep_their_digits(f, angular, distance):
 )
 @pytest.mark.parametrize("f, _", ENERGIES)
 def test_no_rows_take_much_more_work_than_random_ones(f, _, rows, monkeypatch):
-    """Each of the three blocks is computed twice at most: in fp32, and in float64."""
+    """Each of the three blocks is computed twice at most: in fp32 and in float64."""
     blocks = []
     potential = regularizers._potential
 
