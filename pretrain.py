@@ -3,7 +3,7 @@
     accelerate launch pretrain.py --reg amhe --s 2
 
 trains ResNet-18 on the embedded photographs (minutes on two CPU cores) and leaves a run folder with
-ckpt.safetensors (all networks), encoder.safetensors (the encoder alone) and metrics.jsonl (the rows that were printed).
+ckpt.safetensors (all networks), encoder/ (the encoder alone, for timm) and metrics.jsonl (the rows that were printed).
 """
 
 import math

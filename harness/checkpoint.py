@@ -11,15 +11,17 @@ run, all others to the network.
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
+import timm
 import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 import models
 from harness.errors import InputError
-from harness.files import write_whole
+from harness.files import CONFIG, EARLIER_ENCODER, ENCODER, WEIGHTS, write_whole
 from harness.formats import read_tensors
 
 # What a reader of a description relies on. Its view is that of the images that its network was trained on.
@@ -38,6 +40,51 @@ def save(path: str | Path, tensors: dict[str, Tensor], description: dict) -> Non
     header = {"description": json.dumps(description, sort_keys=True)}
     with write_whole(Path(path)) as file:
         file.write(to_bytes(tensors, header))
+
+
+def save_encoder(folder: Path, tensors: dict[str, Tensor], description: dict, config: dict | None) -> None:
+    """Write a run's encoder into its folder `encoder`, with timm's description of it, if there is one.
+
+    config.json is the same as long as the run lasts, and comes first: whenever the process is killed, the two files
+    belong together, or timm says that there are no weights yet. The file of an earlier version goes last, as it holds
+    an earlier epoch. InputError if one cannot be written.
+    """
+    try:
+        (folder / ENCODER).mkdir(exist_ok=True)
+        if config is None:
+            (folder / CONFIG).unlink(missing_ok=True)  # left by a run that ended before its first checkpoint
+    except OSError as e:
+        raise InputError(f"{folder / ENCODER}: cannot be written ({e.strerror})") from e
+    if config is not None:
+        with write_whole(folder / CONFIG) as file:
+            file.write(json.dumps(config, indent=2).encode() + b"\n")
+    save(folder / WEIGHTS, tensors, {**description, "holds": "encoder"})
+    (folder / EARLIER_ENCODER).unlink(missing_ok=True)
+
+
+def timm_config(settings: dict, view: dict, in_files: bool = False) -> dict | None:
+    """Return what timm builds an encoder by and prepares its images by; None for an encoder that timm has no name for.
+
+    timm shrinks a picture's shorter side to floor(size / crop_pct) pixels, `data.evaluation_views` of pictures in files
+    to round(size / crop): where these differ, crop_pct is one that leads timm to the same number.
+    """
+    if not is_timms(settings):
+        return None
+    name = settings["model"].partition(".")[0]  # without the name of timm's weights, from which no run begins
+    size, crop = view["size"], view["crop"]
+    side = round(size / crop)
+    if in_files and math.floor(size / crop) != side:
+        crop = size / (side + 0.5)
+    view = {"input_size": [3, size, size], "mean": list(view["mean"]), "std": list(view["std"])}
+    view |= {"crop_pct": crop, "crop_mode": "center", "interpolation": "bicubic"}
+    own = timm.get_pretrained_cfg(name)
+    layers = {"first_conv": own.first_conv, "classifier": own.classifier}  # which timm fits to in_chans and num_classes
+    return {"architecture": name, "num_classes": 0, "pretrained_cfg": {"num_classes": 0, **view, **layers}}
+
+
+def is_timms(settings: dict) -> bool:
+    """Whether timm builds the encoder of these settings by its name alone."""
+    return settings["model"] != "alexnet" and settings["stem"] == "imagenet" and settings["norm"] == "bn"
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -106,7 +153,7 @@ def load_encoder(path: str | Path, net: str = "online") -> tuple[nn.Module, dict
 
 
 def load_network(path: str | Path) -> tuple[nn.Module, dict]:
-    """Load the network of a ckpt.safetensors, or the encoder of an encoder.safetensors, in evaluation mode.
+    """Load the network of a ckpt.safetensors, or the encoder of a file with the encoder alone, in evaluation mode.
 
     Returns it with the file's description. InputError as from `load` and `fill`.
     """

@@ -16,8 +16,11 @@ except ImportError:  # Windows has other locks
 
 LOG = "metrics.jsonl"  # the rows that were printed
 CKPT = "ckpt.safetensors"  # the whole state of a run
-ENCODER = "encoder.safetensors"  # the encoder alone, as the last whole epoch left it
-RUN_FILES = (LOG, CKPT, ENCODER)
+ENCODER = "encoder"  # a folder with the encoder alone, as the last whole epoch left it and as timm reads it:
+WEIGHTS = f"{ENCODER}/model.safetensors"
+CONFIG = f"{ENCODER}/config.json"
+EARLIER_ENCODER = "encoder.safetensors"  # in place of that folder in runs of earlier versions
+RUN_FILES = (LOG, CKPT, WEIGHTS, CONFIG, EARLIER_ENCODER)
 
 
 @contextlib.contextmanager
@@ -40,6 +43,18 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def weights_file(path: str | Path) -> str | Path:
+    """Return the file of weights that a path names: the path itself, or what such a folder holds.
+
+    Of a run folder it is the whole state; of a folder that timm reads, a run's or another project's, the weights.
+    """
+    for name in (CKPT, Path(WEIGHTS).name):
+        file = os.path.join(path, name)
+        if os.path.isfile(file):
+            return file
+    return path
 
 
 def lock(file: IO, wait: bool) -> None:

@@ -51,9 +51,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors of a file with their names, and its header. InputError, with the cure, for any other file."""
     _refuse_parts(path)
     if os.path.isdir(path):
-        raise InputError(f"{path}: a folder; name the ckpt.safetensors or encoder.safetensors in it")
+        raise InputError(f"{path}: a folder without ckpt.safetensors or model.safetensors; name a file")
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; a checkpoint is the ckpt.safetensors or encoder.safetensors of a run")
+        raise InputError(f"{path}: no such file; a checkpoint is the ckpt.safetensors or the folder encoder of a run")
     try:
         with open(path, "rb") as file:
             start = file.read(512)

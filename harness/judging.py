@@ -17,6 +17,7 @@ import models
 from harness import pictures, processes
 from harness.checkpoint import load_encoder
 from harness.errors import InputError
+from harness.files import weights_file
 from harness.foreign import adopt
 from harness.log import contents, log_of, other_data, same_place
 from harness.sources import MAKERS, Channels
@@ -72,7 +73,7 @@ def open_judged(accelerator: Accelerator, ckpt: str, flags: dict) -> Judged:
 
 # ---- Flags -----------------------------------------------------------------------------------------------------------
 
-Ckpt = Annotated[str, "ckpt.safetensors or encoder.safetensors of a run, or with --model a file of another project"]
+Ckpt = Annotated[str, "a run's folder, its ckpt.safetensors or encoder, or with --model a file of another project"]
 
 
 def shared_flags(
@@ -157,8 +158,10 @@ def open_encoder(
 ) -> tuple[nn.Module, dict]:
     """Load the encoder of a run's file or, with `model`, of a file of another project, and its description.
 
-    The description of another project's file has settings alone. InputError as from `load_encoder` and `adopt`.
+    A folder will do for the file in it: see `files.weights_file`. The description of another project's file has
+    settings alone. InputError as from `load_encoder` and `adopt`.
     """
+    ckpt = weights_file(ckpt)
     if not model:
         return load_encoder(ckpt, net)
     stem = stem or "imagenet"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from harness import files
 from harness.errors import InputError
-from harness.files import LOG, write_whole
+from harness.files import ENCODER, LOG, weights_file, write_whole
 
 ROUNDING = 1e-6  # of mean and std: another processor sums in another order
 LONGEST_LINE = 2**20  # bytes at a log's end in which a line that was cut short is looked for
@@ -137,14 +137,18 @@ def as_json(values: dict) -> dict:
 
 
 def log_of(checkpoint: str, description: dict) -> Path | None:
-    """Return the log that lies beside a checkpoint, for a judge to add its rows to.
+    """Return the log of the run folder that a checkpoint lies in, for a judge to add its rows to.
 
-    None where there is none, where it cannot be written to, or where it is of a run with other settings or other data:
-    a checkpoint that was copied into the folder of another run must not leave its scores there. The data may have
-    moved. `description` is the checkpoint's.
+    A checkpoint is a file in that folder or in its folder `encoder`, or one of these two folders. None where there is
+    no log, where it cannot be written to, or where it is of a run with other settings or other data: a checkpoint that
+    was copied into the folder of another run must not leave its scores there. The data may have moved. `description` is
+    the checkpoint's.
     """
     nowhere = dict.fromkeys(PLACES)
-    log = Path(checkpoint).with_name(LOG)
+    folder = Path(os.path.abspath(weights_file(checkpoint))).parent
+    if folder.name == ENCODER:
+        folder = folder.parent
+    log = folder / LOG
     try:
         with open(log) as file:
             first_row = json.loads(file.readline())

@@ -1,7 +1,7 @@
 """A run's folder, and how a run that was stopped goes on.
 
     ckpt.safetensors      the whole state: networks, momentum, random numbers, sums of the epoch in progress
-    encoder.safetensors   the encoder alone, as the last whole epoch left it
+    encoder/              the encoder alone, as the last whole epoch left it and as timm reads it
     metrics.jsonl         the rows that were printed
 
 A state is the tensors and the description of ckpt.safetensors. Tensors without a slash in their name are the network's.
@@ -31,7 +31,7 @@ from tqdm import tqdm
 import data
 from harness import checkpoint, files, probes, processes
 from harness.errors import InputError, Stopped
-from harness.files import CKPT, ENCODER, LOG, RUN_FILES
+from harness.files import CKPT, EARLIER_ENCODER, ENCODER, LOG, RUN_FILES, WEIGHTS
 from harness.log import (
     EARLIER,
     PLACES,
@@ -64,6 +64,8 @@ class Run:
         self.steps_per_epoch = steps // cfg.epochs
         self.view = images.view(cfg.eval_crop)
         self.split = "holdout" if cfg.holdout else "test"
+        in_files = not isinstance(images.test.images, Tensor)
+        self.timm_config = checkpoint.timm_config(asdict(cfg), self.view, in_files)
         self.description = {"settings": asdict(cfg), "view": self.view, "data": contents(images, cfg.holdout)}
         self.description |= {"steps": steps, **provenance()}
         with accelerator.main_process_first():
@@ -252,7 +254,7 @@ class Run:
         at_epoch_end = self.step == self.whole_epochs * self.steps_per_epoch
         if at_epoch_end:
             encoder = {name.removeprefix("encoder."): x for name, x in tensors.items() if name.startswith("encoder.")}
-            checkpoint.save(self.folder / ENCODER, encoder, {**description, "holds": "encoder"})
+            checkpoint.save_encoder(self.folder, encoder, description, self.timm_config)
         scaler = self.accelerator.scaler
         description["scaler"] = scaler.state_dict() if scaler else None
         checkpoint.save(self.folder / CKPT, tensors, {**description, "holds": "checkpoint"})
@@ -307,11 +309,13 @@ def claim(folder: Path) -> TextIO:
             raise InputError(f"--out {folder}: another process is training in it; name another folder") from None
         except OSError as e:  # there are no locks
             print(f"--out {folder}: cannot be locked ({e.strerror}); start no second run in it", file=sys.stderr)
-        for name in RUN_FILES:
-            for stray in folder.glob(f".{name}.*"):
+        for path in (folder / name for name in RUN_FILES):
+            for stray in path.parent.glob(f".{path.name}.*"):
                 stray.unlink()
     except OSError as e:
         raise InputError(f"--out {folder}: cannot be written ({e.strerror})") from e
+    if (folder / ENCODER).is_file():
+        raise InputError(f"--out {folder}: holds a file called {ENCODER}, where the encoder's folder belongs; move it")
     return claimed
 
 
@@ -340,7 +344,7 @@ def refuse_lost_checkpoint(folder: Path) -> None:
         read_log(folder)  # raises InputError for a log of something else
         is_lost = any(row["stage"] != "pretrain" or row.get("epoch", 0) > 1 for row in rows)
     else:
-        is_lost = (folder / ENCODER).exists()
+        is_lost = any((folder / name).exists() for name in (WEIGHTS, EARLIER_ENCODER))
     if is_lost:
         raise InputError(f"--out {folder}: holds a run whose {CKPT} is gone; name another folder, or remove this one")
 

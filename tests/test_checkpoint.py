@@ -1,5 +1,6 @@
 """Files that come back bit for bit or not at all."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -7,12 +8,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
+from torchvision.transforms.v2 import functional as F
 
 import data
 import models
-from harness import checkpoint, judging, log
+from harness import checkpoint, judging, log, pictures
 from harness.errors import InputError
 
 SETTINGS = {"method": "byol", "model": "resnet18", "stem": "imagenet", "norm": "bn", "hidden_dim": 16, "out_dim": 8}
@@ -53,23 +54,6 @@ def test_equal_content_makes_equal_files(byol, pair, tmp_path):
     description = {"holds": "checkpoint", "view": VIEW, "settings": SETTINGS}
     checkpoint.save(tmp_path / "again.safetensors", byol.state_dict(), description)
     assert (tmp_path / "again.safetensors").read_bytes() == (pair / "ckpt.safetensors").read_bytes()
-
-
-def test_timm_loads_the_encoder(byol, pair):
-    path = str(pair / "encoder.safetensors")
-    encoder = timm.create_model("resnet18", num_classes=0, checkpoint_path=path)
-    assert all(torch.equal(x, byol.encoder.state_dict()[key]) for key, x in encoder.state_dict().items())
-
-
-def test_timm_loads_an_encoder_with_the_cifar_stem(tmp_path):
-    """By the lines in the README."""
-    ours = models.build_encoder("resnet18", "cifar")
-    checkpoint.save(tmp_path / "encoder.safetensors", ours.state_dict(), {})
-    encoder = timm.create_model("resnet18", num_classes=0)
-    encoder.conv1, encoder.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
-    encoder.load_state_dict(load_file(tmp_path / "encoder.safetensors"))
-    x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(encoder.eval()(x), ours.eval()(x))
 
 
 def test_a_failed_save_leaves_the_old_file(byol, pair, monkeypatch):
@@ -124,7 +108,7 @@ def rewrite(path, tensors=None, **changes):
         (lambda p: rewrite(p, settings=SETTINGS | {"model": "resnet17"}), "resnet17"),
         (lambda p: rewrite(p, settings={}), "not one that pretrain.py writes"),
         (lambda p: rewrite(p, view={}), "not one that pretrain.py writes"),
-        (lambda p: (p.unlink(), p.mkdir()), "a folder; name the ckpt.safetensors"),
+        (lambda p: (p.unlink(), p.mkdir()), "a folder without ckpt.safetensors or model.safetensors; name a file"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused_by_name(pair, damage, message):
@@ -175,6 +159,84 @@ def test_a_log_that_is_nested_deep_is_no_log(tmp_path):
     assert log.log_of(str(tmp_path / "ckpt.safetensors"), {"settings": {}}) is None
     with pytest.raises(InputError, match="line 1 was not written by a command of this project"):
         log.read_log(tmp_path)
+
+
+# ---- The folder that timm reads --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoder_folder(tmp_path):
+    """Write an encoder as a run does, its BatchNorm statistics those of a training, and return it with the folder."""
+
+    def write(model, stem="imagenet", norm="bn", view=VIEW, in_files=False):
+        torch.manual_seed(0)
+        encoder = models.build_encoder(model, stem, norm)
+        encoder(torch.randn(8, 3, 64, 64))
+        settings = SETTINGS | {"model": model, "stem": stem, "norm": norm}
+        config = checkpoint.timm_config(settings, view, in_files)
+        checkpoint.save_encoder(tmp_path, encoder.state_dict(), {"settings": settings, "view": view}, config)
+        return encoder.eval(), tmp_path / "encoder"
+
+    return write
+
+
+@pytest.mark.parametrize("model", ["resnet18", "resnet18.a1_in1k", "resnet26d"])  # resnet26d's first layer is conv1.0
+def test_timm_builds_the_encoder_and_prepares_its_images(encoder_folder, monkeypatch, model):
+    monkeypatch.setattr("socket.socket", None)  # nothing is asked for elsewhere
+    ours, folder = encoder_folder(model)
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(theirs(x), ours(x), rtol=0, atol=1e-5)
+    view = timm.data.resolve_model_data_config(theirs)
+    assert view == {
+        "input_size": [3, 32, 32], "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center",
+        "mean": [0.5] * 3, "std": [0.2] * 3,
+    }  # fmt: skip
+    grey = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5, in_chans=1).eval()
+    assert grey(x[:, :1]).shape == (2, 5)
+    torch.testing.assert_close(grey.forward_features(x[:, :1]), theirs.forward_features(x[:, :1].expand_as(x)))
+
+
+@pytest.mark.parametrize("size, crop", [(32, 0.875), (160, 0.875), (224, 0.875), (64, 1.0), (100, 0.3)])
+def test_timms_view_of_a_picture_is_the_runs(tmp_path, size, crop):
+    """To the rounding of a resize: a crop that is half a pixel off would differ by ten times as much."""
+    photo = data.load("photos").test.images[7]
+    image = F.resize(photo, [300, 360])
+    F.to_pil_image(image).save(tmp_path / "1.png")
+    files = pictures.Files([tmp_path / "1.png"], 255)
+    (ours,) = data.evaluation_views(data.Split(files, torch.zeros(1)), **(VIEW | {"size": size, "crop": crop}))
+    config = checkpoint.timm_config(SETTINGS, VIEW | {"size": size, "crop": crop}, in_files=True)["pretrained_cfg"]
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config))
+    off = (transform(F.to_pil_image(image)) - ours[0]) * 0.2 * 255
+    assert off.abs().max() <= 3 and off.abs().mean() < 0.02  # of 255; half a pixel makes 1 on average
+    assert config["crop_pct"] == pytest.approx(crop, rel=0.03)
+
+
+@pytest.mark.parametrize("flags", [("resnet18", "cifar"), ("resnet18", "stride2"), ("test_resnet", "imagenet", "none")])
+def test_what_timm_has_no_name_for_gets_no_config(encoder_folder, flags):
+    _, folder = encoder_folder("resnet18")
+    _, folder = encoder_folder(*flags)  # in place of another run, which had no checkpoint yet
+    assert [p.name for p in folder.iterdir()] == ["model.safetensors"]
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_a_process_that_is_killed_between_the_two_files_leaves_no_wrong_pair(encoder_folder, monkeypatch, tmp_path):
+    """The weights are missing, or are those of an earlier epoch; so is the file of an earlier version of this code."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    (tmp_path / "encoder.safetensors").touch()
+    for fault in (pytest.raises(RuntimeError, match="No suitable checkpoints found"), contextlib.nullcontext()):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(checkpoint, "save", killed)
+            encoder_folder("test_resnet")
+        with fault:
+            timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True)
+        (tmp_path / "encoder.safetensors").touch()
+        encoder_folder("test_resnet")
+        assert not (tmp_path / "encoder.safetensors").exists()
 
 
 # ---- Where the data of a run are looked for --------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def test_vote_on_few_classes_and_images():
     assert vote(bank, torch.tensor([0, 1]), bank, torch.tensor([1, 0]), (1,), 0.07) == {1: {"top1": 0.0, "top5": 0.0}}
 
 
-@pytest.mark.parametrize("file", ["ckpt.safetensors", "encoder.safetensors"])
+@pytest.mark.parametrize("file", ["ckpt.safetensors", "encoder"])
 def test_both_files_are_judged_alike(command, trained, file):
     code, rows, _ = command(knn_eval, trained / file, "--k", "5,20,100", "--floors")
     assert code == 0 and [row["k"] for row in rows if row["of"] == "trained"] == [5, 20, 48]  # clipped to the bank
@@ -78,6 +78,22 @@ def test_both_files_are_judged_alike(command, trained, file):
     assert code == 0 and [row["epoch"] for row in probe] == [1, 2, 3, 4, 4] and probe[-1]["features"] == "augmented"
     assert probe[-1]["top1"] > 40 and probe[-1]["top5"] == 100
     assert rows_of(trained)[-14:] == rows + probe
+
+
+def test_every_name_of_a_run_leads_to_its_encoder_and_its_log(command, trained, monkeypatch):
+    """The run folder, the encoder's folder, the file in it, from within as well; and the file of earlier versions."""
+    earlier = trained / "encoder.safetensors"
+    earlier.write_bytes((trained / "encoder" / "model.safetensors").read_bytes())
+    names = [(".", trained), (".", trained / "encoder"), ("model.safetensors", trained / "encoder")]
+    names += [(place, trained.parent) for place in ("run", "run/encoder", "run/encoder/", "run/encoder.safetensors")]
+    scores = set()
+    for name, place in names:
+        monkeypatch.chdir(place)
+        code, (row,), err = command(knn_eval, name, "--k", 5, "--nofloors")
+        assert code == 0 and rows_of(trained)[-1] == row, (name, err)
+        scores.add(row["top1"])
+    earlier.unlink()
+    assert len(scores) == 1
 
 
 def test_the_target_and_another_crop_are_judged(command, trained):
@@ -93,8 +109,8 @@ def test_the_target_and_another_crop_are_judged(command, trained):
     tensors, _ = checkpoint.load(trained / "ckpt.safetensors")
     assert torch.equal(target.bn1.weight, tensors["target.encoder.bn1.weight"])
     assert not torch.equal(target.bn1.weight, online.bn1.weight)
-    code, _, err = command(linear_eval, trained / "encoder.safetensors", "--net", "target")
-    assert code == 2 and "encoder.safetensors: holds no target network" in err
+    code, _, err = command(linear_eval, trained / "encoder", "--net", "target")
+    assert code == 2 and "encoder/model.safetensors: holds no target network" in err
 
 
 def test_a_checkpoint_judges_another_set(command, trained):
@@ -104,7 +120,7 @@ def test_a_checkpoint_judges_another_set(command, trained):
 
 
 def test_a_checkpoint_elsewhere_is_judged_without_a_log(command, trained, tmp_path):
-    (tmp_path / "moved.safetensors").write_bytes((trained / "encoder.safetensors").read_bytes())
+    (tmp_path / "moved.safetensors").write_bytes((trained / "encoder" / "model.safetensors").read_bytes())
     assert command(knn_eval, tmp_path / "moved.safetensors", "--k", 1, "--nofloors")[0] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["moved.safetensors"]
 

@@ -81,9 +81,9 @@ def test_accuracy_by_hand():
 
 def test_the_protocol_is_that_of_appendix_d(command, trained):
     """80 epochs and no decay; a set of more than 100 images in batches of 100; 0.2 per 256 images."""
-    _, rows, _ = command(linear_eval, trained / "encoder.safetensors", "--cached")
+    _, rows, _ = command(linear_eval, trained / "encoder", "--cached")
     assert len(rows) == 81 and (rows[-1]["epoch"], rows[-1]["weight_decay"], rows[-1]["lr"]) == (80, 0, 0.2)
-    _, rows, _ = command(linear_eval, trained / "encoder.safetensors", "--cached", "--dataset", "photos", "--epochs", 1)
+    _, rows, _ = command(linear_eval, trained / "encoder", "--cached", "--dataset", "photos", "--epochs", 1)
     assert rows[-1]["batch_size"] == 100 and rows[0]["rate"] == pytest.approx(0.2 * 100 / 256)
 
 
@@ -91,14 +91,14 @@ def test_the_protocol_is_that_of_appendix_d(command, trained):
 def test_a_sweep_takes_the_best_rate_on_the_hold_out(command, trained, cached):
     """Of each class, the folder's 16 training images give 2; the test set is judged once, at the end."""
     flags = ["--sweep", "--epochs", 2, "--batch_size", 20, *cached]
-    code, rows, _ = command(linear_eval, trained / "encoder.safetensors", *flags)
+    code, rows, _ = command(linear_eval, trained / "encoder", *flags)
     assert code == 0
     tops = {row["sweep"]: row["top1"] for row in rows if row.get("split") == "holdout"}
     assert list(tops) == [0.4, 0.3, 0.2, 0.1, 0.05]
     last = rows[-1]
     assert last["swept"] and tops[last["lr"]] == max(tops.values()) and (last["split"], last["train"]) == ("test", 48)
     assert [row.get("split") for row in rows].count("test") == 1
-    code, _, err = command(linear_eval, trained / "encoder.safetensors", "--sweep", "--lr", "0.1")
+    code, _, err = command(linear_eval, trained / "encoder", "--sweep", "--lr", "0.1")
     assert code == 2 and "--lr 0.1: has no effect with --sweep" in err
 
 
@@ -115,14 +115,14 @@ def test_a_batch_larger_than_the_set(command, trained):
 
 def test_a_linear_probe_that_diverges_says_so(command, trained, monkeypatch):
     monkeypatch.setattr("linear_eval.cross_entropy", lambda scores, labels: scores.sum() * math.nan)
-    code, rows, err = command(linear_eval, trained / "encoder.safetensors", "--batch_size", 24)
+    code, rows, err = command(linear_eval, trained / "encoder", "--batch_size", 24)
     assert code == 2 and rows == [] and "--lr 0.2: the loss is not finite after epoch 1" in err.splitlines()[-1]
 
 
 def test_a_column_has_one_unit(command, trained):
     """lr is per 256 images, in the last row alone; rate is the optimizer's, in the rows of epochs alone."""
     flags = ["--epochs", 2, "--batch_size", 24, "--lr", 0.4, "--cached"]
-    code, (first, second, last), _ = command(linear_eval, trained / "encoder.safetensors", *flags)
+    code, (first, second, last), _ = command(linear_eval, trained / "encoder", *flags)
     assert code == 0 and last["lr"] == 0.4 and "rate" not in last
     assert (first["rate"], second["rate"]) == pytest.approx((0.4 * 24 / 256, 0.4 * 24 / 256 / 2))  # a cosine of 4 steps
     assert "lr" not in first and "lr" not in second
@@ -139,13 +139,13 @@ def test_a_rate_that_diverges_leaves_the_sweep(command, trained, monkeypatch, ca
     monkeypatch.setattr("linear_eval.cross_entropy", overflowing)
     flags = ["--sweep", "--epochs", 2, "--batch_size", 20, *cached]
     monkeypatch.setattr("linear_eval.SWEEP", (0.1,))
-    _, alone, _ = command(linear_eval, trained / "encoder.safetensors", *flags)
+    _, alone, _ = command(linear_eval, trained / "encoder", *flags)
     monkeypatch.setattr("linear_eval.SWEEP", (1e9, 0.1))
-    code, rows, err = command(linear_eval, trained / "encoder.safetensors", *flags)
+    code, rows, err = command(linear_eval, trained / "encoder", *flags)
     assert code == 0 and rows == alone and rows[-1]["lr"] == 0.1
     assert "--sweep: rate 1000000000.0: the loss is not finite after epoch 1; the sweep goes on without it" in err
     monkeypatch.setattr("linear_eval.SWEEP", (1e9, 1e8))
-    code, rows, err = command(linear_eval, trained / "encoder.safetensors", *flags)
+    code, rows, err = command(linear_eval, trained / "encoder", *flags)
     assert code == 2 and rows == [] and "--sweep: the loss of none of its rates is finite; take a smaller" in err
 
 

@@ -20,7 +20,7 @@ from regularizers import alignment, energy_by_definition, mhe, uniformity
 def test_the_same_seed_makes_the_same_run(command, folder, trained, tmp_path):
     code, rows, _ = command(pretrain, "--dataset", folder, "--reg", "mhe", "--out", tmp_path / "again", *SMALL)
     assert code == 0
-    for name in ("ckpt", "encoder"):
+    for name in ("ckpt", "encoder/model"):
         first, again = (checkpoint.load(run / f"{name}.safetensors") for run in (trained, tmp_path / "again"))
         assert all(torch.equal(x, again[0][key]) for key, x in first[0].items())
         assert {**first[1], "command": None} == {**again[1], "command": None}
@@ -31,8 +31,9 @@ def test_the_same_seed_makes_the_same_run(command, folder, trained, tmp_path):
 
 
 def test_what_a_run_leaves(folder, trained):
-    files = [".lock", "ckpt.safetensors", "encoder.safetensors", "metrics.jsonl"]
+    files = [".lock", "ckpt.safetensors", "encoder", "metrics.jsonl"]
     assert sorted(p.name for p in trained.iterdir()) == files
+    assert sorted(p.name for p in (trained / "encoder").iterdir()) == ["config.json", "model.safetensors"]
     tensors, description = checkpoint.load(trained / "ckpt.safetensors")
     state = {"rng/cpu", "momentum/encoder", "momentum/projector", "momentum/predictor"}
     assert {name.split(".")[0] for name in tensors} == {"encoder", "projector", "predictor", "target"} | state
@@ -272,7 +273,7 @@ def test_every_method_and_regularizer_trains(command, folder, tmp_path, flags, t
     assert {name.split(".")[0] for name in tensors if "/" not in name} == parts
     assert any("running_mean" in name for name in tensors) == (settings["norm"] == "bn")
     assert description["view"]["crop"] == settings["eval_crop"]
-    code, rows, _ = command(knn_eval, tmp_path / "run" / "encoder.safetensors", "--k", 5)
+    code, rows, _ = command(knn_eval, tmp_path / "run" / "encoder", "--k", 5)
     assert code == 0 and {row["of"] for row in rows} == {"trained", "untrained", "pixels"}
 
 

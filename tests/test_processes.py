@@ -21,7 +21,7 @@ import data
 import models
 from harness import checkpoint, cli, pictures, processes
 from harness.errors import InputError
-from harness.files import RUN_FILES
+from harness.files import CKPT, ENCODER, LOG
 from harness.probes import refuse_faults
 from knn_eval import knn_eval
 from linear_eval import linear_eval
@@ -297,7 +297,7 @@ def test_two_processes_are_launched_and_leave_cleanly(folder, tmp_path):
     done = subprocess.run([*launch, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == rows_of(tmp_path / "run")
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", *RUN_FILES}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", CKPT, ENCODER, LOG}
     assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["epoch"] == 1
 
 

@@ -29,6 +29,7 @@ from tools.figures import figures
 ROOT = Path(__file__).parent.parent
 FLAGS = "--recipe cifar10-300 --model test_resnet --stem imagenet --hidden_dim 16 --out_dim 8 --lr 8 --reg mhe".split()
 FLAGS += "--batch_size 16 --epochs 3 --eval_every 2 --save_every 2".split()
+STRAYS = (".ckpt.safetensors.1234", "encoder/.model.safetensors.1234", "encoder/.config.json.1234")
 
 
 def rows_of(run):
@@ -39,11 +40,17 @@ def rows_of(run):
 
 def assert_same_run(run, whole):
     assert rows_of(run) == rows_of(whole)
-    for file in ("ckpt.safetensors", "encoder.safetensors"):
+    for file in ("ckpt.safetensors", "encoder/model.safetensors"):
         (ours, told), (theirs, meant) = checkpoint.load(run / file), checkpoint.load(whole / file)
         assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
         assert {**told, "command": None} == {**meant, "command": None}
-    assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in whole.iterdir())
+    assert files_of(run).keys() == files_of(whole).keys()
+    assert (run / "encoder" / "config.json").read_bytes() == (whole / "encoder" / "config.json").read_bytes()
+
+
+def files_of(run):
+    """The bytes of each file of a run folder."""
+    return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -131,17 +138,19 @@ def test_sigkill_to_the_process_itself(folder, whole, tmp_path):
                 process.kill()
                 break
         process.communicate()
-        (run / ".ckpt.safetensors.1234").touch()
-    (run / ".ckpt.safetensors.1234").unlink()
+        for stray in STRAYS:
+            (run / stray).touch()
+    for stray in STRAYS:
+        (run / stray).unlink()
     assert process.returncode == 0
     assert_same_run(run, whole)
 
 
 def test_a_finished_run_says_so(command, folder, whole):
-    before = {p.name: p.read_bytes() for p in whole.iterdir()}
+    before = files_of(whole)
     code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", whole)
     assert code == 0 and rows == [] and f"{whole}: is finished, step 9" in err
-    assert {p.name: p.read_bytes() for p in whole.iterdir()} == before
+    assert files_of(whole) == before
 
 
 @pytest.mark.parametrize(
@@ -157,10 +166,10 @@ def test_a_finished_run_says_so(command, folder, whole):
 def test_other_settings_are_named_and_refused(command, folder, whole, flags, told):
     given = flags.split()
     kept = [x for pair in zip(FLAGS[::2], FLAGS[1::2]) if pair[0] not in given for x in pair]
-    before = {p.name: p.read_bytes() for p in whole.iterdir()}
+    before = files_of(whole)
     code, rows, err = command(pretrain, "--dataset", folder, *kept, *given, "--out", whole)
     assert code == 2 and rows == [] and told in err and err.count("pretrain.py: ") == 1
-    assert {p.name: p.read_bytes() for p in whole.iterdir()} == before
+    assert files_of(whole) == before
 
 
 def test_other_images_under_the_same_name_are_refused(command, picture_folder):
@@ -344,8 +353,18 @@ def test_a_run_that_was_killed_does_not_hold_its_folder_by_its_workers(tmp_path)
         os.kill(worker, signal.SIGKILL)
 
 
+def test_a_file_where_the_encoders_folder_belongs_is_named_before_the_first_step(command, folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "encoder").touch()
+    code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
+    assert code == 2 and rows == []
+    told = "--out run: holds a file called encoder, where the encoder's folder belongs; move it"
+    assert err.splitlines()[-1] == f"pretrain.py: {told}"
+
+
 def test_a_checkpoint_that_is_gone_or_is_no_state_is_not_written_over(command, folder, whole, tmp_path):
-    for name in ("metrics.jsonl", "encoder.safetensors"):
+    (tmp_path / "encoder").mkdir()
+    for name in ("metrics.jsonl", "encoder/model.safetensors"):
         (tmp_path / name).write_bytes((whole / name).read_bytes())
     code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", tmp_path)
     assert code == 2 and rows == [] and "holds a run whose ckpt.safetensors is gone" in err
@@ -379,7 +398,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(command, folder, whole, tmp_path)
     fault = "safetensors: cannot be written (File too large); its old content is unchanged"
     assert code == 2 and fault in err.splitlines()[-1]
     assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 3
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted(p.name for p in whole.iterdir())
+    assert files_of(tmp_path / "run").keys() == files_of(whole).keys()
     assert command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")[0] == 0
     assert_same_run(tmp_path / "run", whole)
 
@@ -460,6 +479,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_leaves_its_folder_to_othe
 def test_a_run_of_an_earlier_version_is_judged_drawn_and_gone_on_with(command, shell, tmp_path):
     """tests/earlier_run was stopped after 2 of 4 epochs, before the files of this project were given their places."""
     shutil.copytree(ROOT / "tests" / "earlier_run", tmp_path / "run")
+    (tmp_path / "run" / "encoder.safetensors").touch()
     code, rows, err = command(knn_eval, "run/ckpt.safetensors", "--k", 20, "--nofloors")
     online = [row["top1"] for row in rows_of(tmp_path / "run") if row.get("of") == "online"]
     assert code == 0 and rows[0]["top1"] == pytest.approx(online[-1], abs=1), err
@@ -469,5 +489,7 @@ def test_a_run_of_an_earlier_version_is_judged_drawn_and_gone_on_with(command, s
     assert [row["epoch"] for row in rows if "loss" in row] == [3, 4]
     last = next(row for row in rows if row["epoch"] == 4)
     assert last["loss"] == pytest.approx(23.372, rel=1e-3)  # what the version that began it ended with
+    files = [".lock", "ckpt.safetensors", "encoder/config.json", "encoder/model.safetensors", "metrics.jsonl"]
+    assert sorted(files_of(tmp_path / "run")) == files  # the encoder of epoch 2 is gone
     code, lines, err = shell(figures, "dynamics", "run")
     assert code == 0 and lines == ["figures/dynamics.png", "figures/dynamics.svg"], err

@@ -84,7 +84,7 @@ PRETRAIN = {
 JUDGES = {
     "": "CKPT is missing, see --help",
     "nowhere.safetensors": "nowhere.safetensors: no such file",
-    "bare": "bare: a folder; name the ckpt.safetensors or encoder.safetensors in it",
+    "bare": "bare: a folder without ckpt.safetensors or model.safetensors; name a file",
     "empty.safetensors": "empty.safetensors: not a whole safetensors file",
     "text": "text: not a whole safetensors file",
     "cut.safetensors": "cut.safetensors: not a whole safetensors file",

@@ -50,9 +50,9 @@ def fingerprint():
             for script, judge_flags in JUDGES.items():
                 words = [str(run / "ckpt.safetensors"), *judge_flags]
                 python(script, words, Path(place)).wait()
-            for file in ("ckpt.safetensors", "encoder.safetensors"):
-                print(f"{name:10} {file:22} {digest_of_tensors(run / file)}", flush=True)
-            print(f"{name:10} {'metrics.jsonl':22} {digest_of_rows(run / 'metrics.jsonl', place)}", flush=True)
+            for file in ("ckpt.safetensors", "encoder/model.safetensors"):
+                print(f"{name:10} {file:25} {digest_of_tensors(run / file)}", flush=True)
+            print(f"{name:10} {'metrics.jsonl':25} {digest_of_rows(run / 'metrics.jsonl', place)}", flush=True)
 
 
 def start(flags: str, run: Path, kill_in_epoch: int | None = None) -> None:

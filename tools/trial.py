@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 import torch
 
 from harness import checkpoint, cli
-from harness.files import CKPT, ENCODER, LOG
+from harness.files import CKPT, LOG, WEIGHTS
 
 ROOT = Path(__file__).parent.parent
 FLAGS = "--model test_resnet --hidden_dim 64 --out_dim 16 --batch_size 250 --epochs 2 --save_every 3 --eval_every 2"
@@ -72,11 +72,11 @@ def ending(run: Path) -> tuple:
         row = json.loads(line)
         rows.append({name: x for name, x in row.items() if name not in ("images_per_s", "command")})
     digests = []
-    for file in (CKPT, ENCODER):
+    for file in (CKPT, WEIGHTS):
         tensors, _ = checkpoint.load(run / file)
         assert all(x.isfinite().all() for x in tensors.values() if x.dtype == torch.float32)
         digests.append(checkpoint.digest(tensors, {}))
-    return sorted(path.name for path in run.iterdir()), digests, rows
+    return sorted(str(path.relative_to(run)) for path in run.rglob("*")), digests, rows
 
 
 if __name__ == "__main__":
