@@ -76,6 +76,8 @@ def pretrain(
     method: Annotated[Literal["byol", "simclr"], "the loss, with its network"] = "byol",
     model: Annotated[str, "any ResNet of timm, or alexnet"] = "resnet18",
     stem: Annotated[Literal[*models.STEMS], "3x3 of stride 1 or 2, or timm's; None = the data set's"] | None = None,
+    init: Annotated[str, "weights that the encoder begins from: of a run, or a file of another project"] | None = None,
+    prefix: Annotated[str, "of such a file: what stands before the encoder's names, if it holds several"] | None = None,
     norm: Annotated[Literal["bn", "none"], "BatchNorm, or networks without it"] = "bn",
     reg: Annotated[Literal["none", "mhe", "amhe", "uniform"], "energy by chord or angle, or uniformity"] = "none",
     s: Annotated[float, ">= 0", "power of the energy; 0 is logarithmic"] = 2.0,
@@ -128,7 +130,7 @@ def pretrain(
 
     with run:  # a signal ends the run between two steps, with its state saved
         if run.wants_floors():
-            run.log_scores("untrained", nearest_neighbours(training.network.encoder, *run.judged_on))
+            run.log_scores(run.start, nearest_neighbours(training.network.encoder, *run.judged_on))
             run.log_scores("pixels", nearest_neighbours(nn.Flatten(), *run.judged_on))
         for _ in run.epochs():
             for crops, u in run.micro_batches():

@@ -22,6 +22,7 @@ The second floor builds on the pages:
     foreign     encoders in the files of other projects
     judging     what both judges open
     probes      what is measured while a network trains
+    initial     the weights that a run begins from
     run         a run's folder, and how a run that was stopped goes on
 
 Imports go one way: tools and stages import pages and both floors; `data` and `models` import the first floor alone;

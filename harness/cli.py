@@ -45,6 +45,7 @@ MEANT = {
     "--out": "output outputdir outputpath outputfolder outdir savedir savepath savefolder logdir workdir rundir expdir "
     "experimentdir defaultrootdir checkpointdir ckptdir checkpointpath name runname expname exp experimentname",
     "--ckpt": "checkpoint checkpointpath ckptpath ckptfile weights pretrained pretrainedweights modelpath load resume",
+    "--init": "pretrained pretrainedweights pretrainedpath initweights initialweights initfrom initcheckpoint finetune",
     "--out, whose run goes on": "checkpoint ckpt ckptpath load loadfrom resumefrom resumefromcheckpoint",
     "--weight": "weights lambda lambd lam regweight energyweight uniformityweight mheweight",
     "--dataset or --data_dir": "data datapath dataroot root rootdir traindir imagedir imagepath imagenetpath inputdir",

@@ -172,7 +172,7 @@ def open_encoder(
 
 
 def untrained_encoder(judged: Judged) -> nn.Module:
-    """Build the encoder that the run had before its first step."""
+    """Build the encoder that the run had before its first step, or would have had without --init."""
     torch.manual_seed(judged.settings["seed"])
     architecture = [judged.settings[name] for name in ("model", "stem", "norm")]
     encoder = models.build_encoder(*architecture).to(judged.accelerator.device)

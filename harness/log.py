@@ -27,12 +27,15 @@ from harness.files import ENCODER, LOG, weights_file, write_whole
 ROUNDING = 1e-6  # of mean and std: another processor sums in another order
 LONGEST_LINE = 2**20  # bytes at a log's end in which a line that was cut short is looked for
 SETTINGS = {"dataset", "method", "reg", "accumulate"}  # some that the first row of every run has
-PLACES = ("dataset", "data_dir")  # settings that say where the data lie: see `other_data` for what they are
+PLACES = ("dataset", "data_dir", "init")  # settings that say where something lies: `other_data` compares what data hold
 EARLIER = {  # settings that runs of earlier versions do not name, with their values
     "optimizer": "lars",
     "tau_end": 1.0,
     "jitter": 1.0,
     "grey": 0.2,
+    "init": None,
+    "init_digest": None,
+    "prefix": None,
 }
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,7 @@ import data
 from harness import checkpoint, files, probes, processes
 from harness.errors import InputError, Stopped
 from harness.files import CKPT, EARLIER_ENCODER, ENCODER, LOG, RUN_FILES, WEIGHTS
+from harness.initial import begin_from, initial_digest, initial_encoder
 from harness.log import (
     EARLIER,
     PLACES,
@@ -59,8 +60,13 @@ class Run:
         self, folder: Path, cfg: Settings, images: data.Dataset, steps: int, flags: dict, accelerator: Accelerator
     ):
         """Claim the folder and read what it holds. InputError if that is another run, or if the folder is in use."""
-        self.folder, self.cfg, self.images, self.steps = folder, cfg, images, steps
+        self.folder, self.images, self.steps = folder, images, steps
         self.flags, self.accelerator = flags, accelerator
+        self._initial = initial_encoder(cfg)  # before the claim: a file that does not fit leaves no folder behind
+        with accelerator.main_process_first():
+            self.lock = claim(folder) if accelerator.is_main_process else None
+            self._tensors, self._stored = stored_state(folder)
+        self.cfg = cfg = replace(cfg, init_digest=initial_digest(self._initial, cfg, self._stored))
         self.steps_per_epoch = steps // cfg.epochs
         self.view = images.view(cfg.eval_crop)
         self.split = "holdout" if cfg.holdout else "test"
@@ -68,9 +74,6 @@ class Run:
         self.timm_config = checkpoint.timm_config(asdict(cfg), self.view, in_files)
         self.description = {"settings": asdict(cfg), "view": self.view, "data": contents(images, cfg.holdout)}
         self.description |= {"steps": steps, **provenance()}
-        with accelerator.main_process_first():
-            self.lock = claim(folder) if accelerator.is_main_process else None
-            self._tensors, self._stored = stored_state(folder)
         self.whole_epochs, self.step = position(self.description, self._stored, folder)
         processes.agree(accelerator, **asdict(cfg), view=self.view, steps=steps, step=self.step)
         self.sums, self.numbers, self.collapsed_epochs = {}, {}, 0
@@ -82,11 +85,13 @@ class Run:
     # -----------------------------------------------------------------------------------------------------------------
 
     def restore(self, training) -> None:
-        """Bring a training to the state that the folder holds, if any, and the data to the device."""
+        """Bring a training to the folder's state, or to the weights of --init, and the data to the device."""
         self.network, self.optimizer = training.network, training.optimizer
         if self._tensors:
             self.sums = restore_state(self._tensors, self._stored, self.network, self.optimizer, self.accelerator)
-        self._tensors = None  # three times as large as the network
+        elif self._initial:
+            begin_from(self._initial, self.network)
+        self._tensors = self._initial = None  # the first are three times as large as the network
         device, images = self.accelerator.device, self.images
         self.train, self.test = images.train.to(device), images.test.to(device)
         shares_images = images.pretraining is images.train
@@ -210,8 +215,13 @@ class Run:
         spread = std * self.cfg.out_dim**0.5  # 1 where they fill the sphere
         self.collapsed_epochs = probes.warn_of_collapse(spread, self.collapsed_epochs)
 
+    @property
+    def start(self) -> str:
+        """What the rows of the network before its first step are called."""
+        return "init" if self.cfg.init else "untrained"
+
     def wants_floors(self) -> bool:
-        """Whether the untrained network and the pixels are judged now: before the first step, on a small bank."""
+        """Whether the network and the pixels are judged now: before the first step, on a small bank."""
         is_judged = self.cfg.eval_every > 0
         return self.step == 0 and is_judged and probes.floors_are_cheap(self.train, self.test, self.images.size)
 
@@ -220,7 +230,7 @@ class Run:
         if self.log_file is None or self.has_warned or 3 * self.step < self.steps:
             return
         latest = {row["of"]: row for row in read_rows(self.folder) if "of" in row}
-        floors = {of: latest[of]["top1"] for of in ("untrained", "pixels") if of in latest}
+        floors = {of: latest[of]["top1"] for of in (self.start, "pixels") if of in latest}
         fault = probes.poor_features(latest["online"]["top1"], floors, latest["representations"]["rank"])
         if fault:
             self.has_warned = True
@@ -371,9 +381,18 @@ def differences(settings: dict, stored: dict) -> list[str]:
     settings, stored = as_json(settings), EARLIER | stored
     faults = []
     for name in sorted(settings.keys() | stored.keys()):
-        if name not in PLACES and settings.get(name) != stored.get(name):
+        if name in PLACES or settings.get(name) == stored.get(name):
+            continue
+        if name == "init_digest":
+            faults.append(f"--init {with_digest(settings)} (it was {with_digest(stored)})")
+        else:
             faults.append(f"--{name} {settings.get(name)} (it was {stored.get(name)})")
     return faults
+
+
+def with_digest(settings: dict) -> str:
+    """Name the weights that a run begins from: two files may have the same name."""
+    return f"{settings['init']} [{settings['init_digest']}]" if settings["init"] else "None"
 
 
 def provenance() -> dict:
@@ -425,7 +444,7 @@ def start_log(folder: Path, description: dict, whole_epochs: int, step: int, acc
     for name in PLACES:
         place = description["settings"][name]
         first_place = rows[0].get("settings", {}).get(name, place)
-        if not same_place(place, first_place):
+        if place != first_place and not same_place(place, first_place):
             print(f"{name}: {place} (it was {first_place}); it holds the same", file=sys.stderr)
     return log
 

@@ -24,7 +24,8 @@ import data
 import models
 from harness import augment, pictures, processes
 from harness.errors import InputError
-from harness.files import RUN_FILES
+from harness.files import CKPT, EARLIER_ENCODER, ENCODER, RUN_FILES, WEIGHTS, weights_file
+from harness.formats import read_tensors
 
 NOT_SETTINGS = ("out", "save_every", "resume", "tracker", "workers")  # flags that change nothing in what a run computes
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what --weight weighs
@@ -67,6 +68,9 @@ class Settings:
     tau_end: float
     jitter: float  # part of BYOL's strength
     grey: float
+    init: str | None  # where the weights lie that the encoder begins from
+    prefix: str | None
+    init_digest: str | None = None  # of these weights; known once they are read, see `run.Run`
 
     @property
     def term(self) -> str | None:
@@ -92,6 +96,8 @@ def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
         raise InputError("--reg_on predictor: simclr has none; take encoder, projector or both")
     if flags["resume"] == "never" and any((folder / name).exists() for name in RUN_FILES):
         raise InputError(f"--out {folder}: already holds a run; name another folder, or take --resume auto")
+    if flags["init"] and not (folder / CKPT).exists():  # a run that goes on has its own weights
+        refuse_unreadable_weights(flags["init"])
     tracker = flags["tracker"]
     if tracker != "none" and find_spec(tracker) is None:
         raise InputError(f"--tracker {tracker}: is not installed; pip install {tracker}")
@@ -115,8 +121,27 @@ def run_name(flags: dict, defaults: dict) -> str:
     for name, value in flags.items():
         if value != defaults[name] and name not in unnamed:
             text = "+".join(value) if isinstance(value, tuple) else str(value)
+            text = name_of_weights(text) if name == "init" else text
             parts.append(name + text)
     return re.sub(r"[^\w.+-]+", "_", "-".join(parts))[:200]
+
+
+def refuse_unreadable_weights(path: str) -> None:
+    """Raise InputError for weights that are not there, or cannot be read."""
+    place = os.path.expanduser(path)
+    if not os.path.exists(place):
+        raise InputError(f"--init {path}: no such file")
+    read_tensors(weights_file(place))
+
+
+def name_of_weights(path: str) -> str:
+    """Name weights in the name of a run: by the run that they are of, or by their file without its endings."""
+    place = Path(path).expanduser().resolve()
+    if place.name in (CKPT, EARLIER_ENCODER, Path(WEIGHTS).name):
+        place = place.parent
+    elif not place.is_dir():
+        return place.name.partition(".")[0]
+    return place.parent.name if place.name == ENCODER else place.name
 
 
 def refuse_idle_flags(flags: dict, defaults: dict) -> None:
@@ -136,6 +161,8 @@ def refuse_idle_flags(flags: dict, defaults: dict) -> None:
     for name, other in idle_beside.items():
         if flags[name] != defaults[name]:
             raise InputError(f"--{name} {flags[name]}: has no effect with --{other} {flags[other]}")
+    if flags["prefix"] and not flags["init"]:
+        raise InputError(f"--prefix {flags['prefix']}: has no effect without --init")
 
 
 def refuse_unwritable(folder: Path) -> None:
@@ -271,6 +298,7 @@ def resolve_images(values: dict, flags: dict, images: data.Dataset) -> Settings:
     values["blur_p"] = images.blur_p if flags["blur_p"] is None else (flags["blur_p"], flags["blur_p"])
     if not images.classes:
         values["eval_every"] = 0
+    values["init_digest"] = None
     return Settings(**{field.name: values[field.name] for field in fields(Settings)})
 
 
@@ -281,7 +309,9 @@ def resolve_images(values: dict, flags: dict, images: data.Dataset) -> Settings:
 
 def announcement(cfg: Settings, flags: dict, layers: dict[str, Tensor], accelerator: Accelerator) -> list[str]:
     """Write the objective, the numbers in force with their sources, and how processes share a batch: lines."""
-    return [*formula(cfg, layers), *left_out(cfg, flags), *numbers_in_force(cfg, flags), *sharing(cfg, accelerator)]
+    begins_from = [f"encoder: begins from {cfg.init}"] if cfg.init else []
+    lines = [*formula(cfg, layers), *left_out(cfg, flags), *begins_from]
+    return [*lines, *numbers_in_force(cfg, flags), *sharing(cfg, accelerator)]
 
 
 def formula(cfg: Settings, layers: dict[str, Tensor]) -> list[str]:
