@@ -232,7 +232,12 @@ class RunLog:
         return values
 
     def score(self, stage: str) -> float | None:
-        """Return the last top-1 accuracy (%) by the protocol of knn_eval, at k = 20, or linear_eval; None without one.
+        """Return the last top-1 accuracy (%) by the protocol of knn_eval, at k = 20, or of linear_eval, if any."""
+        row = self.score_row(stage)
+        return row["top1"] if row else None
+
+    def score_row(self, stage: str) -> dict | None:
+        """Return the row with that accuracy; None without one.
 
         Variants of the protocol do not count, nor do rows of a run that was still under way. Where knn_eval has not
         been run, the online k-NN of the last epoch is the same number.
@@ -244,22 +249,22 @@ class RunLog:
             wanted |= {"of": "trained", "k": 20, "temperature": 0.07}
         else:
             wanted |= {"features": "augmented"}
-        score = self._last_top1(wanted)
-        if score is None and stage == "knn_eval":
+        row = self._last_row(wanted)
+        if row is None and stage == "knn_eval":
             online = {"stage": "pretrain", "of": "online", "split": "test", "k": 20}
             online["epoch"] = settings["epochs"]
-            score = self._last_top1(online)
-        return score
+            row = self._last_row(online)
+        return row
 
-    def _last_top1(self, wanted: dict) -> float | None:
-        """Return the accuracy in the last row of a finished training that has all the wanted values."""
+    def _last_row(self, wanted: dict) -> dict | None:
+        """Return the last row of a finished training that has all the wanted values."""
         epochs, own_place = self.settings["epochs"], self.settings["dataset"]
         for row in reversed(self.rows):
             is_finished = row.get("trained_epochs", epochs) == epochs
             in_fp32 = row.get("precision", "no") == "no"  # rows of old versions, all in fp32, do not say
             on_own_data = row.get("own_data", same_place(row.get("dataset", own_place), own_place))
             if is_finished and in_fp32 and on_own_data and all(row.get(key) == value for key, value in wanted.items()):
-                return row["top1"]
+                return row
         return None
 
 

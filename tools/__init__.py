@@ -2,6 +2,7 @@
 
     figures      the paper's figures and tables, drawn from run folders (groups, table and paper are its parts)
     reproduce    the paper's runs on CIFAR-10, one after the other, stopped and continued at any point
+    export       a trained encoder as a folder for the Hugging Face Hub, with its model card
     bench        what each part costs beside what a user would otherwise use
     trial        runs that are killed at random moments and have to end in the same bits
     fingerprint  digests of what six short runs compute, to compare before and after a change of the code
