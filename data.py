@@ -121,7 +121,7 @@ def hold_out(dataset: Dataset) -> Dataset:
     if not remaining.all():
         empty = int(remaining.argmin())
         n = int((labels == empty).sum())
-        raise InputError(f"--holdout: class {dataset.classes[empty]} would keep none of its {n} training images")
+        raise InputError(f"hold-out: class {dataset.classes[empty]} would keep none of its {n} training images")
     kept_train = train.rows(kept)
     pretraining = kept_train if dataset.pretraining is train else dataset.pretraining
     return replace(dataset, pretraining=pretraining, train=kept_train, test=train.rows(held))

@@ -35,7 +35,7 @@ def knn_eval(
     floors: Annotated[bool, "judge an untrained network and pixels, too; None = up to 10,000 images"] | None = None,
     **shared,
 ):
-    """Print the top-1 and top-5 accuracy (%) of a weighted k-NN vote on the features of a checkpoint."""
+    """Print the accuracy (%) of a weighted k-NN vote on the features of a checkpoint."""
     accelerator = processes.start()
     judged = judging.open_judged(accelerator, ckpt, shared)
     train = judged.images.train.to(accelerator.device)
@@ -76,10 +76,10 @@ def nearest_neighbours(
 def vote(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: tuple[int, ...], temperature: float
 ) -> dict[int, dict[str, float]]:
-    """Accuracy in percent, {k: {"top1": ..., "top5": ...}}, of the vote of the k rows of the bank nearest by cosine.
+    """Accuracy in percent, {k: {"top1": ..., ...}}, of the vote of the k rows of the bank nearest by cosine.
 
     bank (n, d), queries (m, d): features, rows of any length; bank_labels (n,), labels (m,): classes from 0. k is
-    clipped to n. Of classes with equal votes the lower comes first; a class without a vote has no rank.
+    clipped to n. Of classes with equal votes the lower comes first; a class without a vote is a miss.
     """
     classes = int(max(bank_labels.max(), labels.max())) + 1
     clipped = [min(neighbours, len(bank)) for neighbours in k]
@@ -94,24 +94,9 @@ def vote(
             votes = weight.new_zeros(len(truth), classes)
             voted = bank_labels[voters[:, :neighbours]]
             votes.scatter_add_(1, voted, weight[:, :neighbours])
-            ranks[neighbours].append(rank_of(truth, votes))
-    return {neighbours: accuracy(torch.cat(parts)) for neighbours, parts in ranks.items()}
-
-
-def rank_of(truth: Tensor, votes: Tensor) -> Tensor:
-    """Rank from 0 of the true classes (b,) by their votes (b, classes); 5 or more, a miss, for one without a vote."""
-    classes = votes.shape[1]
-    index = torch.arange(classes, device=votes.device)
-    won = votes.gather(1, truth[:, None])
-    is_tied_before = (votes == won) & (index < truth[:, None])
-    rank = ((votes > won) | is_tied_before).sum(1)
-    has_no_vote = won[:, 0] == 0
-    return rank.masked_fill(has_no_vote, max(classes, 5))
-
-
-def accuracy(ranks: Tensor) -> dict[str, float]:
-    """Percent of the queries whose true class is first, or among the first five."""
-    return {"top1": judging.percent(ranks < 1), "top5": judging.percent(ranks < 5)}
+            votes[votes == 0] = -torch.inf
+            ranks[neighbours].append(judging.rank_of(truth, votes))
+    return {neighbours: judging.accuracy(torch.cat(parts), labels) for neighbours, parts in ranks.items()}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from data import Split
 from harness import cli, judging, processes
 from harness.augment import normalise
 from harness.errors import InputError
-from harness.judging import Judged
+from harness.judging import Judged, accuracy, rank_of
 from harness.log import emit
 
 LR = 0.2  # per 256 images, Appendix D
@@ -44,7 +44,7 @@ def linear_eval(
     cached: Annotated[bool, "train on features of the evaluation view, in place of crops and flips"] = False,
     **shared,
 ):
-    """Print the top-1 and top-5 accuracy (%) of a linear classifier trained on the frozen features of a checkpoint."""
+    """Print the accuracy (%) of a linear classifier trained on the frozen features of a checkpoint."""
     if sweep and lr:
         raise InputError(f"--lr {lr}: has no effect with --sweep")
     accelerator = processes.start()
@@ -65,10 +65,10 @@ def linear_eval(
     test = ready(judged, images.test, cached=True)
     with judging.unchanged(judged.encoder):
         classifier = fit(judged, train, {lr: row}, **hyper)[lr]
-    scores = accuracy(classifier(test.images), test.labels)  # .images holds features: see `ready`
+    ranks = rank_of(test.labels, classifier(test.images))  # .images holds features: see `ready`
     protocol = {**hyper, "lr": lr, "swept": sweep, "train": len(train.labels), "test": len(test.labels)}
     row["epoch"] = epochs
-    emit(row | scores | protocol | judged.columns, judged.log)
+    emit(row | accuracy(ranks, test.labels) | protocol | judged.columns, judged.log)
 
 
 def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyper: dict) -> float:
@@ -78,7 +78,7 @@ def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyp
     rows = {rate: {**row, "sweep": rate} for rate in SWEEP}
     top1_of = {}  # not of a rate that diverged
     for rate, classifier in fit(judged, train, rows, **hyper).items():
-        scores = accuracy(classifier(held_out.images), held_out.labels)
+        scores = accuracy(rank_of(held_out.labels, classifier(held_out.images)), held_out.labels)
         result = {**rows[rate], "epoch": hyper["epochs"], **scores, "split": "holdout"}
         emit(result, judged.log)
         top1_of[rate] = scores["top1"]
@@ -174,14 +174,6 @@ def feature_batches(
         features = accelerator.gather(features)
         labels = accelerator.gather(labels)
         yield features[:length], labels[:length]  # shares are equal in length: rows past the end repeat
-
-
-@torch.no_grad()
-def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent of logits (n, classes)."""
-    best = logits.topk(min(5, logits.shape[1])).indices
-    is_right = best == labels[:, None]
-    return {"top1": judging.percent(is_right[:, 0]), "top5": judging.percent(is_right.any(1))}
 
 
 if __name__ == "__main__":

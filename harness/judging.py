@@ -3,14 +3,16 @@
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 import data
 import models
@@ -61,8 +63,11 @@ def open_judged(accelerator: Accelerator, ckpt: str, flags: dict) -> Judged:
     if flags["eval_crop"]:
         view["crop"] = flags["eval_crop"]
     name = dataset or settings["dataset"]
+    images = with_labels(images, flags["labels"])
     columns = {"net": flags["net"], "eval_crop": view["crop"], "trained_epochs": description.get("epoch")}
     columns |= {"dataset": name, "split": "test", "precision": accelerator.mixed_precision}
+    if flags["labels"] < 1:
+        columns["labels"] = flags["labels"]
     if flags["model"]:
         columns |= foreign_columns(ckpt, settings, view, name, has_mean=flags["mean"] is not None)
     else:
@@ -87,6 +92,7 @@ def shared_flags(
     std: Annotated[str, "likewise; --mean 0 --std 1 changes nothing"] | None = None,
     net: Annotated[Literal["online", "target"], "the network that is judged"] = "online",
     eval_crop: Annotated[float, "> 0", "<= 1", "part of the side the view keeps; None = as in training"] | None = None,
+    labels: Annotated[float, "> 0", "<= 1", "part of each class's training images to learn from; a fixed draw"] = 1.0,
     skip_broken: Annotated[bool, "leave out pictures that cannot be read; done in any case if training did"] = False,
     workers: Annotated[int, ">= 0", "processes that read pictures ahead; None = as in pretrain.py"] | None = None,
 ) -> dict:
@@ -261,12 +267,63 @@ def place_of(name: str, recorded: str) -> str:
     return DEFAULT_DATA_DIR
 
 
+def with_labels(images: data.Dataset, part: float) -> data.Dataset:
+    """Keep this part of each class's training images, always the same ones; those of a smaller part are among them.
+
+    The hold-out of --sweep is as much smaller. InputError if a class would be left without an image.
+    """
+    if part == 1:
+        return images
+    labels = images.train.labels
+    counts = labels.bincount(minlength=len(images.classes)).tolist()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    by_class = order[labels[order].argsort(stable=True)].split(counts)
+    kept = []
+    for name, rows in zip(images.classes, by_class):
+        n = round(part * len(rows))
+        if n == 0:
+            enough = math.ceil(1e4 / min(counts)) / 1e4
+            raise InputError(
+                f"--labels {part:g}: class {name} would keep none of its {len(rows)} training images; "
+                f"{enough:g} keeps one of each class"
+            )
+        kept.append(rows[:n])
+    train = images.train.rows(torch.cat(kept).sort().values)
+    per_class = images.holdout or data.IMAGENET_HOLDOUT / len(images.classes)
+    return replace(images, train=train, holdout=max(1, round(part * per_class)))
+
+
 # ---- Scores ----------------------------------------------------------------------------------------------------------
 
 
-def percent(is_right: torch.Tensor) -> float:
-    """Percent of a mask (n,) that is true, to 4 digits; counted in whole numbers, as mps has no float64."""
-    return round(100 * (is_right.sum().item() / len(is_right)), 4)
+@torch.no_grad()
+def rank_of(truth: Tensor, scores: Tensor) -> Tensor:
+    """Ranks from 0 (n,) of the true classes (n,) by scores (n, classes); of equal scores the lower class comes first.
+
+    A true class whose score is -inf or NaN is a miss: its rank is 5 or more.
+    """
+    classes = scores.shape[1]
+    index = torch.arange(classes, device=scores.device)
+    score = scores.gather(1, truth[:, None])
+    is_tied_before = (scores == score) & (index < truth[:, None])
+    rank = ((scores > score) | is_tied_before).sum(1)
+    is_scored = score[:, 0] > -math.inf
+    return rank.masked_fill(~is_scored, max(classes, 5))
+
+
+def accuracy(ranks: Tensor, labels: Tensor) -> dict[str, float]:
+    """Percent, to 4 digits, of the images whose true class, of `labels` (n,), has rank 0, or is among the first five.
+
+    "balanced" is the mean over classes of the first; classes without an image do not count. Counted in whole numbers,
+    as mps has no float64.
+    """
+    n = len(labels)
+    first, among_five = ((ranks < places).sum().item() for places in (1, 5))
+    counts = labels.bincount().tolist()
+    first_by_class = labels[ranks < 1].bincount(minlength=len(counts)).tolist()
+    recalls = [right / count for right, count in zip(first_by_class, counts) if count]
+    parts = {"top1": first / n, "top5": among_five / n, "balanced": fmean(recalls)}
+    return {name: round(100 * part, 4) for name, part in parts.items()}
 
 
 def note_divergence(rate: float, epoch: int, of_rates: int, all_diverged: bool) -> None:

@@ -239,11 +239,11 @@ class RunLog:
     def score_row(self, stage: str) -> dict | None:
         """Return the row with that accuracy; None without one.
 
-        Variants of the protocol do not count, nor do rows of a run that was still under way. Where knn_eval has not
-        been run, the online k-NN of the last epoch is the same number.
+        Variants of the protocol do not count, such as --labels, nor do rows of a run that was still under way. Where
+        knn_eval has not been run, the online k-NN of the last epoch is the same number.
         """
         settings = self.settings
-        wanted = {"stage": stage, "split": "test", "net": "online"}
+        wanted = {"stage": stage, "split": "test", "net": "online", "labels": None}
         wanted["eval_crop"] = settings["eval_crop"]
         if stage == "knn_eval":
             wanted |= {"of": "trained", "k": 20, "temperature": 0.07}

@@ -25,6 +25,7 @@ def test_vote_is_the_one_written_by_hand():
         assert list(scores) == [1, 20, 300]
         for k, score in scores.items():
             right = {1: 0, 5: 0}
+            of_class = {label: [] for label in labels.tolist()}
             for query, label in zip(queries.double(), labels.tolist()):
                 similarity = torch.nn.functional.cosine_similarity(query[None], bank.double())
                 nearest = similarity.argsort(descending=True)[:k].tolist()
@@ -34,7 +35,11 @@ def test_vote_is_the_one_written_by_hand():
                 order = sorted((c for c in votes if votes[c] > 0), key=lambda c: (-votes[c], c))
                 for n in right:
                     right[n] += label in order[:n]
-            assert score == {f"top{n}": pytest.approx(100 * right[n] / 40, abs=1e-3) for n in right}, (k, temperature)
+                of_class[label].append(label in order[:1])
+            expected = {f"top{n}": 100 * right[n] / 40 for n in right}
+            recalls = [sum(found) / len(found) for found in of_class.values()]
+            expected["balanced"] = 100 * sum(recalls) / len(recalls)
+            assert score == pytest.approx(expected, abs=1e-3), (k, temperature)
 
 
 @pytest.mark.parametrize("tile", [(7, 9), (512, 30), (1, 1)])
@@ -63,10 +68,11 @@ def test_online_vote_is_dinos(photos):
 
 def test_vote_on_few_classes_and_images():
     bank = torch.eye(2)
-    assert vote(bank, torch.tensor([0, 1]), bank, torch.tensor([0, 1]), (20,), 0.07) == {
-        2: {"top1": 100.0, "top5": 100.0}
-    }
-    assert vote(bank, torch.tensor([0, 1]), bank, torch.tensor([1, 0]), (1,), 0.07) == {1: {"top1": 0.0, "top5": 0.0}}
+    for labels, part in (([0, 1], 100.0), ([1, 0], 0.0)):
+        scores = {"top1": part, "top5": part, "balanced": part}
+        assert vote(bank, torch.tensor([0, 1]), bank, torch.tensor(labels), (1,), 0.07) == {1: scores}
+    scores = {"top1": 100.0, "top5": 100.0, "balanced": 100.0}
+    assert vote(bank, torch.tensor([0, 1]), bank, torch.tensor([0, 1]), (20,), 0.07) == {2: scores}
 
 
 @pytest.mark.parametrize("file", ["ckpt.safetensors", "encoder"])

@@ -8,9 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import knn_eval
-import linear_eval
 import pretrain
-from harness import neighbours, probes, processes, settings
+from harness import judging, neighbours, probes, processes, settings
 from harness.cli import defaults
 
 
@@ -42,9 +41,11 @@ def test_a_vote_and_accuracies(on_mps):
     bank, queries = torch.eye(6), torch.eye(6)[:4]
     with WithoutFloat64():
         scores = knn_eval.vote(bank, torch.arange(6), queries, torch.tensor([0, 1, 2, 5]), (1, 6), 0.07)
-        linear = linear_eval.accuracy(bank[:3] - torch.arange(6) / 100, torch.tensor([0, 1, 5]))
-    assert scores == {k: {"top1": 75.0, "top5": 75.0} for k in (1, 6)}  # of equal votes the lower class is first
-    assert linear == {"top1": 66.6667, "top5": 66.6667}
+        labels = torch.tensor([0, 1, 5])
+        linear = judging.accuracy(judging.rank_of(labels, bank[:3] - torch.arange(6) / 100), labels)
+    three_of_four = {"top1": 75.0, "top5": 75.0, "balanced": 75.0}
+    assert scores == {k: three_of_four for k in (1, 6)}  # of equal votes the lower class is first
+    assert linear == {"top1": 66.6667, "top5": 66.6667, "balanced": 66.6667}
 
 
 @pytest.mark.parametrize("flags", [{}, {"reg": "amhe"}, {"reg": "uniform"}, {"method": "simclr"}], ids=str)

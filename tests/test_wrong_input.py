@@ -126,6 +126,10 @@ JUDGES = {
     "good.safetensors --dataset broken": "broken/train/a/1.png: not a picture that can be read",
     "good.safetensors --data_dirr x": "--data_dirr: no such flag; did you mean --data_dir?",
     "good.safetensors other.safetensors": "other.safetensors: a stray word",
+    "good.safetensors --labels 0": "--labels 0: expected a number > 0 and <= 1",
+    "good.safetensors --labels 1.01": "--labels 1.01: expected a number > 0 and <= 1",
+    "good.safetensors --labels 0.001 --dataset photos": "--labels 0.001: class astronaut would keep none of its 200 "
+    "training images; 0.005 keeps one of each class",
     "good.safetensors --eval_crop 1.5": "--eval_crop 1.5: expected a number > 0 and <= 1",
 }
 KNN = {

@@ -48,7 +48,7 @@ import data
 import linear_eval
 import models
 from data import two_views
-from harness import cli, processes
+from harness import cli, judging, processes
 from harness.augment import DRAWS_PER_IMAGE, crop_flip, normalise
 from harness.errors import InputError
 from harness.log import emit
@@ -707,7 +707,7 @@ def linear(accelerator: Accelerator) -> Iterator[Contest]:
             return LogisticRegression(max_iter=steps).fit(train_rows, train_labels)
 
     logits = ours()(test.images)
-    top1 = linear_eval.accuracy(logits, test.labels)["top1"]
+    top1 = judging.accuracy(judging.rank_of(test.labels, logits), test.labels)["top1"]
     name, steps, score = "scikit-learn, LogisticRegression", 50, 0.0
     while is_installed("scikit-learn") and score < top1 and steps < 6400:
         steps *= 2
