@@ -20,7 +20,7 @@ from data import Split
 from harness import cli, judging, processes
 from harness.log import emit
 from harness.neighbours import finest, nearest
-from harness.probes import floors_are_cheap
+from harness.probes import floors_are_cheap, geometry
 
 DEFAULT_K = (10, 20, 100, 200)
 QUERIES_AT_ONCE = 512  # queries in one chunk of the vote
@@ -35,7 +35,7 @@ def knn_eval(
     floors: Annotated[bool, "judge an untrained network and pixels, too; None = up to 10,000 images"] | None = None,
     **shared,
 ):
-    """Print the accuracy (%) of a weighted k-NN vote on the features of a checkpoint."""
+    """Print the accuracy (%) of a weighted k-NN vote on the features of a checkpoint, and how these are spread."""
     accelerator = processes.start()
     judged = judging.open_judged(accelerator, ckpt, shared)
     train = judged.images.train.to(accelerator.device)
@@ -51,9 +51,10 @@ def knn_eval(
     protocol = {"temperature": temperature, **sizes}
     for of, encoder in encoders.items():
         scores_by_k = nearest_neighbours(encoder, train, test, judged.view, accelerator, k, temperature)
+        spread = geometry(encoder, judged.images, judged.view, accelerator.device)
         for neighbours, scores in scores_by_k.items():
             row = {"stage": "knn_eval", "of": of, "k": neighbours}
-            emit(row | scores | protocol | judged.columns, judged.log)
+            emit(row | scores | spread | protocol | judged.columns, judged.log)
 
 
 def nearest_neighbours(

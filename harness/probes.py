@@ -14,9 +14,10 @@ import models
 from harness import processes
 from harness.errors import InputError
 from harness.files import CKPT
-from regularizers import mhe, uniformity
+from regularizers import alignment, mhe, uniformity
 
 PROBED_IMAGES = 256
+PAIRS_AT_ONCE = 64  # images whose two views are made together
 COLLAPSED = 0.1  # below this part of a full sphere's spread, projections are nearly one point
 COLLAPSED_EPOCHS = 3  # in a row, before it is a warning
 FLOORS_UP_TO = 10_000  # images in the largest bank for which the floors of a k-NN are judged unasked
@@ -33,20 +34,64 @@ def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[st
 
     The energy is `mhe` of the rows that a residual block's outputs are, averaged over their maps, at s = 0: at s = 2
     two images that look the same would outweigh all others. G2 is the mean of exp(-2 |x - y|^2) over pairs of the
-    encoder's normalised features, Appendix A.2: its logarithm is Eq. 2. The rank is their effective rank.
+    encoder's normalised features, Appendix A.2: its logarithm is Eq. 2. Rank and uniformity are as in `spread`.
     """
-    n = len(test.labels)
-    rows = torch.linspace(0, n - 1, min(PROBED_IMAGES, n)).long()
-    sample = test.rows(rows.to(test.labels.device))
+    sample = probed(test)
     blocks = embed_blocks(encoder, data.evaluation_views(sample, **view))
     features = models.embed(encoder, data.evaluation_views(sample, **view))
-    row = {"g2": uniformity(features).exp().item(), "rank": effective_rank(features)}
+    row = {"g2": uniformity(features).exp().item(), **spread(features)}
     for name, outputs in blocks.items():
         row[f"block/{name}"] = mhe(outputs, s=0).item()
     if row["g2"] > DEAD_G2:
         row["dead"] = True
         processes.say(f"WARNING: dead network: the encoder gives all images the same features. {REVIVE}")
     return row
+
+
+def geometry(encoder: nn.Module, images: data.Dataset, view: dict, device: torch.device) -> dict[str, float]:
+    """Measure, without labels, how an encoder's features of 256 images spread over a test set lie on the sphere.
+
+    `spread` of their evaluation views, and Eq. A.1 between the features of their two augmented views, which are those
+    of pre-training, always the same. The images are those of `representations`.
+    """
+    sample = probed(images.test).to(device)
+    row = spread(models.embed(encoder, data.evaluation_views(sample, **view)))
+    pairs = []
+    for crops, _, u in data.batches(sample, PAIRS_AT_ONCE, view["size"], seed=0, epochs=[1], drop_last=False):
+        views = data.two_views(crops, u, view["mean"], view["std"], images.blur_p, images.solarise_p)
+        pairs.append(models.embed(encoder, views).chunk(2))
+    x, y = map(torch.cat, zip(*pairs))
+    return {**row, "alignment": alignment(x, y).item()}
+
+
+def probed(test: data.Split) -> data.Split:
+    """Return 256 images spread over a split, or all of a smaller one."""
+    n = len(test.labels)
+    rows = torch.linspace(0, n - 1, min(PROBED_IMAGES, n)).long()
+    return test.rows(rows.to(test.labels.device))
+
+
+def spread(features: Tensor) -> dict[str, float]:
+    """Effective rank of features (n, d), their uniformity, Eq. 2, and this as a share of `uniform_floor`.
+
+    The share is 0 for one point and about 1 for uniform points; few points that repel each other exceed 1.
+    """
+    value = uniformity(features).item()
+    share = max(0.0, value / uniform_floor(features.shape[1]))  # of one point it would be -0.0
+    return {"rank": effective_rank(features), "uniformity": value, "uniformity_share": share}
+
+
+def uniform_floor(d: int) -> float:
+    """Eq. 2 for points uniform on the sphere in d dimensions: -0.69 in one dimension, towards -4 in many.
+
+    log E exp(-2 |x - y|^2) = -4 + log E exp(4 c), c the cosine of two points. The last mean is the series
+    0F1(; d / 2; 4) = sum over k of 4^k / (k! (d / 2) (d / 2 + 1) ... (d / 2 + k - 1)).
+    """
+    term = total = 1.0
+    for k in range(1, 40):  # by then a term is below 1e-60
+        term *= 4 / (k * (d / 2 + k - 1))
+        total += term
+    return math.log(total) - 4
 
 
 def embed_blocks(encoder: nn.Module, views: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from test_readme import REPRODUCE, ROWS
@@ -44,7 +45,8 @@ def write_run(folder, seed=0, scores=(60.0, 70.0), linear=None, **changes):
         where = {"stage": "pretrain", "epoch": epoch, "step": 10 * epoch}
         means = {"loss": 1.0, "uniformity": -2.0 - seed, "alignment": 0.5, "energy": 1.6 / epoch, "images_per_s": 100.0}
         rows += [{**where, **means}, {**where, "of": "online", "split": "test", "k": 20, "top1": top1}]
-        rows += [{**where, "of": "representations", "g2": 0.1, "block/layer1.0": 0.9, "block/layer1.1": 0.8}]
+        measured = {"g2": 0.1, "rank": 10.0 * epoch + seed, "uniformity_share": 0.5 + seed / 10}
+        rows += [{**where, "of": "representations", **measured, "block/layer1.0": 0.9, "block/layer1.1": 0.8}]
     where = {"split": "test", "net": "online", "dataset": rows[0]["settings"]["dataset"], "eval_crop": 0.875}
     judged = {"stage": "knn_eval", "of": "trained", "temperature": 0.07, **where}
     rows += [{**judged, "k": 10, "top1": 1.0}, {**judged, "k": 20, "top1": scores[-1]}]
@@ -104,7 +106,10 @@ def test_g2_of_known_representations(monkeypatch):
     split = data.Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4))
     view = {"size": 8, "crop": 1.0, "mean": (0,) * 3, "std": (1,) * 3}
     row = representations(nn.Flatten(), split, view)
-    assert row == {"g2": pytest.approx((4 * math.exp(-4) + 2 * math.exp(-8)) / 6, rel=1e-5), "rank": pytest.approx(2)}
+    g2 = (4 * math.exp(-4) + 2 * math.exp(-8)) / 6
+    on_the_circle = math.log(scipy.special.i0(4)) - 4  # of uniform points
+    expected = {"g2": g2, "rank": 2, "uniformity": math.log(g2), "uniformity_share": math.log(g2) / on_the_circle}
+    assert row == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("features", [torch.zeros(4, 8), torch.ones(4, 8)])
@@ -114,7 +119,8 @@ def test_dead_representations_are_not_uniform(monkeypatch, capsys, features):
     split = data.Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4))
     view = {"size": 8, "crop": 1.0, "mean": (0,) * 3, "std": (1,) * 3}
     row = representations(nn.Flatten(), split, view)
-    assert row == {"g2": pytest.approx(1, abs=1e-6), "rank": pytest.approx(1), "dead": True}
+    expected = {"g2": 1, "rank": 1, "uniformity": 0, "uniformity_share": 0, "dead": True}
+    assert row == pytest.approx(expected, abs=1e-6)
     assert "WARNING: dead network: the encoder gives all images the same features" in capsys.readouterr().err
 
 
@@ -160,6 +166,8 @@ def test_table_is_numpys_mean_and_sample_standard_deviation(drawn, tmp_path):
     last = [top1 for _, top1 in scores]
     assert float(plain["k-NN"]) == pytest.approx(np.mean(last)) and plain["seeds"] == plain["k-NN n"] == "3"
     assert float(plain["k-NN std"]) == pytest.approx(np.std(last, ddof=1))
+    assert (float(plain["rank"]), float(plain["uniformity_share"])) == (21, pytest.approx(0.6))  # of the last epoch
+    assert float(plain["rank std"]) == 1 and "| 0.800 ± 0.000 | 21.0 ± 1.0 | 0.60 ± 0.10 | 100.0" in "\n".join(lines)
     assert float(plain["linear"]) == 81.5 and plain["linear n"] == "2" and plain["paper"] == ""
     of = ("5, g and q", "C.7, aMHE, s = 2", "C.8, BYOL-MHE, 1024")
     assert regularized["paper"] == "; ".join(f"91.64 ({row})" for row in of) and regularized["k-NN std"] == ""

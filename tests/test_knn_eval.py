@@ -84,6 +84,12 @@ def test_both_files_are_judged_alike(command, trained, file):
     assert code == 0 and [row["epoch"] for row in probe] == [1, 2, 3, 4, 4] and probe[-1]["features"] == "augmented"
     assert probe[-1]["top1"] > 40 and probe[-1]["top5"] == 100
     assert rows_of(trained)[-14:] == rows + probe
+    measured = [row for row in rows_of(trained) if row.get("of") == "representations"][-1]
+    for column in ("rank", "uniformity", "uniformity_share"):  # of the same images
+        values = [row[column] for row in rows]
+        assert values[0] == pytest.approx(measured[column], rel=1e-4)
+        assert [values.count(value) for value in values] == [3] * 9  # three encoders, each with three k
+    assert all(0 < row["alignment"] < 4 for row in rows)
 
 
 def test_every_name_of_a_run_leads_to_its_encoder_and_its_log(command, trained, monkeypatch):

@@ -1,8 +1,11 @@
 """What is measured beside the loss: effective rank, the floors of a run, and the warning of poor features."""
 
+import dataclasses
 import math
 
 import pytest
+import scipy.integrate
+import scipy.special
 import torch
 from conftest import rows_of
 from torch import nn
@@ -11,6 +14,7 @@ import data
 from harness import probes, settings
 from knn_eval import knn_eval
 from pretrain import pretrain
+from regularizers import uniformity
 
 
 def test_effective_rank_has_its_closed_forms():
@@ -30,6 +34,69 @@ def test_effective_rank_is_that_of_the_gram_matrix():
     expected = (-(shares * shares.log()).sum()).exp().item()
     assert probes.effective_rank(x) == pytest.approx(expected, rel=1e-5)
     assert probes.effective_rank(x.half() * 1e-3) == pytest.approx(expected, rel=1e-2)
+
+
+def test_the_floor_of_uniformity_has_its_closed_forms():
+    """Two points, the circle, the sphere; many dimensions, in which all cosines are 0."""
+    closed = {1: (1 + math.exp(-8)) / 2, 2: scipy.special.i0(4) * math.exp(-4), 3: math.sinh(4) / 4 * math.exp(-4)}
+    for d, potential in closed.items():
+        assert probes.uniform_floor(d) == pytest.approx(math.log(potential), rel=1e-12)
+    assert probes.uniform_floor(10**9) == pytest.approx(-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("d", [2, 5, 64, 512])
+def test_the_floor_of_uniformity_is_its_integral(d):
+    """Over the angle of two uniform points, whose density is sin^(d - 2)."""
+    density, _ = scipy.integrate.quad(lambda t: math.sin(t) ** (d - 2), 0, math.pi, points=[math.pi / 2])
+    weighted, _ = scipy.integrate.quad(
+        lambda t: math.sin(t) ** (d - 2) * math.exp(-2 * (2 - 2 * math.cos(t))), 0, math.pi, points=[math.pi / 2]
+    )
+    assert probes.uniform_floor(d) == pytest.approx(math.log(weighted / density), rel=1e-9)
+
+
+@pytest.mark.parametrize("d", [1, 3, 16, 512])
+def test_the_share_of_uniform_points_is_one(d):
+    x = torch.randn(2000, d, generator=torch.Generator().manual_seed(d))
+    row = probes.spread(7 * x)
+    assert row["uniformity"] == pytest.approx(uniformity(x).item(), rel=1e-5)
+    assert row["uniformity_share"] == pytest.approx(1, abs=5e-3)
+
+
+def test_the_share_of_one_point_is_zero():
+    for x in (torch.ones(9, 4), torch.zeros(9, 4)):
+        share = probes.spread(x)["uniformity_share"]
+        assert share == pytest.approx(0, abs=1e-7) and math.copysign(1, share) == 1
+    opposite = probes.spread(torch.tensor([[0.0, 1.0], [0.0, -1.0]]))
+    assert opposite["uniformity_share"] == pytest.approx(-8 / probes.uniform_floor(2)) and opposite["rank"] == 1
+
+
+def test_geometry_is_that_of_256_images_and_their_two_views(photos):
+    """Pixels as features: the spread of the evaluation views, and Eq. A.1 by its definition in float64."""
+    view, cpu = photos.view(data.EVAL_CROP), torch.device("cpu")
+    state = torch.get_rng_state()
+    row = probes.geometry(nn.Flatten(), photos, view, cpu)
+    assert row == probes.geometry(nn.Flatten(), photos, view, cpu) and torch.equal(state, torch.get_rng_state())
+    sample = photos.test.rows(torch.linspace(0, 499, 256).long())
+    pixels = torch.cat([*data.evaluation_views(sample, **view)]).flatten(1)
+    assert {name: row[name] for name in ("rank", "uniformity", "uniformity_share")} == probes.spread(pixels)
+    distances = []
+    for crops, _, u in data.batches(sample, 64, 32, seed=0, epochs=[1], drop_last=False):
+        x, y = (v.flatten(1).double() for v in data.two_views(crops, u, photos.mean, photos.std))
+        distances += (2 - 2 * torch.cosine_similarity(x, y)).tolist()
+    assert len(distances) == 256 and row["alignment"] == pytest.approx(sum(distances) / 256, rel=1e-5)
+    own = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    assert probes.geometry(nn.Flatten(), photos, view | own, cpu)["alignment"] < row["alignment"] / 2
+    blurred = dataclasses.replace(photos, blur_p=(1.0, 1.0))  # as the set has it
+    assert probes.geometry(nn.Flatten(), blurred, view, cpu)["alignment"] < row["alignment"]
+
+
+def test_an_encoder_that_sees_nothing_is_aligned_and_one_point(photos):
+    class Blind(nn.Module):
+        def forward(self, x):
+            return torch.ones(len(x), 8)
+
+    row = probes.geometry(Blind(), photos, photos.view(data.EVAL_CROP), torch.device("cpu"))
+    assert row == pytest.approx({"rank": 1, "uniformity": 0, "uniformity_share": 0, "alignment": 0}, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What runs on the device makes no float64, which Apple's mps does not have."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -63,4 +65,5 @@ def test_a_training_step_and_what_is_measured(photos, monkeypatch, flags):
     with WithoutFloat64():
         terms, _ = pretrain.train_step(training, crops, u, 0.1, 0.99)
         probes.representations(nn.Flatten(), split, photos.view(0.875))
+        probes.geometry(nn.Flatten(), dataclasses.replace(photos, test=split), photos.view(0.875), split.labels.device)
     assert terms["loss"].isfinite()

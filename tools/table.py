@@ -15,9 +15,12 @@ from harness.probes import DEAD, DEAD_G2
 from tools.groups import groups, mean_and_std
 from tools.paper import is_row, paper_rows
 
-DIGITS = {"k-NN": 1, "linear": 1, "uniformity": 2, "alignment": 2, "energy": 3, "images_per_s": 1}
-OF_PROJECTIONS = ("uniformity", "alignment")
-HEADS = ("run", "data set", "seeds", "k-NN (%)", "linear (%)", "uniformity", "alignment", "energy", "images/s")
+OF_PROJECTIONS = {"uniformity": 2, "alignment": 2}  # columns, and their digits
+OF_FEATURES = {"rank": 1, "uniformity_share": 2}
+OF_EPOCHS = {**OF_PROJECTIONS, "energy": 3, **OF_FEATURES, "images_per_s": 1}
+DIGITS = {"k-NN": 1, "linear": 1, **OF_EPOCHS}
+HEADS = ("run", "data set", "seeds", "k-NN (%)", "linear (%)", "uniformity", "alignment", "energy")
+HEADS += ("features: rank", "features: uniformity share", "images/s")
 
 
 def table(runs: list[RunLog]) -> list[dict]:
@@ -48,16 +51,17 @@ def table(runs: list[RunLog]) -> list[dict]:
 def columns(group: list[RunLog]) -> dict[str, list[float]]:
     """Collect the numbers of a group of seeds, without those that a run does not have.
 
-    A dead network has accuracies, but no uniformity or alignment.
+    A dead network has accuracies, but its projections have no uniformity or alignment.
     """
     found = {
         "k-NN": [run.score("knn_eval") for run in group],
         "linear": [run.score("linear_eval") for run in group],
     }
-    for key in ("uniformity", "alignment", "energy", "images_per_s"):
+    for key in OF_EPOCHS:
         of_projections = key in OF_PROJECTIONS
+        of = "representations" if key in OF_FEATURES else None
         measured = [run for run in group if not (of_projections and is_dead(run))]
-        series = [list(run.series(key).values()) for run in measured]
+        series = [list(run.series(key, of).values()) for run in measured]
         found[key] = [values[-1] for values in series if values]
     return {key: [value for value in values if value is not None] for key, values in found.items()}
 
