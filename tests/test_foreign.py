@@ -329,8 +329,10 @@ def test_what_tensors_do_not_show_is_told(command, folder, tmp_path, monkeypatch
     code, (given,), err = command(knn_eval, "x.pth", *flags, "--mean", "0.5,0.5,0.5", "--std", "0.25")
     assert code == 0 and given["assumed"] == [stem] and normalised not in err
     assert (given["mean"], given["std"]) == ([0.5] * 3, [0.25] * 3)
-    pixels = inputs[0] * torch.tensor(row["std"])[:, None, None] + torch.tensor(row["mean"])[:, None, None]
-    torch.testing.assert_close(inputs[2], (pixels - 0.5) / 0.25, rtol=1e-4, atol=1e-5)
+    half = len(inputs) // 2  # bank, queries, and the views of the probe without labels, for each command
+    for own, of_flags in zip(inputs[:half], inputs[half:]):
+        pixels = own * torch.tensor(row["std"])[:, None, None] + torch.tensor(row["mean"])[:, None, None]
+        torch.testing.assert_close(of_flags, (pixels - 0.5) / 0.25, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
