@@ -233,7 +233,7 @@ def test_hold_out_is_of_the_training_set(photos):
     with pytest.raises(InputError, match="class astronaut would keep none of its 200 training images"):
         data.hold_out(dataclasses.replace(photos, holdout=200))
     last = dataclasses.replace(photos, holdout=None)
-    with pytest.raises(InputError, match="holdout"):
+    with pytest.raises(InputError, match="hold-out"):
         data.hold_out(last)  # 10,009 images are more than all
 
 
