@@ -115,8 +115,7 @@ def pretrain(
     """Pre-train an encoder by BYOL or SimCLR. None = the value of the recipe, printed before the first step."""
     flags = dict(locals())
     folder = settings.check(flags, cli.defaults(pretrain), RECIPES)  # before anything is read
-    log_with = None if tracker == "none" else tracker
-    accelerator = processes.start(accumulate, log_with=log_with, project_dir=folder)
+    accelerator = processes.start(accumulate, tracker, folder)
     cfg, images = settings.resolve(flags, RECIPES, accelerator)
     steps_per_epoch = len(images.pretraining.labels) // cfg.batch_size
     steps = steps_per_epoch * cfg.epochs
@@ -174,8 +173,7 @@ class Training:
 
 def build(cfg: Settings, images: data.Dataset, accelerator: Accelerator) -> Training:
     """Build a network with fresh weights, on its device, and its optimizer; LARS is that of Appendix B.2."""
-    method = models.METHODS[cfg.method]
-    network = method(cfg.model, cfg.stem, cfg.norm, cfg.hidden_dim, cfg.out_dim)
+    network = models.METHODS[cfg.method](cfg.model, cfg.stem, cfg.norm, cfg.hidden_dim, cfg.out_dim)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         models.with_norm(network, "sync")
     groups = parameter_groups(network, cfg.weight_decay)
@@ -208,8 +206,8 @@ def train_step(training: Training, crops: Tensor, u: Tensor, lr: float, tau: flo
     accelerator = training.accelerator
     for group in training.optimizer.param_groups:
         group["lr"] = lr
-    colours = {"jitter": cfg.jitter, "grey_p": cfg.grey}
-    v1, v2 = data.two_views(crops, u, images.mean, images.std, cfg.blur_p, images.solarise_p, **colours)
+    colours = (cfg.jitter, cfg.grey)
+    v1, v2 = data.two_views(crops, u, images.mean, images.std, cfg.blur_p, images.solarise_p, *colours)
     with accelerator.accumulate(training.parallel):
         outputs = training.parallel(v1, v2)
         terms = objective(cfg, training.layers, *outputs)

@@ -22,7 +22,7 @@ from harness.errors import InputError
 from harness.files import weights_file
 from harness.foreign import adopt
 from harness.log import contents, log_of, other_data, same_place
-from harness.sources import MAKERS, Channels
+from harness.sources import MAKERS, Channels, by_class
 
 FOREIGN_FLAGS = ("stem", "prefix", "mean", "std")  # of a file of another project alone: a run's file says all this
 DEFAULT_DATA_DIR = "data"
@@ -275,20 +275,19 @@ def with_labels(images: data.Dataset, part: float) -> data.Dataset:
     if part == 1:
         return images
     labels = images.train.labels
-    counts = labels.bincount(minlength=len(images.classes)).tolist()
+    counts = labels.bincount(minlength=len(images.classes))
+    wanted = (part * counts.double()).round()
+    if not wanted.all():
+        empty = int(wanted.argmin())
+        enough = math.ceil(1e4 / int(counts.min())) / 1e4
+        raise InputError(
+            f"--labels {part:g}: class {images.classes[empty]} would keep none of its {counts[empty]} training images; "
+            f"{enough:g} keeps one of each class"
+        )
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    by_class = order[labels[order].argsort(stable=True)].split(counts)
-    kept = []
-    for name, rows in zip(images.classes, by_class):
-        n = round(part * len(rows))
-        if n == 0:
-            enough = math.ceil(1e4 / min(counts)) / 1e4
-            raise InputError(
-                f"--labels {part:g}: class {name} would keep none of its {len(rows)} training images; "
-                f"{enough:g} keeps one of each class"
-            )
-        kept.append(rows[:n])
-    train = images.train.rows(torch.cat(kept).sort().values)
+    rows, place_in_class = by_class(labels, order)
+    kept = rows[place_in_class < wanted[labels[rows]]]
+    train = images.train.rows(kept.sort().values)
     per_class = images.holdout or data.IMAGENET_HOLDOUT / len(images.classes)
     return replace(images, train=train, holdout=max(1, round(part * per_class)))
 

@@ -51,8 +51,8 @@ def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[st
 def geometry(encoder: nn.Module, images: data.Dataset, view: dict, device: torch.device) -> dict[str, float]:
     """Measure, without labels, how an encoder's features of 256 images spread over a test set lie on the sphere.
 
-    `spread` of their evaluation views, and Eq. A.1 between the features of their two augmented views, which are those
-    of pre-training, always the same. The images are those of `representations`.
+    `spread` of their evaluation views, and Eq. A.1 between the features of their two augmented views, always the same:
+    those of pre-training by default. The images are those of `representations`.
     """
     sample = probed(images.test).to(device)
     row = spread(models.embed(encoder, data.evaluation_views(sample, **view)))

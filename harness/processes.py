@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -33,10 +34,11 @@ DIVIDED = {
 SWITCHED_ON = ("1", "true", "yes", "y", "on", "t")  # as Accelerate reads its variables
 
 
-def start(accumulate: int | None = None, **arguments) -> Accelerator:
-    """Return an Accelerator, made with these arguments, for processes that see each other and share a CPU's cores.
+def start(accumulate: int | None = None, tracker: str = "none", folder: Path | None = None) -> Accelerator:
+    """Return an Accelerator for processes that see each other and share a CPU's cores.
 
-    accumulate: micro-batches of a step, where there are steps. InputError for a launcher whose processes do not see
+    accumulate: micro-batches of a step, where there are steps. tracker: what gets the log's numbers, and may write to
+    the folder. InputError for a launcher whose processes do not see
     each other, since each would take itself for the one that writes, for one that divides a network among processes,
     and for a precision that the device does not have.
     """
@@ -46,7 +48,12 @@ def start(accumulate: int | None = None, **arguments) -> Accelerator:
     group = InitProcessGroupKwargs(timeout=COLLECTIVE)
     micro_batches = GradientAccumulationPlugin(num_steps=accumulate or 1)  # a number would give way to the launcher's
     try:
-        accelerator = Accelerator(kwargs_handlers=[group], gradient_accumulation_plugin=micro_batches, **arguments)
+        accelerator = Accelerator(
+            kwargs_handlers=[group],
+            gradient_accumulation_plugin=micro_batches,
+            log_with=None if tracker == "none" else tracker,
+            project_dir=folder,
+        )
     except (ValueError, ImportError) as e:  # a precision that the device, or what is installed, does not have
         raise InputError(f"accelerate launch: {e}") from e
     _refuse_precision(accelerator)
