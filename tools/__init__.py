@@ -1,6 +1,7 @@
 """Programs beside the stages, run from the top of the repository as `python -m tools.NAME`.
 
     figures      the paper's figures and tables, drawn from run folders (groups, table and paper are its parts)
+    energy       the hyperspherical energy of every layer in a file of weights, or of two: before and after
     reproduce    the paper's runs on CIFAR-10, one after the other, stopped and continued at any point
     export       a trained encoder as a folder for the Hugging Face Hub, with its model card
     bench        what each part costs beside what a user would otherwise use
