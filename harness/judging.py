@@ -47,8 +47,11 @@ class Judged:
     log: Path | None  # of the run whose folder the file lies in
 
 
-def open_judged(accelerator: Accelerator, ckpt: str, flags: dict) -> Judged:
-    """Open what the shared flags of a judge name. InputError for flags, a file or a data set at fault."""
+def open_judged(accelerator: Accelerator, ckpt: str, flags: dict, without_classes: bool = False) -> Judged:
+    """Open what the shared flags of a judge name. InputError for flags, a file or a data set at fault.
+
+    `without_classes` allows a folder of pictures without classes: all are in `train`, and `test` is empty.
+    """
     dataset = flags["dataset"]
     refuse_idle_flags(flags)
     pictures.choose_workers(flags["workers"])
@@ -58,7 +61,9 @@ def open_judged(accelerator: Accelerator, ckpt: str, flags: dict) -> Judged:
     compute_in_precision(encoder, accelerator)
     settings = description["settings"]
     with processes.first_alone(accelerator):  # it downloads a set, the others find it
-        images, view, is_own = open_images(description, dataset, flags["data_dir"], flags["skip_broken"])
+        images, view, is_own = open_images(
+            description, dataset, flags["data_dir"], flags["skip_broken"], without_classes
+        )
     view |= own_view
     if flags["eval_crop"]:
         view["crop"] = flags["eval_crop"]
@@ -219,7 +224,7 @@ def foreign_columns(ckpt: str, settings: dict, view: dict, dataset: str, has_mea
 
 
 def open_images(
-    description: dict, dataset: str | None, data_dir: str | None, skip_broken: bool
+    description: dict, dataset: str | None, data_dir: str | None, skip_broken: bool, without_classes: bool = False
 ) -> tuple[data.Dataset, dict, bool]:
     """Load the data set that an encoder is judged on and make its evaluation view; None = as in training.
 
@@ -229,8 +234,9 @@ def open_images(
     settings = description["settings"]
     name = dataset or settings["dataset"]
     skip_broken = skip_broken or settings.get("skip_broken", False)
+    pretraining = without_classes and name not in data.FACTS  # of a named set it would read more images
     try:
-        images = data.load(name, data_dir or place_of(name, settings["data_dir"]), skip_broken=skip_broken)
+        images = data.load(name, data_dir or place_of(name, settings["data_dir"]), pretraining, skip_broken)
     except InputError as e:
         if dataset:
             raise

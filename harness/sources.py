@@ -53,14 +53,16 @@ class Split(NamedTuple):
 
     images: Tensor | Files
     labels: Tensor
+    paths: np.ndarray | None = None  # (n,), of the files of pictures, also of those that were read into memory
 
     def rows(self, rows: Tensor) -> "Split":
-        """Return the images of these rows and their labels."""
-        return Split(self.images[rows], self.labels[rows])
+        """Return the images of these rows, their labels and paths."""
+        paths = None if self.paths is None else self.paths[rows.cpu().numpy()]
+        return Split(self.images[rows], self.labels[rows], paths)
 
     def to(self, device) -> "Split":
         """Return the same on another device."""
-        return Split(self.images.to(device), self.labels.to(device))
+        return Split(self.images.to(device), self.labels.to(device), self.paths)
 
 
 def by_class(labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,13 +203,14 @@ class Listing:
     def in_files(self, white: int | None = None) -> Split:
         """Return a split of pictures that stay in files; `white` as in Files."""
         labels = torch.tensor(self.labels, dtype=torch.long)
-        return Split(Files(self.paths, white), labels)
+        files = Files(self.paths, white)
+        return Split(files, labels, files.paths)
 
     def in_memory(self, images: list[Tensor]) -> Split:
         """Return a split of these images, which are the pictures."""
         labels = torch.tensor(self.labels, dtype=torch.long)
         stacked = torch.stack(images) if images else torch.empty(0)
-        return Split(stacked, labels)
+        return Split(stacked, labels, np.array(self.paths))
 
 
 class Layout(NamedTuple):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -18,11 +19,14 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
+from matplotlib.colors import to_hex
 from test_readme import REPRODUCE, ROWS
 from torch import nn
 
 import data
+import models
 from harness import cli
+from harness.checkpoint import load_encoder
 from harness.log import read_log as read
 from harness.probes import representations
 from harness.settings import resolve_images, resolve_recipe
@@ -30,6 +34,7 @@ from pretrain import RECIPES, pretrain
 from tools import paper
 from tools.figures import batch, dynamics, figures, gaussian_kde, knn, von_mises_fisher_kde
 from tools.groups import groups
+from tools.neighbours import RIGHT, WRONG, find, neighbours, spread, without_queries
 from tools.paper import is_row, paper_rows
 
 SETTINGS = {"dataset": "photos", "data_dir": "data", "method": "byol", "norm": "bn", "reg": "none", "s": 2.0}
@@ -228,6 +233,68 @@ def test_views_of_a_data_set(drawn, folder):
     assert err == f"dataset {folder}: 3 classes, 48 pictures to train on, 18 to judge by; left out: nothing\n"
 
 
+def test_neighbours_are_the_nearest_training_pictures_framed_by_their_class(trained, folder, monkeypatch):
+    """Of each query the cosines, in falling order, and the colours of the frames."""
+    monkeypatch.setattr("tools.neighbours.QUERIES", 4)
+    with torch.no_grad():
+        encoder, _ = load_encoder(trained / "encoder.safetensors")
+    images = data.load(str(folder))
+    view = images.view(data.EVAL_CROP)
+    sheet = find(str(trained / "ckpt.safetensors"), None, None)
+    assert sheet.cosines.shape == (4, 8) and sorted(sheet.queries.labels.bincount().tolist()) == [1, 1, 2]
+    with torch.no_grad():
+        query, found, bank = (
+            nn.functional.normalize(models.embed(encoder, data.evaluation_views(split, **view)))
+            for split in (sheet.queries, sheet.neighbours, images.train)
+        )
+    torch.testing.assert_close(torch.einsum("md,mkd->mk", query, found.view(4, 8, -1)), sheet.cosines)
+    torch.testing.assert_close((query @ bank.T).topk(8).values, sheet.cosines)
+    figure, name = neighbours(str(trained))
+    assert name == "run" and f"{int(sheet.is_right.sum())} of 32 have the class of their query" in figure.get_suptitle()
+    frames = {RIGHT: 0, WRONG: 0}
+    for axis in figure.axes:
+        spine = axis.spines["left"]
+        if axis.images and spine.get_visible():
+            frames[to_hex(spine.get_edgecolor()).upper()] += 1
+    right = int(sheet.is_right.sum())
+    assert frames == {RIGHT: right, WRONG: 32 - right} and 0 < right < 32
+
+
+def test_queries_are_spread_over_the_classes_and_always_the_same():
+    labels = torch.arange(3).repeat_interleave(torch.tensor([1, 50, 49]))
+    rows = spread(labels, 10)
+    assert labels[rows].bincount().tolist() in ([1, 5, 4], [1, 4, 5]) and len(rows.unique()) == 10
+    assert torch.equal(rows, spread(labels, 10)) and labels[rows].tolist() == sorted(labels[rows].tolist())
+    many = spread(torch.arange(1000), 10)
+    assert len(many.unique()) == 10 and many.min() < 500 < many.max()
+    assert sorted(spread(torch.full((4,), -1), 10).tolist()) == [0, 1, 2, 3]
+
+
+def test_a_query_is_no_neighbour_of_its_own():
+    """Also where a copy of it comes first, or so many that it is not among the nearest."""
+    rows = torch.tensor([[5, 1, 2], [1, 6, 3], [1, 2, 3]])
+    cosines = torch.tensor([[1.0, 0.9, 0.8], [1.0, 1.0, 0.5], [1.0, 1.0, 1.0]])
+    kept_cosines, kept_rows = without_queries(cosines, rows, torch.tensor([5, 6, 7]))
+    assert kept_rows.tolist() == [[1, 2], [1, 3], [1, 2]]
+    torch.testing.assert_close(kept_cosines, torch.tensor([[0.9, 0.8], [1.0, 0.5], [1.0, 1.0]]))
+
+
+def test_neighbours_of_pictures_in_files_and_without_classes(drawn, trained, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.sources.MEMORY", 0)  # so that the pictures stay in their files
+    monkeypatch.setattr("tools.neighbours.QUERIES", 2)
+    (tmp_path / "flat").mkdir()
+    for i, path in enumerate(sorted(folder.rglob("*.png"))[:6]):
+        shutil.copy(path, tmp_path / "flat" / f"{i}.png")
+    code, lines, err = drawn("neighbours", trained, "--dataset", "flat")
+    assert code == 0 and lines == [f"figures/neighbours-run.{x}" for x in ("png", "svg")], err
+    sheet = find(str(trained / "ckpt.safetensors"), "flat", None)
+    assert sheet.cosines.shape == (2, 5) and "the 5 nearest of the other 5 training pictures" in sheet.title
+    for query, found in zip(sheet.queries.paths, sheet.neighbours.paths.reshape(2, 5)):
+        assert {query, *found} == {f"flat/{i}.png" for i in range(6)}
+    classed = find(str(trained / "ckpt.safetensors"), None, None)
+    assert classed.queries.images.paths[0].startswith(str(folder / "test"))
+
+
 @pytest.mark.parametrize(
     "words, line",
     [
@@ -247,6 +314,10 @@ def test_views_of_a_data_set(drawn, folder):
         ("knn run run", "run and run have the same settings and seed; name one"),
         ("dynamics run chord", "energies by the angle at s = 2 and by the chord at s = 2 do not compare"),
         ("knn run --data_dir x", "--data_dir x: has no effect on knn"),
+        ("neighbours", "neighbours: takes one run folder, or a checkpoint in it"),
+        ("neighbours run other", "neighbours: takes one run folder, or a checkpoint in it"),
+        ("neighbours run", "run/ckpt.safetensors: no such file"),
+        ("knn run --dataset x", "knn: takes run folders"),
         ("circle run --data_dirr x", "--data_dirr: no such flag; did you mean --data_dir?"),
     ],
 )

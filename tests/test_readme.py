@@ -17,6 +17,7 @@ from knn_eval import knn_eval
 from linear_eval import linear_eval
 from pretrain import RECIPES, pretrain
 from tools.bench import bench
+from tools.embed import embed
 from tools.energy import energy
 from tools.export import export
 from tools.figures import figures
@@ -119,7 +120,7 @@ def commands():
 
 
 STAGES = {f"{stage.__name__}.py": stage for stage in (pretrain, knn_eval, linear_eval)}
-STAGES |= {f"tools.{stage.__name__}": stage for stage in (export, figures, bench, reproduce, trial, fingerprint, energy)}
+STAGES |= {f"tools.{stage.__name__}": stage for stage in (export, figures, bench, reproduce, trial, fingerprint, energy, embed)}
 
 
 @pytest.mark.parametrize("line", commands())

@@ -1,7 +1,8 @@
 """Programs beside the stages, run from the top of the repository as `python -m tools.NAME`.
 
-    figures      the paper's figures and tables, drawn from run folders (groups, table and paper are its parts)
+    figures      the paper's figures and tables, drawn from run folders (groups, neighbours, table and paper are parts)
     energy       the hyperspherical energy of every layer in a file of weights, or of two: before and after
+    embed        the features of a data set's images, with labels and paths, in one file for other programs
     reproduce    the paper's runs on CIFAR-10, one after the other, stopped and continued at any point
     export       a trained encoder as a folder for the Hugging Face Hub, with its model card
     bench        what each part costs beside what a user would otherwise use

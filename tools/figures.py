@@ -1,13 +1,15 @@
-"""The paper's figures and tables from run folders; nothing is run again for them.
+"""The paper's figures and tables from run folders; nothing is trained again for them.
 
     python -m tools.figures table runs/photos-*
     python -m tools.figures knn runs/photos-byol runs/photos-byol-seed1 runs/photos-amhe runs/photos-amhe-seed1
     python -m tools.figures circle runs/photos-simclr-out_dim2 runs/photos-byol-out_dim2
     python -m tools.figures views --dataset photos
+    python -m tools.figures neighbours runs/photos-amhe
 
 circle: Figures 3 and 7. energy: Figure 4. dynamics: Figure 5. knn: Figure 6. batch: Figure 8. table: mean and sample
-standard deviation over seeds. views: what a data set's augmentations look like. paper: the paper's tables, as
-docs/reproduce.md shows them. Runs that differ in their seed alone make one line, with a band of one standard deviation.
+standard deviation over seeds. views: what a data set's augmentations look like. neighbours: some test pictures, each
+with its nearest training pictures. paper: the paper's tables, as docs/reproduce.md shows them. Runs that differ in
+their seed alone make one line, with a band of one standard deviation.
 Each command prints the files that it wrote, PNG and SVG, or Markdown and CSV.
 """
 
@@ -36,6 +38,8 @@ from tools.table import write_table
 os.environ["MPLBACKEND"] = "agg"
 import matplotlib.pyplot as plt
 
+from tools.neighbours import neighbours
+
 # Okabe and Ito's colours, told apart by the colour-blind, each with a dash of its own for black and white
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 DASHES = (
@@ -55,11 +59,12 @@ EXTENT = 1.4  # the grid spans -1.4 ... 1.4 in both directions
 
 def figures(
     name: Annotated[
-        Literal["circle", "energy", "dynamics", "knn", "batch", "table", "views", "paper"], "what to draw or print"
+        Literal["circle", "energy", "dynamics", "knn", "batch", "table", "views", "neighbours", "paper"],
+        "what to draw or print",
     ],
     *runs: Annotated[str, "folders that pretrain.py made"],
-    dataset: Annotated[str, "of views, as in pretrain.py"] | None = None,
-    data_dir: Annotated[str, "of views and circle, as in pretrain.py; None = data, or as in training"] | None = None,
+    dataset: Annotated[str, "of views and neighbours, as in pretrain.py"] | None = None,
+    data_dir: Annotated[str, "of these and circle, as in pretrain.py; None = data, or as in training"] | None = None,
     out: Annotated[str, "folder that the files are written to"] = "figures",
 ):
     """Draw a figure, or make a table, of run folders."""
@@ -70,6 +75,10 @@ def figures(
     if name == "views":
         images = data.load(dataset, data_dir or "data", pretraining=True, skip_broken=True)
         write(contact_sheet(images), Path(out, f"views-{Path(dataset).resolve().name}"))
+        return
+    if name == "neighbours":
+        figure, run_name = neighbours(runs[0], dataset, data_dir)
+        write(figure, Path(out, f"neighbours-{run_name}"))
         return
     logs = [read_log(Path(run)) for run in runs]
     if name == "table":
@@ -88,11 +97,17 @@ def figures(
 
 def refuse_idle_arguments(name: str, runs: tuple[str, ...], dataset: str | None, data_dir: str | None) -> None:
     """Raise InputError for arguments that a figure does not take, and for those that it lacks."""
-    takes_runs = name not in ("views", "paper")
-    if takes_runs != bool(runs) or (name == "views") != bool(dataset):
-        takes = {"views": "--dataset and no runs", "paper": "no runs and no --dataset"}.get(name, "run folders")
+    takes = "run folders"
+    is_right = bool(runs) and not dataset
+    if name == "views":
+        takes, is_right = "--dataset and no runs", bool(dataset) and not runs
+    elif name == "paper":
+        takes, is_right = "no runs and no --dataset", not runs and not dataset
+    elif name == "neighbours":
+        takes, is_right = "one run folder, or a checkpoint in it", len(runs) == 1
+    if not is_right:
         raise InputError(f"{name}: takes {takes}")
-    if data_dir and name not in ("circle", "views"):
+    if data_dir and name not in ("circle", "views", "neighbours"):
         raise InputError(f"--data_dir {data_dir}: has no effect on {name}")
 
 

@@ -1,0 +1,130 @@
+"""The file of features: its rows are those of the judges, in the order of its paths and labels; what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors import safe_open
+
+import data
+import models
+from harness.checkpoint import load, load_encoder
+from harness.pictures import Files, read
+from knn_eval import knn_eval, vote
+from tools.embed import embed
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_features_are_those_that_the_judge_votes_with(command, trained, folder, tmp_path, monkeypatch, in_files):
+    """Pictures in memory, and pictures that stay in files; each row belongs to its path and its label."""
+    if in_files:
+        monkeypatch.setattr("harness.sources.MEMORY", 0)
+    code, (settings, last), err = command(embed, trained / "ckpt.safetensors")
+    assert code == 0, err
+    assert settings["dataset"] == str(folder) and settings["images"] == {"train": 48, "test": 18}
+    tensors, description = load(tmp_path / "features.safetensors")
+    assert last["tensors"] == {name: list(tensor.shape) for name, tensor in tensors.items()}
+    assert {tensors[f"{part}.features"].dtype for part in ("train", "test")} == {torch.float32}
+    parts = [tensors[f"{part}.{kind}"] for part in ("train", "test") for kind in ("features", "labels")]
+    scores = vote(*parts, (5,), 0.07)[5]
+    (judged,) = [row for row in command(knn_eval, trained / "ckpt.safetensors", "--k", 5, "--no_floors")[1]]
+    assert {"top1": judged["top1"], "top5": judged["top5"]} == scores
+
+    encoder, _ = load_encoder(trained / "ckpt.safetensors")
+    for part in ("train", "test"):
+        paths = [f"{description['folder']}/{path}" for path in description["paths"][part]]
+        labels = tensors[f"{part}.labels"]
+        assert [description["classes"][label] for label in labels] == [path.split("/")[-2] for path in paths]
+        pixels = Files(paths) if in_files else torch.stack([read(path) for path in paths])
+        views = data.evaluation_views(data.Split(pixels, labels), **description["view"])
+        torch.testing.assert_close(models.embed(encoder, views), tensors[f"{part}.features"])
+
+
+def test_a_folder_without_classes_has_paths_and_no_labels(command, trained, folder, tmp_path):
+    place = tmp_path / "flat" / "deep"
+    place.mkdir(parents=True)
+    for i, path in enumerate(sorted(folder.rglob("*.png"))[:5]):
+        shutil.copy(path, place / f"{i}.png")
+    (place / "2.png").write_bytes(b"broken")
+    words = [trained / "encoder.safetensors", "--dataset", "flat", "--out", "flat.safetensors", "--skip_broken"]
+    code, _, err = command(embed, *words)
+    assert code == 0, err
+    tensors, description = load(tmp_path / "flat.safetensors")
+    assert list(tensors) == ["train.features"] and len(tensors["train.features"]) == 4
+    assert description["folder"] == "flat/deep" and description["classes"] == []
+    assert description["paths"] == {"train": ["0.png", "1.png", "3.png", "4.png"]}
+
+
+def test_a_set_without_files_has_labels_and_no_paths(command, trained, photos, tmp_path):
+    words = [trained / "ckpt.safetensors", "--dataset", "photos", "--split", "test", "--net", "target"]
+    assert command(embed, *words)[0] == 0
+    tensors, description = load(tmp_path / "features.safetensors")
+    assert "paths" not in description and description["protocol"]["net"] == "target"
+    assert description["classes"] == list(photos.classes) and "git" in description
+    assert torch.equal(tensors["test.labels"], photos.test.labels) and len(tensors) == 2
+
+
+def test_the_lines_of_the_docs_read_a_file(command, trained, tmp_path):
+    assert command(embed, trained / "ckpt.safetensors")[0] == 0
+    text = (ROOT / "docs" / "files.md").read_text()
+    (lines,) = [block for block in text.split("~~~")[1::2] if "features.safetensors" in block]
+    found = {}
+    exec(lines.removeprefix("python\n"), found)
+    assert len(found["paths"]) == len(found["features"]) == len(found["labels"]) == 48
+
+
+def test_the_encoder_of_another_project(command, trained, tmp_path):
+    encoder, _ = load_encoder(trained / "encoder.safetensors")
+    torch.save({"state_dict": encoder.state_dict()}, tmp_path / "theirs.pth")
+    words = ["theirs.pth", "--model", "test_resnet", "--dataset", "photos", "--mean", "0.5", "--std", "0.25"]
+    code, (settings, _), err = command(embed, *words, "--split", "test")
+    assert code == 0, err
+    assert settings["model"] == "test_resnet" and settings["mean"] == [0.5] * 3
+    _, description = load(tmp_path / "features.safetensors")
+    assert description["view"]["std"] == [0.25] * 3
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ("", "CKPT is missing"),
+        ("CKPT --out there", "--out there: is already there; remove it, or name a new file"),
+        ("CKPT --out folder", "--out folder: is already there"),
+        ("CKPT --out no/where", "--out no/where: there is no folder no; make it first"),
+        ("CKPT --split val", "--split val: expected both, train, test"),
+        ("nowhere", "nowhere: no such file"),
+        ("CKPT --dataset nowhere", "dataset nowhere: neither"),
+        ("CKPT --mean 0.5", "--mean 0.5: has no effect without --model"),
+        ("CKPT --split test --dataset flat", "--split test: dataset flat has no such images; take --split train"),
+    ],
+)
+def test_wrong_input_to_embed(command, trained, folder, tmp_path, words, line):
+    (tmp_path / "there").write_text("precious")
+    for name in ("folder", "flat"):
+        (tmp_path / name).mkdir()
+    shutil.copy(next(folder.rglob("*.png")), tmp_path / "flat")
+    code, rows, err = command(embed, *words.replace("CKPT", str(trained / "ckpt.safetensors")).split())
+    assert code == 2 and rows == [] and line in err.splitlines()[-1]
+    assert (tmp_path / "there").read_text() == "precious" and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_nothing_is_left_where_features_are_not_finite(command, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.Tensor.isfinite", lambda x: torch.zeros_like(x, dtype=torch.bool))
+    code, _, err = command(embed, trained / "ckpt.safetensors")
+    assert code == 2 and "the encoder's features are not finite" in err and list(tmp_path.iterdir()) == []
+
+
+def test_more_paths_than_a_header_holds_are_refused_at_once(command, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.embed.LONGEST_HEADER", 2000)
+    code, rows, err = command(embed, trained / "ckpt.safetensors")
+    assert code == 2 and rows == [] and "--split" in err and list(tmp_path.iterdir()) == []
+
+
+def test_a_judge_refuses_features(command, trained, tmp_path):
+    assert command(embed, trained / "ckpt.safetensors")[0] == 0
+    code, _, err = command(knn_eval, "features.safetensors")
+    assert code == 2 and err.count("\n") == 1 and "its description is not one that pretrain.py writes" in err
+    with safe_open(tmp_path / "features.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["description"])["holds"] == "features"

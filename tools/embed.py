@@ -1,0 +1,128 @@
+"""Features of a data set's images by an encoder, with labels and paths, in one file for other programs.
+
+    python -m tools.embed runs/photos-amhe/ckpt.safetensors --out features.safetensors
+    python -m tools.embed runs/mine/ckpt.safetensors --dataset path/to/pictures --split train --out mine.safetensors
+
+The encoder, the data set and the evaluation view are those that knn_eval.py would judge, chosen by the same flags. A
+folder of pictures may be without classes. The file holds `train.features` (n, d) in fp32, `train.labels` (n,) where
+there are classes, and the same of test; its description holds the names of the classes and the paths of the pictures.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import models
+from harness import checkpoint, cli, judging, processes
+from harness.errors import InputError
+from harness.formats import LONGEST_HEADER
+from harness.judging import Judged
+from harness.log import emit, is_main
+from harness.run import provenance
+
+
+@judging.judge
+def embed(
+    ckpt: judging.Ckpt,
+    *,
+    out: Annotated[str, "the file to write; it must not exist"] = "features.safetensors",
+    split: Annotated[Literal["both", "train", "test"], "the images that are embedded"] = "both",
+    **shared,
+):
+    """Write the features of a data set's images by a checkpoint's encoder, their labels and paths, to a file."""
+    refuse_place(Path(out))
+    accelerator = processes.start()
+    judged = judging.open_judged(accelerator, ckpt, shared, without_classes=True)
+    splits = choose_splits(judged, split)
+    description = describe(judged, ckpt, splits)
+    refuse_long_header(description)
+    counts = {name: len(part.labels) for name, part in splits.items()}
+    emit({"stage": "embed", "ckpt": ckpt, **description["protocol"], "view": judged.view, "images": counts})
+
+    tensors = {}
+    for name, part in splits.items():
+        tensors[f"{name}.features"] = features_of(judged.encoder, part, judged.view, accelerator, name)
+        if judged.images.classes:
+            tensors[f"{name}.labels"] = part.labels
+    if is_main():
+        checkpoint.save(out, tensors, description)
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    emit({"stage": "embed", "of": "file", "out": out, "tensors": shapes})
+
+
+def refuse_place(path: Path) -> None:
+    """Raise InputError for a file that is there already, or whose folder is not there or cannot be written to."""
+    if os.path.lexists(path):
+        raise InputError(f"--out {path}: is already there; remove it, or name a new file")
+    if not path.parent.is_dir():
+        raise InputError(f"--out {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"--out {path}: cannot be written, the folder {path.parent} is read-only")
+
+
+def choose_splits(judged: Judged, split: str) -> dict[str, data.Split]:
+    """Return the splits that are embedded, by name. InputError if that which is asked for has no image."""
+    splits = {"train": judged.images.train, "test": judged.images.test}
+    if split != "both":
+        splits = {split: splits[split]}
+    filled = {name: part for name, part in splits.items() if len(part.labels)}
+    if not filled:
+        raise InputError(f"--split {split}: dataset {judged.dataset} has no such images; take --split train")
+    return filled
+
+
+def describe(judged: Judged, ckpt: str, splits: dict[str, data.Split]) -> dict:
+    """Return the description that the file carries: what was embedded, by what, and the paths of the pictures."""
+    protocol = {name: value for name, value in judged.columns.items() if name != "split"}
+    description = {"holds": "features", "protocol": protocol, "view": judged.view}
+    description |= {"classes": list(judged.images.classes), **provenance()}
+    description["encoder"] = {"file": ckpt, "settings": judged.settings}
+    paths = {name: part.paths.tolist() for name, part in splits.items() if part.paths is not None}
+    if paths:
+        folders = {os.path.dirname(path) for part in paths.values() for path in part}
+        folder = os.path.commonpath(folders)
+        description["folder"] = folder
+        description["paths"] = {name: [os.path.relpath(path, folder) for path in part] for name, part in paths.items()}
+    return description
+
+
+def refuse_long_header(description: dict) -> None:
+    """Raise InputError for a description that the header of a safetensors file has no room for."""
+    text = json.dumps(json.dumps(description))
+    if len(text) > 0.99 * LONGEST_HEADER:  # the rest is for names and shapes of the tensors
+        raise InputError(
+            f"--out: the paths of the pictures take {len(text) / 1e6:.0f} MB, and the header of a safetensors file "
+            f"holds {LONGEST_HEADER / 1e6:.0f}; embed one part at a time by --split, or parts of the folder"
+        )
+
+
+def features_of(encoder: nn.Module, split: data.Split, view: dict, accelerator: Accelerator, name: str) -> Tensor:
+    """Compute the features (n, d) of the evaluation views of a split, with a bar of this name.
+
+    Each process embeds its share of the images, and gets the features of all.
+    """
+
+    def embed_share(share: data.Split) -> Tensor:
+        views = data.evaluation_views(share, **view)
+        return models.embed(encoder, with_bar(views, len(share.labels), name))
+
+    return processes.embed_in_shares(embed_share, split.to(accelerator.device), accelerator)
+
+
+def with_bar(views: Iterable[Tensor], n: int, name: str) -> Iterator[Tensor]:
+    """Yield batches of views, and show how many of the n images are done."""
+    with tqdm(total=n, desc=name, unit="image", disable=None if is_main() else True) as bar:
+        for batch in views:
+            yield batch
+            bar.update(len(batch))
+
+
+if __name__ == "__main__":
+    cli.run(embed)

@@ -1,0 +1,175 @@
+"""The figure neighbours: test pictures, each with its nearest training pictures by the features of an encoder.
+
+    python -m tools.figures neighbours runs/photos-amhe
+
+The queries are drawn by a fixed seed and spread over the classes, so that all encoders are asked the same ones. A set
+without classes has no test pictures: there the queries are training pictures, each left out of its own neighbours.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt  # tools.figures chooses the backend before it imports this file
+import torch
+from torch import Tensor
+
+import data
+from harness import judging, processes
+from harness.errors import InputError
+from harness.files import CKPT
+from harness.neighbours import nearest
+from tools.embed import features_of
+from tools.groups import method_name
+
+QUERIES = 10
+NEIGHBOURS = 8
+SEED = 0
+RIGHT, WRONG = "#009E73", "#D55E00"  # Okabe and Ito's green and vermilion
+LONGEST_NAME = 15  # letters of a class's name that fit below a picture
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What is drawn: m queries, and the k neighbours of each, one after the other."""
+
+    title: str
+    queries: data.Split
+    neighbours: data.Split
+    cosines: Tensor  # (m, k), falling
+    classes: tuple[str, ...]
+    view: dict
+
+    @property
+    def is_right(self) -> Tensor:
+        """Whether neighbours are of the class of their query, (m, k)."""
+        return self.neighbours.labels.view_as(self.cosines) == self.queries.labels[:, None]
+
+
+def neighbours(run: str, dataset: str | None = None, data_dir: str | None = None):
+    """Draw queries and their neighbours by the encoder of a run, named by its folder or by a file in that.
+
+    Returns the figure and the name of the folder. InputError as from the judges.
+    """
+    ckpt = Path(run, CKPT) if os.path.isdir(run) else Path(run)
+    sheet = find(str(ckpt), dataset, data_dir)
+    return draw(sheet), ckpt.resolve().parent.name
+
+
+# ---- What is found ---------------------------------------------------------------------------------------------------
+
+
+def find(ckpt: str, dataset: str | None, data_dir: str | None) -> Sheet:
+    """Find the nearest training pictures of some queries. dataset, data_dir: None = as in training."""
+    accelerator = processes.start()
+    flags = judging.shared_flags(dataset=dataset, data_dir=data_dir)
+    judged = judging.open_judged(accelerator, ckpt, flags, without_classes=True)
+    bank, test = judged.images.train, judged.images.test
+    if len(bank.labels) < 2:
+        raise InputError(f"neighbours: dataset {judged.dataset} has one training picture; it takes two or more")
+    asked = test if len(test.labels) else bank
+    query_rows = spread(asked.labels, QUERIES)
+    queries = asked.rows(query_rows)
+
+    def embed(split: data.Split, name: str) -> Tensor:
+        return features_of(judged.encoder, split, judged.view, accelerator, name)
+
+    bank_features = embed(bank, "train")
+    query_features = embed(queries, "queries")
+    if asked is bank:
+        cosines, rows = nearest(query_features, bank_features, NEIGHBOURS + 1)
+        cosines, rows = without_queries(cosines.cpu(), rows.cpu(), query_rows)
+    else:
+        cosines, rows = nearest(query_features, bank_features, NEIGHBOURS)
+    rows = rows.cpu()
+    m, k = rows.shape
+    of_others = f"the other {len(bank.labels) - 1:,}" if asked is bank else f"{len(bank.labels):,}"
+    title = f"{method_name(judged.settings)}, on {Path(judged.dataset).resolve().name}: "
+    title += f"{m} {'training' if asked is bank else 'test'} pictures, "
+    title += f"and the {k} nearest of {of_others} training pictures by cosine"
+    found = bank.rows(rows.flatten())
+    return Sheet(title, queries, found, cosines.cpu(), judged.images.classes, judged.view)
+
+
+def spread(labels: Tensor, n: int) -> Tensor:
+    """Draw up to n rows by a fixed seed, those of a class together: each class gives one before any gives a second.
+
+    labels: (images,), -1 of images without a class.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    order = torch.randperm(len(labels), generator=generator)
+    by_class = order[labels[order].argsort(stable=True)]
+    _, counts = labels.unique(return_counts=True)
+    firsts = counts.cumsum(0) - counts  # where each class begins in `by_class`
+    turn = torch.arange(len(labels)) - firsts.repeat_interleave(counts)
+    order = torch.randperm(len(labels), generator=generator)  # so that of many classes, not the first n are drawn
+    first_turns = turn[order].argsort(stable=True)[:n]
+    drawn = by_class[order[first_turns]]
+    return drawn[labels[drawn].argsort(stable=True)]
+
+
+def without_queries(cosines: Tensor, rows: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop the queries (m,) from their own neighbours, and one column: of (m, k + 1) the first k others stay."""
+    is_query = rows == query_rows[:, None]
+    others = is_query.int().argsort(dim=1, stable=True)[:, :-1]
+    return cosines.gather(1, others), rows.gather(1, others)
+
+
+# ---- What is drawn ---------------------------------------------------------------------------------------------------
+
+
+def draw(sheet: Sheet):
+    """Draw a row for each query: its picture, then its neighbours, framed by whether their class is the query's."""
+    m, k = sheet.cosines.shape
+    widths = [1, 0.2, *[1] * k]  # the second column is a gap
+    size = (0.9 * sum(widths), 1.1 * m + 0.6)
+    figure, axes = plt.subplots(m, len(widths), figsize=size, width_ratios=widths, squeeze=False)
+    title = sheet.title
+    if sheet.classes:
+        title += f"\n{sheet.is_right.sum()} of {m * k} have the class of their query (green frame)"
+    figure.suptitle(title, fontsize=9)
+    query_pixels = pixels_of(sheet.queries, sheet.view)
+    pixels = pixels_of(sheet.neighbours, sheet.view)
+    for i, (query, gap, *others) in enumerate(axes):
+        gap.set_axis_off()
+        draw_picture(query, query_pixels[i], name_of(sheet, sheet.queries.labels[i]))
+        for j, axis in enumerate(others):
+            draw_neighbour(axis, sheet, i, j, pixels[i * k + j])
+    return figure
+
+
+def draw_neighbour(axis, sheet: Sheet, i: int, j: int, pixels: Tensor) -> None:
+    """Draw neighbour j of query i, with its cosine, in a frame; below a wrong one stands its class."""
+    caption = f"{sheet.cosines[i, j]:.3f}"
+    if not sheet.classes:
+        draw_picture(axis, pixels, caption)
+        return
+    is_right = sheet.is_right[i, j]
+    label = sheet.neighbours.labels.view_as(sheet.cosines)[i, j]
+    second_line = " " if is_right else name_of(sheet, label)  # a blank one keeps the rows equally far apart
+    draw_picture(axis, pixels, f"{caption}\n{second_line}")
+    axis.spines[:].set_visible(True)
+    axis.spines[:].set(color=RIGHT if is_right else WRONG, linewidth=2.5)
+
+
+def draw_picture(axis, pixels: Tensor, caption: str) -> None:
+    """Draw a picture (3, size, size) of values in [0, 1] without a frame, and its caption below."""
+    axis.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+    axis.set_xlabel(caption, fontsize=6, labelpad=3)
+
+
+def pixels_of(split: data.Split, view: dict) -> Tensor:
+    """Return the evaluation views of a split, (n, 3, size, size), as pixels in [0, 1]."""
+    plain = view | {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    return torch.cat(list(data.evaluation_views(split, **plain)))
+
+
+def name_of(sheet: Sheet, label: Tensor) -> str:
+    """Return the name of a class, cut to fit; nothing without classes."""
+    if not sheet.classes:
+        return ""
+    name = sheet.classes[label]
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
