@@ -6,7 +6,6 @@ The queries are drawn by a fixed seed and spread over the classes, so that all e
 without classes has no test pictures: there the queries are training pictures, each left out of its own neighbours.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +46,13 @@ class Sheet:
 
 
 def neighbours(run: str, dataset: str | None = None, data_dir: str | None = None):
-    """Draw queries and their neighbours by the encoder of a run, named by its folder or by a file in that.
+    """Draw queries and their neighbours by the encoder of a run, named by its folder or by what judges take of it.
 
     Returns the figure and the name of the folder. InputError as from the judges.
     """
-    ckpt = Path(run, CKPT) if os.path.isdir(run) else Path(run)
+    ckpt = Path(run, CKPT)
+    if not ckpt.is_file():
+        ckpt = Path(run)
     sheet = find(str(ckpt), dataset, data_dir)
     return draw(sheet), ckpt.resolve().parent.name
 
@@ -83,10 +84,10 @@ def find(ckpt: str, dataset: str | None, data_dir: str | None) -> Sheet:
         cosines, rows = nearest(query_features, bank_features, NEIGHBOURS)
     rows = rows.cpu()
     m, k = rows.shape
-    of_others = f"the other {len(bank.labels) - 1:,}" if asked is bank else f"{len(bank.labels):,}"
-    title = f"{method_name(judged.settings)}, on {Path(judged.dataset).resolve().name}: "
-    title += f"{m} {'training' if asked is bank else 'test'} pictures, "
-    title += f"and the {k} nearest of {of_others} training pictures by cosine"
+    counts = f"{m} test pictures, each with its {k} nearest of {len(bank.labels):,} to train on"
+    if asked is bank:
+        counts = f"{m} training pictures, each with its {k} nearest of the other {len(bank.labels) - 1:,}"
+    title = f"{method_name(judged.settings)}, on {Path(judged.dataset).resolve().name}: {counts}"
     found = bank.rows(rows.flatten())
     return Sheet(title, queries, found, cosines.cpu(), judged.images.classes, judged.view)
 
