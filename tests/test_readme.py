@@ -120,7 +120,9 @@ def commands():
 
 
 STAGES = {f"{stage.__name__}.py": stage for stage in (pretrain, knn_eval, linear_eval)}
-STAGES |= {f"tools.{stage.__name__}": stage for stage in (export, figures, bench, reproduce, trial, fingerprint, energy, embed)}
+STAGES |= {
+    f"tools.{stage.__name__}": stage for stage in (export, figures, bench, reproduce, trial, fingerprint, energy, embed)
+}
 
 
 @pytest.mark.parametrize("line", commands())
