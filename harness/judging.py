@@ -280,6 +280,8 @@ def with_labels(images: data.Dataset, part: float) -> data.Dataset:
     """
     if part == 1:
         return images
+    if not images.classes:
+        raise InputError(f"--labels {part:g}: the pictures have no classes")
     labels = images.train.labels
     counts = labels.bincount(minlength=len(images.classes))
     wanted = (part * counts.double()).round()

@@ -30,7 +30,7 @@ def test_features_are_those_that_the_judge_votes_with(command, trained, folder, 
     parts = [tensors[f"{part}.{kind}"] for part in ("train", "test") for kind in ("features", "labels")]
     scores = vote(*parts, (5,), 0.07)[5]
     (judged,) = [row for row in command(knn_eval, trained / "ckpt.safetensors", "--k", 5, "--no_floors")[1]]
-    assert {"top1": judged["top1"], "top5": judged["top5"]} == scores
+    assert {name: judged[name] for name in scores} == scores
 
     encoder, _ = load_encoder(trained / "ckpt.safetensors")
     for part in ("train", "test"):
@@ -48,12 +48,14 @@ def test_a_folder_without_classes_has_paths_and_no_labels(command, trained, fold
     for i, path in enumerate(sorted(folder.rglob("*.png"))[:5]):
         shutil.copy(path, place / f"{i}.png")
     (place / "2.png").write_bytes(b"broken")
-    words = [trained / "encoder.safetensors", "--dataset", "flat", "--out", "flat.safetensors", "--skip_broken"]
+    words = [trained / "encoder", "--dataset", "flat", "--out", "flat.safetensors", "--skip_broken"]
     code, _, err = command(embed, *words)
     assert code == 0, err
     tensors, description = load(tmp_path / "flat.safetensors")
     assert list(tensors) == ["train.features"] and len(tensors["train.features"]) == 4
     assert description["folder"] == "flat/deep" and description["classes"] == []
+    code, _, err = command(embed, *words[:3], "--out", "few.safetensors", "--labels", 0.5, "--skip_broken")
+    assert code == 2 and err.endswith("--labels 0.5: the pictures have no classes\n")
     assert description["paths"] == {"train": ["0.png", "1.png", "3.png", "4.png"]}
 
 
@@ -76,7 +78,7 @@ def test_the_lines_of_the_docs_read_a_file(command, trained, tmp_path):
 
 
 def test_the_encoder_of_another_project(command, trained, tmp_path):
-    encoder, _ = load_encoder(trained / "encoder.safetensors")
+    encoder, _ = load_encoder(trained / "ckpt.safetensors")
     torch.save({"state_dict": encoder.state_dict()}, tmp_path / "theirs.pth")
     words = ["theirs.pth", "--model", "test_resnet", "--dataset", "photos", "--mean", "0.5", "--std", "0.25"]
     code, (settings, _), err = command(embed, *words, "--split", "test")

@@ -237,7 +237,7 @@ def test_neighbours_are_the_nearest_training_pictures_framed_by_their_class(trai
     """Of each query the cosines, in falling order, and the colours of the frames."""
     monkeypatch.setattr("tools.neighbours.QUERIES", 4)
     with torch.no_grad():
-        encoder, _ = load_encoder(trained / "encoder.safetensors")
+        encoder, _ = load_encoder(trained / "ckpt.safetensors")
     images = data.load(str(folder))
     view = images.view(data.EVAL_CROP)
     sheet = find(str(trained / "ckpt.safetensors"), None, None)
