@@ -247,7 +247,7 @@ def places(monkeypatch):
     """The places that `data.load` is asked for."""
     asked = []
 
-    def load(name, data_dir="data", **_):
+    def load(name, data_dir="data", *_, **__):
         asked.append((name, data_dir))
         raise InputError("no data")
 
