@@ -7,13 +7,10 @@
 Small images lie in memory as uint8, and move with `Split.to`. Pictures of a large set stay in files; workers read them.
 """
 
-import difflib
 import itertools
-import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -74,30 +71,11 @@ def load(name: str, data_dir: str = "data", pretraining: bool = False, skip_brok
     With `pretraining`, STL-10's 100,000 images without labels are read too, and a folder may hold pictures without
     classes. InputError for a set that cannot be read, and for a broken picture unless `skip_broken` leaves these out.
     """
-    name, data_dir = os.path.expanduser(name), os.path.expanduser(data_dir)
-    facts = FACTS.get(name)
-    if facts and os.path.isdir(name) and os.path.realpath(name) != os.path.realpath(data_dir):
-        processes.say(f"dataset {name}: the set of that name, not the folder; --dataset ./{name} is the folder")
-    options = (facts, pretraining, skip_broken)
-    unlabeled = []
-    if name == "photos":
-        classes, train, test = sources.photos()
-    elif name == "imagenet":
-        what = "dataset imagenet: --data_dir"
-        classes, train, test, facts = sources.folder(what, Path(data_dir), ("val",), *options)
-    elif name in FACTS:
-        classes, (train, test, *unlabeled) = sources.torchvision_set(name, data_dir, unlabeled=pretraining)
-    elif os.path.isdir(name):
-        classes, train, test, facts = sources.folder("dataset", Path(name), ("test", "val"), *options)
-    else:
-        suggestions = difflib.get_close_matches(name, FACTS, 1)
-        hint = f" (did you mean {suggestions[0]}?)" if suggestions else ""
-        raise InputError(f"dataset {name}: neither {', '.join(FACTS)} nor a folder{hint}")
+    classes, train, test, unlabeled, facts = sources.read(name, data_dir, FACTS, pretraining, skip_broken)
     if facts["mean"] is None:
         mean, std = sources.pixel_statistics(train.images)
         facts = {**facts, "mean": mean, "std": std}
-    pretraining_split = unlabeled[0] if unlabeled else train
-    return Dataset(classes, pretraining_split, train, test, **facts)
+    return Dataset(classes, unlabeled or train, train, test, **facts)
 
 
 def hold_out(dataset: Dataset) -> Dataset:
@@ -128,7 +106,8 @@ def hold_out(dataset: Dataset) -> Dataset:
 
 
 # ---- The two views, Appendix B.5 -------------------------------------------------------------------------------------
-JITTER_P, GREY_P = 0.8, 0.2
+JITTER_P = 0.8
+GREY_P = 0.2
 COLOUR = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
 STRENGTH = (0.4, 0.4, 0.2, 0.1)  # of each operation of COLOUR: BYOL's
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # the factor of each that changes nothing
@@ -161,7 +140,7 @@ def one_view(x: Tensor, u: Tensor, mean, std, blur_p, solarise_p, jitter, grey_p
     return normalise(x, mean, std)
 
 
-def recolour(x: Tensor, u: Tensor, jitter: float = 1, grey_p: float = GREY_P) -> Tensor:
+def recolour(x: Tensor, u: Tensor, jitter=1.0, grey_p=GREY_P) -> Tensor:
     """Apply colour jitter, each image in an order of its own, and grey to images x (b, 3, h, w) in [0, 1], in place."""
     draws = named_draws(u)
     strength = jitter * torch.tensor(STRENGTH)
@@ -230,9 +209,7 @@ def batches(
             yield crops, split.labels[rows], u
         return
     read_ahead, now = itertools.tee(plan())  # the loader reads ahead; `now` follows its results
-    keys = ([*zip(rows.tolist(), u.transpose(0, 1).numpy())] for rows, u in read_ahead)
-    loader = pictures.loader(pictures.Crops(split.images, size), keys, device)
-    for (rows, u), crops in zip(now, loader):
+    for (rows, u), crops in zip(now, pictures.crops(split.images, size, read_ahead, device)):
         labels = split.labels[rows.to(device, non_blocking=True)]
         yield crops.to(device, non_blocking=True).transpose(0, 1), labels, u
 
@@ -254,9 +231,7 @@ def evaluation_views(
             x = F.resize(x, [size, size], InterpolationMode.BICUBIC, antialias=True)
             yield normalise(x.clamp_(0, 1), mean, std)
         return
-    rows = range(len(split.labels))
-    keys = (rows[i : i + batch_size] for i in rows[::batch_size])
-    for x in pictures.loader(pictures.Centres(split.images, size, crop), keys, device):
+    for x in pictures.centres(split.images, size, crop, batch_size, device):
         yield normalise(x.to(device, non_blocking=True), mean, std)
 
 

@@ -2,24 +2,26 @@
 
 network = BYOL("resnet18", "cifar", norm="bn", hidden_dim=4096, out_dim=256)
 z, p, t = network(v1, v2)  # projections, predictions and the target's projections of both views
+loss = network.loss(z, p, t)
 network.update_target(tau)
 features = embed(network.encoder, [v1])
 """
 
 import copy
-import difflib
 from collections import OrderedDict
 from collections.abc import Iterable
-from itertools import pairwise
+from typing import ClassVar
 
-import timm
 import torch
-from timm.models.resnet import ResNet
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from harness import encoders
 from harness.errors import InputError
-from regularizers import Layers, layers_of
+from regularizers import Layers, alignment, info_nce, layers_of, unit
+
+Pair = tuple[Tensor, Tensor]  # a tensor for each view
 
 # ---- Encoders --------------------------------------------------------------------------------------------------------
 STEMS = {"cifar": 1, "stride2": 2, "imagenet": None}  # stride of a 3x3 convolution; None = the stem of timm
@@ -33,9 +35,9 @@ def build_encoder(name: str, stem: str, norm: str = "bn") -> nn.Module:
     Table 4. InputError for a name that is neither a ResNet of timm nor alexnet.
     """
     if name == "alexnet":
-        encoder = AlexNet()
+        encoder = encoders.AlexNet()
     else:
-        encoder = _resnet(name)
+        encoder = encoders.resnet(name)
         if stem != "imagenet":
             width = encoder.bn1.num_features
             encoder.conv1 = nn.Conv2d(3, width, 3, STEMS[stem], padding=1, bias=False)
@@ -43,47 +45,6 @@ def build_encoder(name: str, stem: str, norm: str = "bn") -> nn.Module:
             encoder.maxpool = nn.Identity()
     encoder = with_norm(encoder, norm)
     return encoder.to(memory_format=torch.channels_last)  # the layout in which convolutions are fast
-
-
-def _resnet(name: str) -> ResNet:
-    """Build a ResNet of timm whose blocks' last BatchNorm scale starts at one, as in BYOL; timm's default is zero."""
-    if not timm.is_model(name):
-        suggestions = difflib.get_close_matches(name, timm.list_models("*res*"), 1)
-        hint = f" (did you mean {suggestions[0]}?)" if suggestions else ""
-        raise InputError(f"model {name}: not a name timm knows{hint}")
-    if timm.model_entrypoint(name).__module__ != ResNet.__module__:
-        raise InputError(f"model {name}: not a ResNet of timm.models.resnet; resnet18 and resnet50 are the paper's")
-    try:
-        encoder = timm.create_model(name, num_classes=0, zero_init_last=False)
-    except RuntimeError as e:  # an unknown tag after the name
-        raise InputError(f"model {name}: timm cannot make it ({e})") from e
-    if not isinstance(encoder.bn1, nn.BatchNorm2d):
-        kind = type(encoder.bn1).__name__
-        raise InputError(f"model {name}: is normalised by {kind}; take a ResNet with BatchNorm")
-    return encoder
-
-
-class AlexNet(nn.Sequential):
-    """A small AlexNet with BatchNorm, our reading of the encoder of Figures 3 and 7: (b, 3, h, w) to (b, 4096)."""
-
-    num_features = 4096
-
-    def __init__(self):
-        widths = (3, 96, 192, 384, 384, 192)
-        layers = OrderedDict()
-        for i, (width_in, width_out) in enumerate(pairwise(widths), 1):
-            layers[f"conv{i}"] = nn.Conv2d(width_in, width_out, 3, padding=1, bias=False)
-            layers[f"norm{i}"] = nn.BatchNorm2d(width_out)
-            layers[f"relu{i}"] = nn.ReLU(inplace=True)
-            if i in (1, 2):
-                layers[f"pool{i}"] = nn.MaxPool2d(3, 2)
-        layers["pool5"] = nn.AdaptiveMaxPool2d(3)
-        layers["flatten"] = nn.Flatten()
-        for i, width_in in ((6, 3 * 3 * widths[-1]), (7, 4096)):
-            layers[f"linear{i}"] = nn.Linear(width_in, 4096, bias=False)
-            layers[f"norm{i}"] = nn.BatchNorm1d(4096)
-            layers[f"relu{i}"] = nn.ReLU(inplace=True)
-        super().__init__(layers)
 
 
 # ---- Norms -----------------------------------------------------------------------------------------------------------
@@ -115,14 +76,15 @@ def with_norm(network: nn.Module, norm: str) -> nn.Module:
     """Replace each BatchNorm of the network by a fresh layer of NORMS, which is frozen if the old one was."""
     for name, module in list(network.named_modules()):
         if isinstance(module, _BatchNorm):
-            replacement = NORMS[norm](module.num_features)
-            replacement.requires_grad_(module.weight.requires_grad)
+            replacement = NORMS[norm](module.num_features, affine=module.affine)
+            if module.affine:
+                replacement.requires_grad_(module.weight.requires_grad)
             network.set_submodule(name, replacement)
     return network
 
 
 # ---- Heads and methods -----------------------------------------------------------------------------------------------
-def mlp(in_dim: int, hidden_dim: int, out_dim: int, norm: str = "bn") -> nn.Sequential:
+def mlp(in_dim: int, hidden_dim: int, out_dim: int, norm: str = "bn", ends_in_norm: bool = False) -> nn.Sequential:
     """Build a projector or predictor, (b, in_dim) to (b, out_dim), Section 3.6; the last layer has no bias."""
     layers = OrderedDict(
         hidden=nn.Linear(in_dim, hidden_dim),
@@ -130,46 +92,45 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int, norm: str = "bn") -> nn.Sequ
         relu=nn.ReLU(inplace=True),
         out=nn.Linear(hidden_dim, out_dim, bias=False),
     )
+    if ends_in_norm:
+        layers["end"] = nn.BatchNorm1d(out_dim, affine=False)
     return with_norm(nn.Sequential(layers), norm)
 
 
-class SimCLR(nn.Module):
-    """Encoder f and projector g."""
+class Method(nn.Module):
+    """Encoder f and projector g, which both views pass; a subclass says what else there is, and what is minimised."""
 
-    def __init__(self, name: str, stem: str, norm: str, hidden_dim: int, out_dim: int):
+    title = ""  # its name in tables
+    formula = ""  # of the loss, with settings in braces
+    flags = ()  # of pretrain.py that have an effect on it, but not on every method
+    numbers: ClassVar = {}  # in place of the recipe's
+    has_predictor = False  # q, on top of g
+    has_target = False  # moving averages of f and g, Section 3.3
+    is_simsiam = False  # BatchNorm ends the projector, and the predictor's hidden layer is a bottleneck
+
+    def __init__(self, name: str, stem: str, norm: str, hidden_dim: int, out_dim: int, predictor="mlp", queue=0):
         super().__init__()
         self.encoder = build_encoder(name, stem, norm)
-        self.projector = mlp(self.encoder.num_features, hidden_dim, out_dim, norm)
+        self.projector = mlp(self.encoder.num_features, hidden_dim, out_dim, norm, self.is_simsiam)
+        if self.has_predictor and predictor == "mlp":
+            width = max(1, out_dim // 4) if self.is_simsiam else hidden_dim
+            self.predictor = mlp(out_dim, width, out_dim, norm)
+        if self.has_target:
+            copies = OrderedDict(encoder=copy.deepcopy(self.encoder), projector=copy.deepcopy(self.projector))
+            self.target = nn.Sequential(copies)
+            self.target.requires_grad_(False)
 
-    def forward(self, v1: Tensor, v2: Tensor) -> tuple[tuple[Tensor, Tensor]]:
-        """Project both views (b, 3, h, w), in one batch (see ViewNorm); returns (z,), z a pair of (b, out_dim)."""
-        views = torch.cat([v1, v2])
-        z = self.projector(self.encoder(views))
-        return (z.chunk(2),)
+    def forward(self, v1: Tensor, v2: Tensor) -> tuple[Pair, Pair, Pair]:
+        """Compute projections z, their predictions p, and what these are to predict, t: (b, out_dim) a view.
 
-
-class BYOL(nn.Module):
-    """Online network (encoder f, projector g, predictor q) and target (f, g), which starts as a copy, Section 3.3."""
-
-    def __init__(self, name: str, stem: str, norm: str, hidden_dim: int, out_dim: int):
-        super().__init__()
-        self.encoder = build_encoder(name, stem, norm)
-        self.projector = mlp(self.encoder.num_features, hidden_dim, out_dim, norm)
-        self.predictor = mlp(out_dim, hidden_dim, out_dim, norm)
-        copies = OrderedDict(encoder=copy.deepcopy(self.encoder), projector=copy.deepcopy(self.projector))
-        self.target = nn.Sequential(copies)
-        self.target.requires_grad_(False)
-
-    def forward(self, v1: Tensor, v2: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Compute projections z, their predictions p, and the target's projections t, (b, out_dim) a view.
-
-        The views (b, 3, h, w) pass in one batch, each with BatchNorm statistics of its own: see ViewNorm.
+        t are the target's projections, or z without gradient; p is z if there is no predictor. The views (b, 3, h, w)
+        pass in one batch, each with BatchNorm statistics of its own: see ViewNorm.
         """
         views = torch.cat([v1, v2])
         z = self.projector(self.encoder(views))
-        p = self.predictor(z)
+        p = self.predictor(z) if hasattr(self, "predictor") else z
         with torch.no_grad():
-            t = self.target(views)
+            t = self.target(views) if self.has_target else z.detach()
         return z.chunk(2), p.chunk(2), t.chunk(2)
 
     @torch.no_grad()
@@ -180,10 +141,100 @@ class BYOL(nn.Module):
         torch._foreach_lerp_(target, online, 1 - tau)
 
 
-METHODS = {"byol": BYOL, "simclr": SimCLR}
+class BYOL(Method):
+    """Predict the target's projection of the other view, Section 3.3; Grill et al. (2020)."""
+
+    title = "BYOL"
+    formula = "byol = E |p1 - t2|^2 + E |p2 - t1|^2 of unit rows, 0 ... 8 (Eq. 3 in both directions)"
+    flags = ("predictor", "tau", "tau_end")
+    has_predictor = has_target = True
+
+    def loss(self, z, p, t, temperature=None):
+        return alignment(p[0], t[1]) + alignment(p[1], t[0])
 
 
-def neurons(network: BYOL | SimCLR, parts: Iterable[str]) -> Layers:
+class SimSiam(BYOL):
+    """Predict the projection of the other view, without a target; Chen & He (2021)."""
+
+    title = "SimSiam"
+    formula = "simsiam = -E cos(p1, z2) / 2 - E cos(p2, z1) / 2, no gradient to z, -1 ... 1 (Chen & He, Eq. 2)"
+    flags = ("predictor",)
+    has_target = False
+    is_simsiam = True
+
+    def loss(self, z, p, t, temperature=None):
+        return super().loss(z, p, t) / 4 - 1  # |p - t|^2 = 2 - 2 cos(p, t)
+
+
+class SimCLR(Method):
+    """Tell the other view of an image from all other views of the batch; Chen et al. (2020)."""
+
+    title = "SimCLR"
+    formula = "simclr = E -log softmax(z_i . z_j / {temperature:g}) of unit rows (Eq. 1)"
+    flags = ("temperature",)
+
+    def loss(self, z, p, t, temperature=0.5):
+        return info_nce(*z, temperature)
+
+
+class MoCo(Method):
+    """Tell the target's projection of the other view from those of earlier batches, a queue; Chen et al. (2020), v2."""
+
+    title = "MoCo"
+    formula = "moco = E -log softmax(z_i . t_j / {temperature:g}) of unit rows, j: the other view, {queue} earlier ones"
+    flags = ("temperature", "tau", "tau_end", "queue")
+    numbers: ClassVar = {"temperature": 0.2}
+    has_target = True
+
+    def __init__(self, name, stem, norm, hidden_dim: int, out_dim: int, predictor="mlp", queue=4096):
+        super().__init__(name, stem, norm, hidden_dim, out_dim)
+        self.register_buffer("queue", unit(torch.randn(queue, out_dim)))
+        self.register_buffer("oldest", torch.tensor(0))  # the row of the queue that is replaced next
+        self.keys = []  # of this step
+
+    def loss(self, z, p, t, temperature=0.2):
+        self.keys += t
+        first = self.one_way(z[0], t[1], temperature)
+        second = self.one_way(z[1], t[0], temperature)
+        return (first + second) / 2
+
+    def one_way(self, z: Tensor, t: Tensor, temperature: float) -> Tensor:
+        """InfoNCE of He et al. (2020), Eq. 1, of projections z and their keys t, (b, out_dim), with the queue's."""
+        z = unit(z)
+        cosine = (z * unit(t)).sum(1, keepdim=True)
+        similarity = torch.cat([cosine, z @ self.queue.T], 1)
+        place = torch.zeros(len(z), dtype=torch.long, device=z.device)  # of the key of the same image
+        return cross_entropy(similarity / temperature, place)
+
+    def update_target(self, tau: float) -> None:
+        """Update the target, and replace the oldest rows of the queue by the keys of the step."""
+        super().update_target(tau)
+        keys = torch.cat(self.keys)[-len(self.queue) :]
+        rows = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[rows] = unit(keys)
+        self.oldest.copy_((rows[-1] + 1) % len(self.queue))
+        self.keys.clear()
+
+
+class BarlowTwins(Method):
+    """Make each feature correlate between the views, and different features not; Zbontar et al. (2021)."""
+
+    title = "Barlow Twins"
+    formula = "barlow = sum (1 - C_ii)^2 + 0.0051 sum C_ij^2, i != j, C: correlations (Zbontar et al., Eq. 1)"
+    numbers: ClassVar = {"out_dim": 2048}
+
+    def loss(self, z, p, t, temperature=None):
+        x, y = (unit((view - view.mean(0)).T) for view in z)  # a row is a feature, over the batch
+        correlation = x @ y.T
+        diagonal = correlation.diagonal()
+        off_diagonal = correlation.square().sum() - diagonal.square().sum()
+        return (1 - diagonal).square().sum() + 0.0051 * off_diagonal
+
+
+METHODS = {"byol": BYOL, "simclr": SimCLR, "simsiam": SimSiam, "moco": MoCo, "barlow": BarlowTwins}
+
+
+def neurons(network: Method, parts: Iterable[str]) -> Layers:
     """Return {layer: weight} of the layers in `parts`, see `regularizers.layers_of`; each row of a weight is a neuron.
 
     parts: any of encoder, projector, predictor, or layers of these: predictor.out. InputError for a grouped

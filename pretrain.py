@@ -1,4 +1,4 @@
-"""Pre-train an image encoder by BYOL or SimCLR, with or without the paper's regularizers.
+"""Pre-train an image encoder by BYOL, or by SimCLR and others, with or without the paper's regularizers.
 
     accelerate launch pretrain.py --reg amhe --s 2
 
@@ -25,7 +25,8 @@ from harness.probes import gradient_norms, representations
 from harness.run import Run
 from harness.settings import Settings
 from knn_eval import nearest_neighbours
-from regularizers import Layers, alignment, energy_of, info_nce, uniformity, unit
+from models import Pair
+from regularizers import Layers, alignment, energy_of, uniformity, unit
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Recipe:
     warmup: float  # epochs
     tau: float  # of the target's moving average at the start
     energy_weight: float  # lambda of mhe and amhe
-    temperature: float  # of simclr
+    temperature: float  # of simclr; moco has its own
     uniformity_weight: float = 0.125  # lambda of uniform, Section 4
     hidden_dim: int = 4096  # Section 3.6
     out_dim: int = 256  # Section 3.6
@@ -73,7 +74,10 @@ def pretrain(
     dataset: Annotated[str, "photos (embedded), cifar10, cifar100, stl10, imagenet, or a folder"] = "photos",
     data_dir: Annotated[str, "where cifar10, cifar100 and stl10 lie or are downloaded to; imagenet's folder"] = "data",
     recipe: Annotated[Literal[*RECIPES], "None = the shorter of the data set, or folder"] | None = None,
-    method: Annotated[Literal["byol", "simclr"], "the loss, with its network"] = "byol",
+    method: Annotated[Literal[*models.METHODS], "the loss, with its network"] = "byol",
+    predictor: Annotated[Literal["mlp", "none"], "of byol and simsiam; none compares projections"] = "mlp",
+    queue: Annotated[int, ">= 1", "of moco: projections of earlier batches; None = half the set, at most 65536"]
+    | None = None,
     model: Annotated[str, "any ResNet of timm, or alexnet"] = "resnet18",
     stem: Annotated[Literal[*models.STEMS], "3x3 of stride 1 or 2, or timm's; None = the data set's"] | None = None,
     init: Annotated[str, "weights that the encoder begins from: of a run, or a file of another project"] | None = None,
@@ -84,7 +88,7 @@ def pretrain(
     weight: Annotated[float, ">= 0", "lambda of the regularizer"] | None = None,
     reg_on: Annotated[tuple[Literal[*PARTS], ...], "of mhe and amhe; None = the heads, but no 2-d layers"]
     | None = None,
-    temperature: Annotated[float, "> 0", "of simclr"] | None = None,
+    temperature: Annotated[float, "> 0", "of simclr and moco"] | None = None,
     epochs: Annotated[int, ">= 1", "length of the training"] | None = None,
     batch_size: Annotated[int, ">= 2", "images in one step, over all processes"] | None = None,
     accumulate: Annotated[int, ">= 1", "micro-batches of a batch; their gradients are averaged before the step"] = 1,
@@ -112,7 +116,7 @@ def pretrain(
     workers: Annotated[int, ">= 0", "processes that read pictures; None = by cores and shared memory"] | None = None,
     tracker: Annotated[Literal["none", "tensorboard", "wandb", "trackio"], "gets the log's numbers, too"] = "none",
 ):
-    """Pre-train an encoder by BYOL or SimCLR. None = the value of the recipe, printed before the first step."""
+    """Pre-train an encoder by BYOL or another method. None = the value of the recipe, printed before the first step."""
     flags = dict(locals())
     folder = settings.check(flags, cli.defaults(pretrain), RECIPES)  # before anything is read
     accelerator = processes.start(accumulate, tracker, folder)
@@ -142,7 +146,7 @@ def pretrain(
                 with torch.no_grad():
                     of_weights = layer_energies(training.layers, cfg)
                 row |= {name: energy.item() for name, energy in of_weights.items()}
-            if cfg.method == "byol":
+            if training.network.has_target:
                 row["tau"] = tau_at(run.step - 1, steps, cfg.tau, cfg.tau_end)
             row["lr"] = lr_at(run.step - 1, steps, warmup_steps, cfg.peak_lr)
             run.log(**row, images_per_s=run.images_per_s)  # set by run.means()
@@ -165,7 +169,7 @@ class Training:
     cfg: Settings
     images: data.Dataset  # for its mean, std and solarise_p
     accelerator: Accelerator
-    network: models.BYOL | models.SimCLR
+    network: models.Method
     parallel: nn.Module  # the same network, as it runs on all processes
     optimizer: AcceleratedOptimizer  # of Lars or SGD
     layers: Layers  # the weights that Eq. 7 sums over
@@ -173,7 +177,9 @@ class Training:
 
 def build(cfg: Settings, images: data.Dataset, accelerator: Accelerator) -> Training:
     """Build a network with fresh weights, on its device, and its optimizer; LARS is that of Appendix B.2."""
-    network = models.METHODS[cfg.method](cfg.model, cfg.stem, cfg.norm, cfg.hidden_dim, cfg.out_dim)
+    network = models.METHODS[cfg.method](
+        cfg.model, cfg.stem, cfg.norm, cfg.hidden_dim, cfg.out_dim, cfg.predictor, cfg.queue
+    )
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         models.with_norm(network, "sync")
     groups = parameter_groups(network, cfg.weight_decay)
@@ -210,41 +216,34 @@ def train_step(training: Training, crops: Tensor, u: Tensor, lr: float, tau: flo
     v1, v2 = data.two_views(crops, u, images.mean, images.std, cfg.blur_p, images.solarise_p, *colours)
     with accelerator.accumulate(training.parallel):
         outputs = training.parallel(v1, v2)
-        terms = objective(cfg, training.layers, *outputs)
+        terms = objective(cfg, training.network, training.layers, *outputs)
         accelerator.backward(terms["loss"])
         norms = gradient_norms(training.network, accelerator)
         training.optimizer.step()
         training.optimizer.zero_grad()
     is_step = accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped
-    if is_step and cfg.method == "byol":
+    if is_step and training.network.has_target:
         training.network.update_target(tau)
     return {name: term.detach() for name, term in terms.items()}, norms
 
 
 # ---- The objective ---------------------------------------------------------------------------------------------------
-Pair = tuple[Tensor, Tensor]  # a tensor for each view
+def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p: Pair, t: Pair) -> dict[str, Tensor]:
+    """Compute the loss and its terms, unweighted, of the outputs of a network, (b, out_dim) a view.
 
-
-def objective(cfg: Settings, layers: Layers, z: Pair, p: Pair = None, t: Pair = None) -> dict[str, Tensor]:
-    """Compute the loss and its terms, unweighted, of projections z, predictions p and target projections t.
-
-    Each is (b, out_dim) a view; simclr has no p and t. byol is Eq. 3 in both directions, 0 ... 8; simclr is Eq. 1. The
-    loss is Eq. 7 with an energy, Eq. 4 with uniformity. alignment and std of the normalised projections are for the
+    The loss is Eq. 7 with an energy, Eq. 4 with uniformity. alignment and std of the normalised projections are for the
     log; std is 1 / sqrt(out_dim) if they fill the sphere, 0 if they collapse.
     """
-    z1, z2 = z
-    all_z1, all_z2 = processes.gather(z1), processes.gather(z2)
+    z1, z2 = map(processes.gather, z)
+    p = tuple(map(processes.gather, p))
+    t = tuple(map(processes.gather, t))
     terms = {"loss": None}  # placeholder, so that loss is the first column
-    if cfg.method == "byol":
-        (p1, p2), (t1, t2) = p, t
-        terms["byol"] = alignment(p1, t2) + alignment(p2, t1)
-    else:
-        terms["simclr"] = info_nce(all_z1, all_z2, cfg.temperature)
+    terms[cfg.method] = network.loss((z1, z2), p, t, cfg.temperature)
     with torch.set_grad_enabled(cfg.reg == "uniform"):
-        terms["uniformity"] = (uniformity(all_z1) + uniformity(all_z2)) / 2
+        terms["uniformity"] = (uniformity(z1) + uniformity(z2)) / 2
     with torch.no_grad():
         terms["alignment"] = alignment(z1, z2)
-        std1, std2 = unit(all_z1).std(0), unit(all_z2).std(0)
+        std1, std2 = unit(z1).std(0), unit(z2).std(0)
         terms["std"] = (std1.mean() + std2.mean()) / 2
     if cfg.term == "energy":
         terms |= layer_energies(layers, cfg)

@@ -10,6 +10,7 @@ The first floor imports no page:
     log         rows out to metrics.jsonl and back
     processes   what is different where several processes run one program
     augment     crop, colour, blur: operations on whole batches of images
+    encoders    networks by name: timm's ResNets and an AlexNet
     pictures    pictures in files: which there are, how one is read, many of them read ahead by workers
     surveys     what pictures are like, kept from one start to the next
     neighbours  the nearest rows of a large bank

@@ -145,7 +145,7 @@ def load_encoder(path: str | Path, net: str = "online") -> tuple[nn.Module, dict
     network, description = load_network(path)
     if net == "target":
         if not hasattr(network, "target"):
-            raise InputError(f"{path}: holds no target network; a ckpt.safetensors of --method byol does")
+            raise InputError(f"{path}: holds no target network; a ckpt.safetensors of --method byol or moco does")
         network = network.target
     if description["holds"] == "encoder":
         return network, description
@@ -190,7 +190,8 @@ def build_described(holds: str, settings: dict) -> nn.Module:
     if holds == "encoder":
         return models.build_encoder(*architecture)
     method = models.METHODS[settings["method"]]
-    return method(*architecture, settings["hidden_dim"], settings["out_dim"])
+    heads = [settings["hidden_dim"], settings["out_dim"]]
+    return method(*architecture, *heads, settings.get("predictor", "mlp"), settings.get("queue", 0))
 
 
 def fill(network: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:

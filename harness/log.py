@@ -33,6 +33,8 @@ EARLIER = {  # settings that runs of earlier versions do not name, with their va
     "tau_end": 1.0,
     "jitter": 1.0,
     "grey": 0.2,
+    "predictor": "mlp",
+    "queue": 0,
     "init": None,
     "init_digest": None,
     "prefix": None,

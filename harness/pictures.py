@@ -454,6 +454,19 @@ def _leave_signals_to_main(_) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_WITHOUT_MAIN))
 
 
+def crops(files: Files, size: int, micro_batches: Iterator, device: torch.device) -> Iterator[Tensor]:
+    """Yield crops (b, views, 3, size, size) of micro-batches: rows (b,) and draws (views, b, DRAWS_PER_IMAGE)."""
+    keys = ([*zip(rows.tolist(), u.transpose(0, 1).numpy())] for rows, u in micro_batches)
+    yield from loader(Crops(files, size), keys, device)
+
+
+def centres(files: Files, size: int, crop: float, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield the central squares (b, 3, size, size) of all files, in their order."""
+    rows = range(len(files.paths))
+    keys = (rows[i : i + batch_size] for i in rows[::batch_size])
+    yield from loader(Centres(files, size, crop), keys, device)
+
+
 def loader(pictures, keys: Iterator, device: torch.device) -> Iterator:
     """Yield batches of `pictures`, one for each list of keys, read ahead by processes of their own.
 

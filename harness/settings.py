@@ -30,6 +30,7 @@ from harness.formats import read_tensors
 NOT_SETTINGS = ("out", "save_every", "resume", "tracker", "workers")  # flags that change nothing in what a run computes
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what --weight weighs
 NARROW = 3  # a layer whose neurons have fewer dimensions is regularized only if --reg_on names its network
+LONGEST_QUEUE = 65_536  # of MoCo, by default: its authors' for ImageNet
 FOLDER_RECIPE = "folder"  # of a folder of pictures, unless --recipe names another
 
 
@@ -66,6 +67,8 @@ class Settings:
     eval_every: int
     optimizer: str
     tau_end: float
+    predictor: str
+    queue: int  # keys
     jitter: float  # part of BYOL's strength
     grey: float
     init: str | None  # where the weights lie that the encoder begins from
@@ -92,8 +95,8 @@ def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
     """Return the run folder. InputError for whatever can be seen to be wrong before a file is read."""
     folder = Path(flags["out"] or Path("runs", run_name(flags, defaults))).expanduser()
     refuse_idle_flags(flags, defaults)
-    if flags["method"] == "simclr" and "predictor" in (flags["reg_on"] or ()):
-        raise InputError("--reg_on predictor: simclr has none; take encoder, projector or both")
+    if "predictor" in (flags["reg_on"] or ()) and "predictor" not in parts_of(flags):
+        raise InputError(f"--reg_on predictor: {flags['method']} has none here; take encoder, projector or both")
     if flags["resume"] == "never" and any((folder / name).exists() for name in RUN_FILES):
         raise InputError(f"--out {folder}: already holds a run; name another folder, or take --resume auto")
     if flags["init"] and not (folder / CKPT).exists():  # a run that goes on has its own weights
@@ -152,10 +155,9 @@ def refuse_idle_flags(flags: dict, defaults: dict) -> None:
         idle_beside |= {"s": "reg", "reg_on": "reg"}
     if term is None:
         idle_beside["weight"] = "reg"
-    if flags["method"] == "byol":
-        idle_beside["temperature"] = "method"
-    else:
-        idle_beside |= {"tau": "method", "tau_end": "method"}
+    of_methods = {name for method in models.METHODS.values() for name in method.flags}
+    own = models.METHODS[flags["method"]].flags
+    idle_beside |= {name: "method" for name in sorted(of_methods - {*own})}
     if flags["model"] == "alexnet":
         idle_beside["stem"] = "model"
     for name, other in idle_beside.items():
@@ -212,7 +214,7 @@ def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
     recipe = recipes[chosen]
     epochs = flags["epochs"] or recipe.epochs
     weights = {None: 0.0, "energy": float(recipe.energy_weight), "uniformity": recipe.uniformity_weight}
-    defaults = asdict(recipe)
+    defaults = asdict(recipe) | models.METHODS[flags["method"]].numbers
     defaults["recipe"] = chosen
     defaults["weight"] = weights[TERMS[flags["reg"]]]
     defaults["reg_on"] = ("projector", "predictor")
@@ -221,10 +223,9 @@ def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
     for name, value in flags.items():
         if name not in NOT_SETTINGS:
             values[name] = defaults.get(name) if value is None else value
-    parts = ["encoder", "projector"]
-    if flags["method"] == "byol":
-        parts.append("predictor")
-    values["reg_on"] = [part for part in parts if part in values["reg_on"]]
+    if "queue" not in models.METHODS[flags["method"]].flags:
+        values["queue"] = 0
+    values["reg_on"] = [part for part in parts_of(flags) if part in values["reg_on"]]
     if flags["reg_on"] is None:
         values["reg_on"] = without_narrow_layers(values["reg_on"], values["hidden_dim"], values["out_dim"])
     if values["warmup"] >= epochs:
@@ -232,6 +233,12 @@ def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
     if values["batch_size"]:
         refuse_uneven_batch(values["batch_size"], values["accumulate"], world)
     return values
+
+
+def parts_of(flags: dict) -> list[str]:
+    """Return the networks of a method that are trained by gradients."""
+    has_predictor = models.METHODS[flags["method"]].has_predictor and flags["predictor"] == "mlp"
+    return ["encoder", "projector", "predictor"] if has_predictor else ["encoder", "projector"]
 
 
 def batch_size_for(n: int) -> int:
@@ -299,7 +306,18 @@ def resolve_images(values: dict, flags: dict, images: data.Dataset) -> Settings:
     if not images.classes:
         values["eval_every"] = 0
     values["init_digest"] = None
+    if values["queue"] != 0:
+        values["queue"] = queue_length(values, n)
     return Settings(**{field.name: values[field.name] for field in fields(Settings)})
+
+
+def queue_length(values: dict, n: int) -> int:
+    """Return the number of keys in MoCo's queue. InputError if there are too many to be those of other images."""
+    length = values["queue"] or max(1, min(LONGEST_QUEUE, n // 2))
+    if length >= n:
+        least = f"{values['dataset']} has {n} images to train on"
+        raise InputError(f"--queue {length}: {least}, so it would hold other keys of the image in question; take fewer")
+    return length
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,10 +337,9 @@ def formula(cfg: Settings, layers: dict[str, Tensor]) -> list[str]:
     lines = [f"loss = {cfg.method}"]
     if cfg.term:
         lines[0] += f" + {cfg.weight:g} {cfg.term}"
-    if cfg.method == "byol":
-        lines.append("byol = E |p1 - t2|^2 + E |p2 - t1|^2 of unit rows, 0 ... 8 (Eq. 3 in both directions)")
-    else:
-        lines.append(f"simclr = E -log softmax(z_i . z_j / {cfg.temperature:g}) of unit rows (Eq. 1)")
+    lines.append(models.METHODS[cfg.method].formula.format(**asdict(cfg)))
+    if cfg.predictor == "none":
+        lines.append("p = z, as there is no predictor")
     if cfg.term == "uniformity":
         lines.append("uniformity = log E exp(-2 |z_i - z_j|^2) of unit rows, averaged over both views (Eq. 2)")
     if cfg.term == "energy":
@@ -344,7 +361,7 @@ def left_out(cfg: Settings, flags: dict) -> list[str]:
     """Name the narrow layers that have no energy because --reg_on does not name their network."""
     if cfg.term != "energy" or flags["reg_on"] is not None:
         return []
-    heads = ["projector", "predictor"] if cfg.method == "byol" else ["projector"]
+    heads = parts_of(asdict(cfg))[1:]
     narrow = {}
     for head in heads:
         layers = head_layers(head, cfg.hidden_dim, cfg.out_dim)
@@ -358,13 +375,20 @@ def left_out(cfg: Settings, flags: dict) -> list[str]:
 def numbers_in_force(cfg: Settings, flags: dict) -> list[str]:
     """Name the numbers that come from the recipe, and those that a flag has replaced."""
     names = ["epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "hidden_dim", "out_dim"]
-    names += ["tau", "tau_end"] if cfg.method == "byol" else ["temperature"]
+    names += [name for name in models.METHODS[cfg.method].flags if name != "predictor"]
     if cfg.term:
         names.append("weight")
-    lines = []
-    for source, given in ((f"recipe {cfg.recipe}", False), ("flag", True)):
-        numbers = [f"{name} {_short(getattr(cfg, name))}" for name in names if (flags[name] is not None) == given]
-        lines.append(f"{source}: {', '.join(numbers) or 'nothing'}")
+    sources = {f"recipe {cfg.recipe}": [], f"method {cfg.method}": [], "the data set": [], "flag": []}
+    recipe, method, images, flag = sources.values()
+    for name in names:
+        number = f"{name} {_short(getattr(cfg, name))}"
+        if flags[name] is not None:
+            flag.append(number)
+        elif name in models.METHODS[cfg.method].numbers:
+            method.append(number)
+        else:
+            (images if name == "queue" else recipe).append(number)
+    lines = [f"{source}: {', '.join(numbers)}" for source, numbers in sources.items() if numbers]
     lines.append(f"peak learning rate: {cfg.peak_lr:g} (lr * batch_size / 256)")
     return lines
 

@@ -5,6 +5,7 @@ have a name, and which source a name asks for, stands in data.py.
 """
 
 import contextlib
+import difflib
 import os
 import sys
 from collections import Counter
@@ -93,6 +94,38 @@ def _mean_and_std(sums: Tensor, squares: Tensor, n: Tensor) -> tuple[Channels, C
 
 def _rounded(numbers: Tensor) -> Channels:
     return tuple(round(number, 4) for number in numbers.tolist())
+
+
+# ---- A set by its name -----------------------------------------------------------------------------------------------
+
+
+def read(
+    name: str, data_dir: str, facts: dict[str, dict], pretraining: bool, skip_broken: bool
+) -> tuple[Classes, Split, Split, Split | None, dict]:
+    """Read the data set called `name`, of those that have facts, or the folder of pictures at that path.
+
+    Returns its classes, its training and test set, images without labels for pretraining if it has some, and its facts.
+    InputError as from `data.load`.
+    """
+    name, data_dir = os.path.expanduser(name), os.path.expanduser(data_dir)
+    own_facts = facts.get(name)
+    if own_facts and os.path.isdir(name) and os.path.realpath(name) != os.path.realpath(data_dir):
+        processes.say(f"dataset {name}: the set of that name, not the folder; --dataset ./{name} is the folder")
+    options = (own_facts, pretraining, skip_broken)
+    if name == "photos":
+        return *photos(), None, own_facts
+    if name == "imagenet":
+        classes, train, test, found = folder("dataset imagenet: --data_dir", Path(data_dir), ("val",), *options)
+        return classes, train, test, None, found
+    if own_facts:
+        classes, (train, test, *unlabeled) = torchvision_set(name, data_dir, unlabeled=pretraining)
+        return classes, train, test, unlabeled[0] if unlabeled else None, own_facts
+    if os.path.isdir(name):
+        classes, train, test, found = folder("dataset", Path(name), ("test", "val"), *options)
+        return classes, train, test, None, found
+    suggestions = difflib.get_close_matches(name, facts, 1)
+    hint = f" (did you mean {suggestions[0]}?)" if suggestions else ""
+    raise InputError(f"dataset {name}: neither {', '.join(facts)} nor a folder{hint}")
 
 
 # ---- The embedded photographs ----------------------------------------------------------------------------------------

@@ -106,11 +106,59 @@ def test_without_norm_there_is_none(name):
     assert norms and bare.keys() == {key for key in whole if key.rpartition(".")[0] not in norms}
 
 
-def test_simclr_is_byols_encoder_and_projector(byol):
-    simclr = models.SimCLR("resnet18", "imagenet", "bn", 16, 8)
-    simclr.load_state_dict({k: x for k, x in byol.state_dict().items() if k.startswith(("encoder.", "projector."))})
+@pytest.mark.parametrize("method", list(models.METHODS))
+def test_methods_differ_in_their_parts_alone(byol, method):
+    """With the weights that it shares with BYOL, a method makes the same projections, predictions and keys."""
+    network = models.METHODS[method]("resnet18", "imagenet", "bn", 16, 8, queue=4)
+    missing, _ = network.load_state_dict(byol.state_dict(), strict=False) if method != "simsiam" else ([], [])
+    assert set(missing) <= {"queue", "oldest"}
     views = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(simclr(*views)[0], byol(*views)[0])
+    (z, p, t), (z_byol, p_byol, t_byol) = network(*views), byol(*views)
+    if method != "simsiam":
+        torch.testing.assert_close(z, z_byol)
+        torch.testing.assert_close(p, p_byol if network.has_predictor else z_byol)
+        torch.testing.assert_close(t, t_byol if network.has_target else z_byol)
+    assert p[0].requires_grad and not t[0].requires_grad
+    assert hasattr(network, "predictor") == network.has_predictor and hasattr(network, "target") == network.has_target
+
+
+def test_without_a_predictor_projections_are_compared(byol):
+    bare = models.BYOL("resnet18", "imagenet", "bn", 16, 8, predictor="none")
+    assert {name.split(".")[0] for name in bare.state_dict()} == {"encoder", "projector", "target"}
+    z, p, _ = bare(*torch.randn(2, 4, 3, 32, 32))
+    assert torch.equal(z[0], p[0]) and torch.equal(z[1], p[1])
+
+
+def test_simsiams_heads():
+    """Its projector ends in BatchNorm without weights, its predictor narrows to a quarter; its gradient stops at z."""
+    network = models.SimSiam("test_resnet", "imagenet", "bn", 64, 16)
+    assert network.predictor.hidden.weight.shape == (4, 16)
+    z, p, t = network(*torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    for view in z:
+        torch.testing.assert_close(view.mean(0), torch.zeros(16), rtol=0, atol=1e-5)
+        torch.testing.assert_close(view.std(0, correction=0), torch.ones(16), rtol=0, atol=1e-2)
+    assert [name for name, _ in network.projector.named_parameters() if name.startswith("end")] == []
+    assert network.loss(z, (z[1], z[0]), z).item() == pytest.approx(-1, abs=1e-6)
+    assert -1 <= network.loss(z, p, t).item() <= 1
+
+
+def test_mocos_queue_holds_the_latest_keys_in_their_order():
+    network = models.MoCo("test_resnet", "imagenet", "bn", 8, 3, queue=5)
+    torch.testing.assert_close(network.queue.norm(dim=1), torch.ones(5))
+    start, t = network.queue.clone(), torch.randn(3, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+    keys = torch.nn.functional.normalize(t.reshape(12, 3))
+    network.loss(*[tuple(torch.randn(2, 2, 3))] * 2, tuple(t[0]))
+    assert torch.equal(network.queue, start)  # until the step is done
+    network.update_target(1.0)
+    torch.testing.assert_close(network.queue, torch.cat([keys[:4], start[4:]]))
+    network.loss(*[tuple(torch.randn(2, 2, 3))] * 2, tuple(t[1]))
+    network.update_target(1.0)
+    torch.testing.assert_close(network.queue, torch.stack([keys[i] for i in (5, 6, 7, 3, 4)]))
+    for part in (1, 2):  # two micro-batches of a step, of more keys than there are places
+        network.loss(*[tuple(torch.randn(2, 2, 3))] * 2, tuple(t[part]))
+    network.update_target(1.0)
+    torch.testing.assert_close(network.queue[network.queue[:, 0].argsort()], keys[7:][keys[7:, 0].argsort()])
+    assert {"queue", "oldest"} <= network.state_dict().keys()
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,7 @@ def test_two_steps_of_the_optimizer_are_those_written_by_hand():
     """LARS of `build`: momentum 0.9, trust coefficient 1e-3, the rate outside of the momentum."""
     values = {"method": "simclr", "model": "test_resnet", "stem": "imagenet", "norm": "bn", "hidden_dim": 8}
     values |= {"out_dim": 4, "weight_decay": 0.3, "reg_on": ["projector"], "optimizer": "lars"}
+    values |= {"predictor": "mlp", "queue": 0}
     training = build(SimpleNamespace(**values), None, processes.start())
     parameters = [p for p in training.network.parameters() if p.requires_grad]
     expected = [p.detach().clone() for p in parameters]
@@ -187,21 +188,50 @@ def test_accumulation_averages_gradients_over_micro_batches(command, folder, tmp
         assert (off < 1e-6) == same, (run, off)
 
 
-@pytest.mark.parametrize("method, temperature", [("byol", None), ("simclr", 0.5), ("simclr", 0.1)])
+def info_nce_with_queue(z, t, queue, temperature):
+    """He et al. (2020), Eq. 1, image by image."""
+    losses = []
+    for query, key in zip(z, t):
+        similarity = (torch.cat([key[None], queue]) @ query / temperature).exp()
+        losses.append(-(similarity[0] / similarity.sum()).log())
+    return sum(losses) / len(losses)
+
+
+def barlow_twins_of(z):
+    """Zbontar et al. (2021), Eq. 1, entry by entry of the cross-correlation matrix."""
+    x, y = ((view - view.mean(0)) / view.std(0, correction=0) for view in z)
+    loss = 0
+    for i in range(x.shape[1]):
+        for j in range(y.shape[1]):
+            correlation = (x[:, i] * y[:, j]).mean()
+            loss += (1 - correlation) ** 2 if i == j else 0.0051 * correlation**2
+    return loss
+
+
+@pytest.mark.parametrize(
+    "method, temperature",
+    [("byol", None), ("simsiam", None), ("simclr", 0.5), ("simclr", 0.1), ("moco", 0.2), ("barlow", None)],
+)
 @pytest.mark.parametrize("reg, s", [("none", 2), ("uniform", 2), ("mhe", 0), ("mhe", 1.5), ("amhe", 0), ("amhe", 3)])
 def test_objective_is_the_one_written_by_hand(method, temperature, reg, s):
-    """In float64: Eq. 1 or 3, Eq. 2 or Eq. 7 with its lambda, and what is for the log alone."""
+    """In float64: the method's loss, Eq. 2 or Eq. 7 with its lambda, and what is for the log alone."""
     values = {"method": method, "temperature": temperature, "reg": reg, "s": s, "weight": 3.0}
     cfg = SimpleNamespace(**values, term={"none": None, "uniform": "uniformity"}.get(reg, "energy"))
+    network = models.METHODS[method]("test_resnet", "imagenet", "bn", 8, 5, queue=9).double()
     generator = torch.Generator().manual_seed(0)
     z, p, t = torch.randn(3, 2, 12, 5, generator=generator, dtype=torch.float64)
     layers = {name: torch.randn(7, 4, generator=generator, dtype=torch.float64) for name in ("first", "second")}
-    terms = objective(cfg, layers, z, p, t) if method == "byol" else objective(cfg, layers, z)
+    terms = objective(cfg, network, layers, z, p, t)
 
+    loss = barlow_twins_of(z)
     z, p, t = (x / x.norm(dim=2, keepdim=True) for x in (z, p, t))
     if method == "byol":
         loss = ((p[0] - t[1]) ** 2 + (p[1] - t[0]) ** 2).sum(1).mean()
-    else:
+    elif method == "simsiam":
+        loss = -((p[0] * t[1]).sum(1) + (p[1] * t[0]).sum(1)).mean() / 2
+    elif method == "moco":
+        loss = sum(info_nce_with_queue(z[i], t[1 - i], network.queue, temperature) for i in (0, 1)) / 2
+    elif method == "simclr":
         similarity = (z.flatten(0, 1) @ z.flatten(0, 1).T / temperature).exp()
         positive = similarity.roll(12, 0).diagonal()
         loss = -(positive / (similarity.sum(0) - similarity.diagonal())).log().mean()
@@ -237,6 +267,15 @@ def test_a_gpu_takes_the_energy_of_a_wide_layer_in_few_blocks():
     assert energy.item() == pytest.approx(mhe(weight).item(), rel=1e-6)
 
 
+PARTS_OF = {  # beside encoder and projector
+    "byol": ["predictor", "target"],
+    "simsiam": ["predictor"],
+    "simclr": [],
+    "moco": ["target", "queue", "oldest"],
+    "barlow": [],
+}
+
+
 @pytest.mark.parametrize(
     "flags, term",
     [
@@ -247,6 +286,14 @@ def test_a_gpu_takes_the_energy_of_a_wide_layer_in_few_blocks():
         ("--method simclr", "E -log softmax(z_i . z_j / 0.5)"),
         ("--method simclr --reg amhe --temperature 0.1", "loss = simclr + 10 energy"),
         ("--method simclr --reg uniform", "loss = simclr + 0.125 uniformity"),
+        ("--method simsiam --reg mhe", "simsiam = -E cos(p1, z2) / 2 - E cos(p2, z1) / 2"),
+        (
+            "--method moco --reg uniform",
+            "E -log softmax(z_i . t_j / 0.2) of unit rows, j: the other view, 24 earlier ones",
+        ),
+        ("--method moco --queue 30 --reg amhe", "the other view, 30 earlier ones"),
+        ("--method barlow --reg amhe", "barlow = sum (1 - C_ii)^2 + 0.0051 sum C_ij^2"),
+        ("--predictor none --reg amhe --reg_on encoder,projector", "p = z, as there is no predictor"),
         ("--norm none --reg amhe --reg_on projector", "projector.out (16 x 32)"),
         ("--blur_p 0.5 --holdout --eval_crop 1.0", "flag: epochs 2, batch_size 16, lr 8, hidden_dim 32, out_dim 16"),
         ("--model alexnet --out_dim 2 --reg mhe --accumulate 2 --epochs 1", "projector.out (2 x 32)"),
@@ -266,10 +313,13 @@ def test_every_method_and_regularizer_trains(command, folder, tmp_path, flags, t
     regularized = {part.split(".")[0] for part in settings["reg_on"]}
     assert {name.split("/")[1].split(".")[0] for name in layers} == regularized
     assert row["energy"] == pytest.approx(sum(row[name] for name in layers), rel=1e-5)
-    assert ("tau" in row) == (method == "byol") and ("predictor" in settings["reg_on"]) <= (method == "byol")
+    assert ("tau" in row) == ("target" in PARTS_OF[method])
+    assert ("predictor" in settings["reg_on"]) <= ("predictor" in PARTS_OF[method])
     assert online["split"] == ("holdout" if settings["holdout"] else "test")
     tensors, description = checkpoint.load(tmp_path / "run" / "ckpt.safetensors")
-    parts = {"encoder", "projector"} | ({"predictor", "target"} if method == "byol" else set())
+    parts = {"encoder", "projector", *PARTS_OF[method]}
+    if settings["predictor"] == "none":
+        parts.remove("predictor")
     assert {name.split(".")[0] for name in tensors if "/" not in name} == parts
     assert any("running_mean" in name for name in tensors) == (settings["norm"] == "bn")
     assert description["view"]["crop"] == settings["eval_crop"]
@@ -335,7 +385,7 @@ def test_energy_falls_when_it_is_all_that_counts(command, folder, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(command, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.alignment", lambda x, y: (x - y).sum() * math.nan)
+    monkeypatch.setattr("models.alignment", lambda x, y: (x - y).sum() * math.nan)
     code, _, err = command(pretrain, "--dataset", folder, *SMALL, "--out", "run")
     assert code == 2 and err.splitlines()[-1].startswith("pretrain.py: step 1: not finite: loss nan, byol nan, ")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "metrics.jsonl"]

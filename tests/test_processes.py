@@ -32,7 +32,10 @@ ROOT = Path(__file__).parent.parent
 SMALL = "--recipe cifar10-300 --model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16".split()
 SMALL += "--batch_size 16 --epochs 7".split()
 EQUAL = ["--norm", "none", "--lr", "0.1", "--eval_every", "7"]  # 21 steps of which BatchNorm makes no difference
-METHODS = ("--reg none", "--reg uniform --weight 1", "--reg amhe", "--method simclr")
+METHODS = (
+    *("--reg none", "--reg uniform --weight 1", "--reg amhe", "--method simclr"),
+    *("--method simsiam", "--method moco --queue 20", "--method barlow", "--predictor none --reg uniform"),
+)
 NORMED = ["--lr", "8", "--eval_every", "7", "--save_every", "2"]
 
 
@@ -165,7 +168,7 @@ def test_twenty_steps_are_those_of_one_process(two, command, folder, tmp_path, i
     ours = [row for row in rows_of(two / f"two{i}") if row["stage"] == "pretrain"]
     assert code == 0 and len(rows) == len(ours) == 12 and ours[0]["processes"] == 2
     for mine, theirs in zip(ours[1:], rows[1:]):
-        for name in {"loss", "byol", "simclr", "uniformity", "alignment", "std", "energy", "top1"} & theirs.keys():
+        for name in {"loss", *models.METHODS, "uniformity", "alignment", "std", "energy", "top1"} & theirs.keys():
             assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
     (two_, _), (one, _) = (checkpoint.load(run / "ckpt.safetensors") for run in (two / f"two{i}", tmp_path / "one"))
     networks = {name: x for name, x in one.items() if "/" not in name}

@@ -11,8 +11,7 @@ import torch
 from packaging.version import Version
 
 import data
-import models
-from harness import checkpoint, cli
+from harness import checkpoint, cli, encoders
 from knn_eval import knn_eval
 from linear_eval import linear_eval
 from pretrain import RECIPES, pretrain
@@ -69,8 +68,8 @@ def test_a_row_takes_a_step(flags, command, substitutes, monkeypatch):
     substitutes(int(words[words.index("--accumulate") + 1]) if "--accumulate" in words else 1)
     monkeypatch.setattr(checkpoint, "save", lambda *_: None)
     if "--reg" in words or "--accumulate" in words:  # of the others each runs in its real width
-        resnet = models._resnet
-        monkeypatch.setattr(models, "_resnet", lambda _: resnet("test_resnet"))
+        resnet = encoders.resnet
+        monkeypatch.setattr(encoders, "resnet", lambda _: resnet("test_resnet"))
     code, rows, err = command(pretrain, *words, "--eval_every", 0)
     assert code == 0, err
     settings, row = rows[0]["settings"], rows[1]

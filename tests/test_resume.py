@@ -126,6 +126,19 @@ def test_a_stopped_run_goes_on_to_the_same_bits(command, folder, whole, tmp_path
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_a_run_with_a_queue_goes_on_to_the_same_bits(command, folder, tmp_path, monkeypatch):
+    """MoCo's queue, and the place in it, are a part of the state."""
+    flags = [x for x in FLAGS if x not in ("--reg", "mhe")] + "--method moco --queue 40".split()
+    assert command(pretrain, "--dataset", folder, *flags, "--out", "whole")[0] == 0
+    with killed_after(5, monkeypatch):
+        command(pretrain, "--dataset", folder, *flags, "--out", "run")
+    assert command(pretrain, "--dataset", folder, *flags, "--out", "run")[0] == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    tensors, description = checkpoint.load(tmp_path / "run" / "ckpt.safetensors")
+    assert tensors["queue"].shape == (40, 8) and tensors["oldest"] == 9 * 32 % 40
+    assert description["settings"]["queue"] == 40
+
+
 def test_sigkill_to_the_process_itself(folder, whole, tmp_path):
     """Killed and started again until it is through; no lock, no temporary file, no half line stands in the way."""
     run = tmp_path / "run"

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import knn_eval
+import models
 import pretrain
 from harness import judging, neighbours, probes, processes, settings
 from harness.cli import defaults
@@ -50,7 +51,9 @@ def test_a_vote_and_accuracies(on_mps):
     assert linear == {"top1": 66.6667, "top5": 66.6667, "balanced": 66.6667}
 
 
-@pytest.mark.parametrize("flags", [{}, {"reg": "amhe"}, {"reg": "uniform"}, {"method": "simclr"}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{"reg": "amhe"}, {"reg": "uniform"}, *({"method": name} for name in models.METHODS)], ids=str
+)
 def test_a_training_step_and_what_is_measured(photos, monkeypatch, flags):
     monkeypatch.setattr(probes, "effective_rank", lambda _: 1.0)  # on the CPU by its own words
     flags = {**defaults(pretrain.pretrain), "model": "test_resnet", "hidden_dim": 32, "out_dim": 16, **flags}

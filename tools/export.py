@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import models
-from harness import checkpoint, cli
+from harness import checkpoint, cli, encoders
 from harness.errors import InputError
 from harness.files import CONFIG, EARLIER_ENCODER, WEIGHTS, write_whole
 from harness.log import EARLIER, PLACES, RunLog, read_log
@@ -117,7 +117,7 @@ def without_paths(description: dict) -> dict:
 def card(name: str, log: RunLog, tensors: dict, description: dict, config: dict | None, license: str) -> str:
     """Write the model card of an encoder."""
     settings, view = description["settings"], description["view"]
-    method = {"byol": "BYOL", "simclr": "SimCLR"}[settings["method"]]
+    method = models.METHODS[settings["method"]].title
     regularizer = "" if settings["reg"] == "none" else f" with the regularizer `{settings['reg']}`"
     tags = ["timm", "image-feature-extraction", "self-supervised-learning", settings["method"]]
     paper = "Hyperspherically Regularized Networks for Self-Supervision"
@@ -168,7 +168,7 @@ def objective(settings: dict) -> list[str]:
 def shown_settings(settings: dict) -> list[tuple[str, str]]:
     """Return the settings that matter, with their values."""
     names = ["model", "stem", "norm", *SHOWN]
-    names += ["tau", "tau_end"] if settings["method"] == "byol" else ["temperature"]
+    names += models.METHODS[settings["method"]].flags
     if settings["reg"] != "none":
         names += ["reg", "weight"]
     if settings["init"]:
@@ -233,7 +233,7 @@ def code(settings: dict, view: dict, config: dict | None, tensors: dict[str, Ten
 def lines_that_build(settings: dict, tensors: dict[str, Tensor]) -> list[str]:
     """Write the lines that build an encoder that timm has no name for."""
     if settings["model"] == "alexnet":
-        lines = [*inspect.getsource(models.AlexNet).splitlines(), "", "", "encoder = AlexNet()"]
+        lines = [*inspect.getsource(encoders.AlexNet).splitlines(), "", "", "encoder = AlexNet()"]
     else:
         lines = [f'encoder = timm.create_model("{settings["model"]}", num_classes=0)']
         stride = models.STEMS[settings["stem"]]

@@ -2,10 +2,10 @@
 
 import statistics
 
+import models
 from harness.errors import InputError
 from harness.log import PLACES, RunLog, other_data
 
-METHODS = {"byol": "BYOL", "simclr": "SimCLR"}
 NOT_COMPARED = ("seed", "eval_every", *PLACES)  # settings that make no difference to what is compared
 
 Groups = dict[str, list[RunLog]]
@@ -77,7 +77,7 @@ def method_name(settings: dict) -> str:
     """Name the method and its regularizer: BYOL-aMHE, s = 2."""
     s = f"{settings['s']:g}"
     suffixes = {"none": "", "uniform": " + uniformity", "mhe": f"-MHE, s = {s}", "amhe": f"-aMHE, s = {s}"}
-    return METHODS[settings["method"]] + suffixes[settings["reg"]]
+    return models.METHODS[settings["method"]].title + suffixes[settings["reg"]]
 
 
 def mean_and_std(values: list[float]) -> tuple[float, float]:

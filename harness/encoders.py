@@ -1,0 +1,52 @@
+"""Encoders by name: timm's ResNets, and the AlexNet of the paper's Figures 3 and 7."""
+
+import difflib
+from collections import OrderedDict
+from itertools import pairwise
+
+import timm
+from timm.models.resnet import ResNet
+from torch import nn
+
+from harness.errors import InputError
+
+
+def resnet(name: str) -> ResNet:
+    """Build a ResNet of timm whose blocks' last BatchNorm scale starts at one, as in BYOL; timm's default is zero."""
+    if not timm.is_model(name):
+        suggestions = difflib.get_close_matches(name, timm.list_models("*res*"), 1)
+        hint = f" (did you mean {suggestions[0]}?)" if suggestions else ""
+        raise InputError(f"model {name}: not a name timm knows{hint}")
+    if timm.model_entrypoint(name).__module__ != ResNet.__module__:
+        raise InputError(f"model {name}: not a ResNet of timm.models.resnet; resnet18 and resnet50 are the paper's")
+    try:
+        encoder = timm.create_model(name, num_classes=0, zero_init_last=False)
+    except RuntimeError as e:  # an unknown tag after the name
+        raise InputError(f"model {name}: timm cannot make it ({e})") from e
+    if not isinstance(encoder.bn1, nn.BatchNorm2d):
+        kind = type(encoder.bn1).__name__
+        raise InputError(f"model {name}: is normalised by {kind}; take a ResNet with BatchNorm")
+    return encoder
+
+
+class AlexNet(nn.Sequential):
+    """A small AlexNet with BatchNorm, our reading of the encoder of Figures 3 and 7: (b, 3, h, w) to (b, 4096)."""
+
+    num_features = 4096
+
+    def __init__(self):
+        widths = (3, 96, 192, 384, 384, 192)
+        layers = OrderedDict()
+        for i, (width_in, width_out) in enumerate(pairwise(widths), 1):
+            layers[f"conv{i}"] = nn.Conv2d(width_in, width_out, 3, padding=1, bias=False)
+            layers[f"norm{i}"] = nn.BatchNorm2d(width_out)
+            layers[f"relu{i}"] = nn.ReLU(inplace=True)
+            if i in (1, 2):
+                layers[f"pool{i}"] = nn.MaxPool2d(3, 2)
+        layers["pool5"] = nn.AdaptiveMaxPool2d(3)
+        layers["flatten"] = nn.Flatten()
+        for i, width_in in ((6, 3 * 3 * widths[-1]), (7, 4096)):
+            layers[f"linear{i}"] = nn.Linear(width_in, 4096, bias=False)
+            layers[f"norm{i}"] = nn.BatchNorm1d(4096)
+            layers[f"relu{i}"] = nn.ReLU(inplace=True)
+        super().__init__(layers)
