@@ -72,9 +72,6 @@ def load(name: str, data_dir: str = "data", pretraining: bool = False, skip_brok
     classes. InputError for a set that cannot be read, and for a broken picture unless `skip_broken` leaves these out.
     """
     classes, train, test, unlabeled, facts = sources.read(name, data_dir, FACTS, pretraining, skip_broken)
-    if facts["mean"] is None:
-        mean, std = sources.pixel_statistics(train.images)
-        facts = {**facts, "mean": mean, "std": std}
     return Dataset(classes, unlabeled or train, train, test, **facts)
 
 
@@ -99,7 +96,8 @@ def hold_out(dataset: Dataset) -> Dataset:
     if not remaining.all():
         empty = int(remaining.argmin())
         n = int((labels == empty).sum())
-        raise InputError(f"hold-out: class {dataset.classes[empty]} would keep none of its {n} training images")
+        kept_none = f"hold-out: class {dataset.classes[empty]} would keep none of its {n} training images"
+        raise InputError(f"{kept_none}; give it more, or leave out --holdout or --sweep")
     kept_train = train.rows(kept)
     pretraining = kept_train if dataset.pretraining is train else dataset.pretraining
     return replace(dataset, pretraining=pretraining, train=kept_train, test=train.rows(held))
@@ -124,8 +122,7 @@ def two_views(
     """
     views = []
     for x, u_of_view, blur, solarise in zip(crops, u, blur_p, solarise_p):
-        recipe = (mean, std, blur, solarise, jitter, grey_p)
-        views.append(augment.in_chunks(one_view, x, u_of_view, *recipe))
+        views.append(augment.in_chunks(one_view, x, u_of_view, mean, std, blur, solarise, jitter, grey_p))
     return tuple(views)
 
 
@@ -146,7 +143,8 @@ def recolour(x: Tensor, u: Tensor, jitter=1.0, grey_p=GREY_P) -> Tensor:
     strength = jitter * torch.tensor(STRENGTH)
     factors = (2 * draws["factors"] - 1) * strength + torch.tensor(NEUTRAL)
     order = draws["order"].argsort(1)  # order[i, turn]: the operation of COLOUR that image i gets in this turn
-    order = order.masked_fill(draws["jitter"] >= JITTER_P * (jitter > 0), -1)  # -1: none
+    jitter_p = JITTER_P if jitter else 0  # an operation of strength 0 would still round
+    order = order.masked_fill(draws["jitter"] >= jitter_p, -1)  # -1: none
     for operations in order.unbind(1):
         for i, operation in enumerate(COLOUR):
             rows = _rows(operations == i)

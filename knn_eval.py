@@ -35,7 +35,7 @@ def knn_eval(
     floors: Annotated[bool, "judge an untrained network and pixels, too; None = up to 10,000 images"] | None = None,
     **shared,
 ):
-    """Print the accuracy (%) of a weighted k-NN vote on the features of a checkpoint, and how these are spread."""
+    """Print the accuracy (%) of a weighted k-NN vote on the features of a checkpoint, and where they lie."""
     accelerator = processes.start()
     judged = judging.open_judged(accelerator, ckpt, shared)
     train = judged.images.train.to(accelerator.device)
@@ -47,14 +47,13 @@ def knn_eval(
     if floors:
         encoders["untrained"] = judging.untrained_encoder(judged)
         encoders["pixels"] = nn.Flatten()
-    sizes = {"bank": len(train.labels), "queries": len(test.labels)}
-    protocol = {"temperature": temperature, **sizes}
+    protocol = {"temperature": temperature, "bank": len(train.labels), "queries": len(test.labels)}
     for of, encoder in encoders.items():
         scores_by_k = nearest_neighbours(encoder, train, test, judged.view, accelerator, k, temperature)
-        spread = geometry(encoder, judged.images, judged.view, accelerator.device)
+        on_sphere = geometry(encoder, judged.images, judged.view, accelerator.device)
         for neighbours, scores in scores_by_k.items():
             row = {"stage": "knn_eval", "of": of, "k": neighbours}
-            emit(row | scores | spread | protocol | judged.columns, judged.log)
+            emit(row | scores | on_sphere | protocol | judged.columns, judged.log)
 
 
 def nearest_neighbours(

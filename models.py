@@ -194,9 +194,8 @@ class MoCo(Method):
 
     def loss(self, z, p, t, temperature=0.2):
         self.keys += t
-        first = self.one_way(z[0], t[1], temperature)
-        second = self.one_way(z[1], t[0], temperature)
-        return (first + second) / 2
+        both_ways = self.one_way(z[0], t[1], temperature) + self.one_way(z[1], t[0], temperature)
+        return both_ways / 2
 
     def one_way(self, z: Tensor, t: Tensor, temperature: float) -> Tensor:
         """InfoNCE of He et al. (2020), Eq. 1, of projections z and their keys t, (b, out_dim), with the queue's."""

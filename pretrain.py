@@ -212,8 +212,8 @@ def train_step(training: Training, crops: Tensor, u: Tensor, lr: float, tau: flo
     accelerator = training.accelerator
     for group in training.optimizer.param_groups:
         group["lr"] = lr
-    colours = (cfg.jitter, cfg.grey)
-    v1, v2 = data.two_views(crops, u, images.mean, images.std, cfg.blur_p, images.solarise_p, *colours)
+    chances = (cfg.blur_p, images.solarise_p)
+    v1, v2 = data.two_views(crops, u, images.mean, images.std, *chances, jitter=cfg.jitter, grey_p=cfg.grey)
     with accelerator.accumulate(training.parallel):
         outputs = training.parallel(v1, v2)
         terms = objective(cfg, training.network, training.layers, *outputs)
@@ -255,9 +255,10 @@ def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p:
 
 def layer_energies(layers: Layers, cfg: Settings) -> dict[str, Tensor]:
     """Compute the sum of Eq. 7 without lambda, and what each layer adds: by chord for --reg mhe, else by angle."""
-    by_layer = energy_of(layers, cfg.s, angular=cfg.reg != "mhe")
-    total = {"energy": sum(by_layer.values())}
-    return total | {f"energy/{name}": energy for name, energy in by_layer.items()}
+    energies = {}
+    for name, energy in energy_of(layers, cfg.s, angular=cfg.reg != "mhe").items():
+        energies[f"energy/{name}"] = energy
+    return {"energy": sum(energies.values())} | energies
 
 
 # ---- Schedules, Appendix B.2 -----------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-Layers = dict[str, Tensor]  # weights, or what belongs to each, by the name of their layer
+Layers = dict[str, Tensor]  # a weight, or an energy, for each layer by its name
 ZERO = 1e-12  # a row of at most this length has no direction; torch.nn.functional.normalize uses the same bound
 
 
@@ -79,14 +79,14 @@ def mhe(weight: Tensor, s: float = 2) -> Tensor:
     weight: (N, ...), one neuron a row of weight.flatten(1); N = 1 has no pair and the energy 0. s >= 0; s = 0 is the
     mean of log(1 / ||w_i - w_j||). Distances below 1e-4 count as 1e-4. ValueError for a weight below 2-d or s < 0.
     """
-    return energy_of({"": weight}, s, angular=False)[""]
+    return _energies([weight], s, angular=False)[0]
 
 
 def amhe(weight: Tensor, s: float = 2) -> Tensor:
     """Angular hyperspherical energy of a layer, Eq. A.3 / (N (N - 1)): `mhe` with the angle arccos(w_i . w_j), in
     radians, in place of the chord.
     """
-    return energy_of({"": weight}, s)[""]
+    return _energies([weight], s, angular=True)[0]
 
 
 def energy_of(network: nn.Module | Layers, s: float = 2, angular: bool = True, half_space: bool = False) -> Layers:
@@ -96,15 +96,12 @@ def energy_of(network: nn.Module | Layers, s: float = 2, angular: bool = True, h
     `layers_of` says which layers a network has. ValueError if it has none, for a weight below 2-d, or for s < 0.
     """
     layers = network if isinstance(network, dict) else layers_of(network)
+    if not layers:
+        raise ValueError("the network has no linear layer or convolution whose neurons have an energy")
     weights = list(layers.values())
-    shapes = [tuple(weight.shape) for weight in weights]
-    if not weights or min(map(len, shapes)) < 2 or not 0 <= s < math.inf:
-        raise ValueError(f"an energy takes weights (N, ...) of 2 dimensions or more and s >= 0, not {shapes} and {s}")
     if half_space:
         weights = [torch.cat([weight, -weight]) for weight in weights]
-    with torch.autocast(weights[0].device.type, enabled=False):
-        values = _Energies.apply(s, angular, *weights)
-    return dict(zip(layers, values))
+    return dict(zip(layers, _energies(weights, s, angular)))
 
 
 def layers_of(network: nn.Module) -> Layers:
@@ -113,17 +110,18 @@ def layers_of(network: nn.Module) -> Layers:
     A weight that layers share counts once. Left out are norms, biases, embeddings, the input of nn.MultiheadAttention,
     and grouped convolutions: rows of different groups see different inputs, so no angle lies between them.
     """
-    weights = {}
+    network = getattr(network, "_orig_mod", network)  # of torch.compile
+    if isinstance(network, nn.parallel.DistributedDataParallel):
+        network = network.module
+    weights, seen = {}, set()
     for name, module in network.named_modules():
         is_grouped = getattr(module, "groups", 1) > 1
-        if is_grouped or not isinstance(module, (nn.Linear, _ConvNd)):
+        if is_grouped or not isinstance(module, (nn.Linear, _ConvNd)) or id(module.weight) in seen:
             continue
-        if any(module.weight is weight for weight in weights.values()):
-            continue
-        layer = name.replace("_orig_mod.", "").removeprefix("module.")  # of torch.compile, and of DDP
-        weights[layer] = module.weight
-        if isinstance(module, _ConvTransposeNd):
-            weights[layer] = module.weight.transpose(0, 1)  # it is (in, N, ...)
+        seen.add(id(module.weight))
+        is_transposed = isinstance(module, _ConvTransposeNd)  # its weight is (in, N, ...)
+        layer = name.replace("_orig_mod.", "")
+        weights[layer] = module.weight.transpose(0, 1) if is_transposed else module.weight
     return weights
 
 
@@ -172,6 +170,16 @@ CPU_BLOCK = 512  # rows in a block: 1 MB of cosines, to fit a cache
 GPU_BLOCK = 2048  # for few launches
 
 
+def _energies(weights, s, angular):
+    if not 0 <= s < math.inf:
+        raise ValueError(f"an energy takes s >= 0, not {s}")
+    for weight in weights:
+        if weight.ndim < 2:
+            raise ValueError(f"an energy takes a weight (N, ...) of 2 dimensions or more, not {tuple(weight.shape)}")
+    with torch.autocast(weights[0].device.type, enabled=False):
+        return _Energies.apply(s, angular, *weights)
+
+
 class _Energies(torch.autograd.Function):
     """Mean of f_s(z) over all pairs of neurons, for each weight; the gradients come with the values."""
 
@@ -182,9 +190,7 @@ class _Energies(torch.autograd.Function):
         energies, grads, is_coarse = map(list, zip(*sweeps))
         for i, needs_float64 in enumerate(torch.stack(is_coarse).tolist()):  # the only time a GPU is waited for
             if needs_float64:
-                x = weights[i]
-                if x.device.type == "mps":
-                    x = x.cpu()  # Apple's GPUs have no float64
+                x = weights[i].cpu() if weights[i].device.type == "mps" else weights[i]  # mps has no float64
                 energy, grad, _ = _sweep(x.double(), s, angular, wanted[i], exact=True)
                 energies[i] = energy.to(energies[i])
                 grads[i] = grad if grad is None else grad.to(grads[i])
@@ -203,7 +209,7 @@ class _Energies(torch.autograd.Function):
 def _sweep(weight, s, angular, want_grad, exact=False):
     """Mean energy of a weight, its gradient, and whether fp32 is too coarse for them; exact wants float64.
 
-    It is if a cosine lies beyond NEAR, if a row is zero, or if the square of its length has overflowed.
+    fp32 is too coarse if a cosine lies beyond NEAR, if a row is zero, or if the square of its length has overflowed.
     """
     x = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
     inverse_norm = _inverse_norm(x)

@@ -63,7 +63,7 @@ def save_encoder(folder: Path, tensors: dict[str, Tensor], description: dict, co
 
 
 def timm_config(settings: dict, view: dict, in_files: bool = False) -> dict | None:
-    """Return what timm builds an encoder by and prepares its images by; None for an encoder that timm has no name for.
+    """Return timm's config.json for an encoder; None if timm has no name for it.
 
     timm shrinks a picture's shorter side to floor(size / crop_pct) pixels, `data.evaluation_views` of pictures in files
     to round(size / crop): where these differ, crop_pct is one that leads timm to the same number.
@@ -75,11 +75,19 @@ def timm_config(settings: dict, view: dict, in_files: bool = False) -> dict | No
     side = round(size / crop)
     if in_files and math.floor(size / crop) != side:
         crop = size / (side + 0.5)
-    view = {"input_size": [3, size, size], "mean": list(view["mean"]), "std": list(view["std"])}
-    view |= {"crop_pct": crop, "crop_mode": "center", "interpolation": "bicubic"}
-    own = timm.get_pretrained_cfg(name)
-    layers = {"first_conv": own.first_conv, "classifier": own.classifier}  # which timm fits to in_chans and num_classes
-    return {"architecture": name, "num_classes": 0, "pretrained_cfg": {"num_classes": 0, **view, **layers}}
+    timms = timm.get_pretrained_cfg(name)
+    pretrained_cfg = {
+        "num_classes": 0,
+        "input_size": [3, size, size],
+        "mean": list(view["mean"]),
+        "std": list(view["std"]),
+        "crop_pct": crop,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+        "first_conv": timms.first_conv,  # which timm fits to in_chans, and the next to num_classes
+        "classifier": timms.classifier,
+    }
+    return {"architecture": name, "num_classes": 0, "pretrained_cfg": pretrained_cfg}
 
 
 def is_timms(settings: dict) -> bool:

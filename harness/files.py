@@ -57,6 +57,13 @@ def weights_file(path: str | Path) -> str | Path:
     return path
 
 
+def run_folder(file: str | Path) -> Path:
+    """Return the folder of the run that a file of weights belongs to, by its name: where it lies, or one further up."""
+    file = Path(os.path.abspath(file))
+    is_encoder = file.parts[-2:] == Path(WEIGHTS).parts
+    return file.parent.parent if is_encoder else file.parent
+
+
 def lock(file: IO, wait: bool) -> None:
     """Keep a file from the locks of other processes until it is closed.
 

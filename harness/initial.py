@@ -1,5 +1,6 @@
 """What --init names: released weights from which the encoder of a run begins, and the target's with it.
 
+    refuse_unfit_weights(flags)  # before the data set is read
     encoder = initial_encoder(cfg)
     digest = initial_digest(encoder, cfg, stored)
     begin_from(encoder, network)
@@ -10,21 +11,67 @@ goes on has its weights in its own checkpoint, so its file may be gone by then.
 """
 
 import os
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from harness import checkpoint
+import models
+from harness import checkpoint, processes
 from harness.errors import InputError
 from harness.files import weights_file
-from harness.foreign import adopt
+from harness.foreign import adopt, complete_copies
 from harness.formats import read_tensors
 from harness.log import same_place
-from harness.settings import Settings
+
+if TYPE_CHECKING:
+    from harness.settings import Settings  # which imports this file
 
 DIGITS = 16  # of a digest of 64, enough to tell files from each other
 
 
-def initial_encoder(cfg: Settings) -> nn.Module | None:
+def refuse_unfit_weights(flags: dict) -> None:
+    """Raise InputError for weights that are not there, cannot be read, or are of another encoder.
+
+    Without --stem the data set decides the stem, and is not read yet: then a file that fits with any stem will do.
+    """
+    place = os.path.expanduser(flags["init"])
+    if not os.path.exists(place):
+        raise InputError(f"--init {flags['init']}: no such file")
+    path = weights_file(place)
+    try:
+        tensors, header = read_tensors(path)
+    except InputError as e:
+        raise InputError(f"--init: {e}") from e
+    if checkpoint.is_ours(header):
+        settings = checkpoint.parse_description(header).get("settings", {})
+        return refuse_other_encoder(path, settings, flags)
+    if flags["norm"] == "none":
+        raise InputError(f"--norm none: {path} is of another project, whose encoders have BatchNorm; take --norm bn")
+    stems = [flags["stem"]] if flags["stem"] else ["imagenet", *models.STEMS]
+    for stem in stems:
+        with torch.device("meta"):
+            wanted = models.build_encoder(flags["model"], stem).state_dict()
+        if complete_copies(tensors, wanted):
+            return None
+    adopt(path, flags["model"], stems[0], flags["prefix"])  # raises InputError, with what the file holds in place of it
+
+
+def refuse_other_encoder(path: str, of_file: dict, of_run: dict) -> None:
+    """Raise InputError if a run's file, with these settings, is not of the encoder of another run."""
+    if of_run["prefix"]:
+        raise InputError(f"--prefix {of_run['prefix']}: has no effect on {path}, which is of a run")
+    needed, given = [], []
+    for name in ("model", "stem", "norm"):
+        is_open = of_run[name] is None or (name == "stem" and of_run["model"] == "alexnet")
+        if not is_open and of_file.get(name) != of_run[name]:
+            needed.append(f"--{name} {of_file.get(name)}")
+            given.append(str(of_run[name]))
+    if needed:
+        raise InputError(f"--init {path}: its encoder needs {' '.join(needed)}; this run has {', '.join(given)}")
+
+
+def initial_encoder(cfg: "Settings") -> nn.Module | None:
     """Load the encoder that a run begins from; None without --init, or if its file is gone.
 
     InputError for a file that does not hold an encoder of the run's architecture, or holds several.
@@ -33,44 +80,28 @@ def initial_encoder(cfg: Settings) -> nn.Module | None:
         return None
     path = weights_file(os.path.expanduser(cfg.init))
     _, header = read_tensors(path)
-    if checkpoint.is_ours(header):
-        return _encoder_of_a_run(path, cfg)
-    if cfg.norm == "none":
-        raise InputError(f"--norm none: {path} is of another project, whose encoders have BatchNorm; take --norm bn")
-    encoder, _ = adopt(path, cfg.model, cfg.stem, cfg.prefix)
-    return encoder
-
-
-def _encoder_of_a_run(path: str, cfg: Settings) -> nn.Module:
-    """Load the online encoder of a run's file. InputError if it is of another architecture."""
-    if cfg.prefix:
-        raise InputError(f"--prefix {cfg.prefix}: has no effect on {path}, which is of a run")
+    if not checkpoint.is_ours(header):
+        encoder, _ = adopt(path, cfg.model, cfg.stem, cfg.prefix)
+        return encoder
     encoder, description = checkpoint.load_encoder(path)
-    faults = []
-    for name in ("model", "stem", "norm"):
-        stored, mine = description["settings"][name], getattr(cfg, name)
-        has_effect = name != "stem" or cfg.model != "alexnet"
-        if stored != mine and has_effect:
-            faults.append(f"--{name} {stored} (this run has {mine})")
-    if faults:
-        raise InputError(f"--init {path}: its encoder is of {', '.join(faults)}; take these")
+    refuse_other_encoder(path, description["settings"], vars(cfg))
     return encoder
 
 
-def initial_digest(encoder: nn.Module | None, cfg: Settings, stored: dict | None) -> str | None:
-    """Return the digest of the encoder that a run begins from, or began from if that file is gone.
+def initial_digest(encoder: nn.Module | None, cfg: "Settings", stored: dict | None) -> str | None:
+    """Return the digest of the file's encoder, or the stored digest if the run goes on and the file is gone.
 
-    stored: the description of the run's state, if it goes on. InputError for a file that is not there and is not the
-    one that the run began from.
+    stored: the description of the run's state, if it goes on. InputError for the missing file of a new run.
     """
     if encoder is not None:
         return checkpoint.digest(encoder.state_dict(), {})[:DIGITS]
     if not cfg.init:
         return None
-    began = stored["settings"] if stored else {}
-    if began.get("init") is None or not same_place(began["init"], cfg.init):
+    stored_settings = stored["settings"] if stored else {}
+    if stored_settings.get("init") is None or not same_place(stored_settings["init"], cfg.init):
         raise InputError(f"--init {cfg.init}: no such file")
-    return began["init_digest"]
+    processes.say(f"--init {cfg.init}: is gone, so it is unchecked; the run goes on from its own weights")
+    return stored_settings["init_digest"]
 
 
 def begin_from(encoder: nn.Module, network: nn.Module) -> None:

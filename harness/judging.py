@@ -276,7 +276,7 @@ def place_of(name: str, recorded: str) -> str:
 def with_labels(images: data.Dataset, part: float) -> data.Dataset:
     """Keep this part of each class's training images, always the same ones; those of a smaller part are among them.
 
-    The hold-out of --sweep is as much smaller. InputError if a class would be left without an image.
+    The hold-out of --sweep shrinks by the same part. InputError if a class would be left without an image.
     """
     if part == 1:
         return images
@@ -287,7 +287,7 @@ def with_labels(images: data.Dataset, part: float) -> data.Dataset:
     wanted = (part * counts.double()).round()
     if not wanted.all():
         empty = int(wanted.argmin())
-        enough = math.ceil(1e4 / int(counts.min())) / 1e4
+        enough = math.ceil(1e4 / int(counts.min())) / 1e4  # rounded up, so that the number that is printed is enough
         raise InputError(
             f"--labels {part:g}: class {images.classes[empty]} would keep none of its {counts[empty]} training images; "
             f"{enough:g} keeps one of each class"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from harness import files
 from harness.errors import InputError
-from harness.files import ENCODER, LOG, weights_file, write_whole
+from harness.files import LOG, run_folder, weights_file, write_whole
 
 ROUNDING = 1e-6  # of mean and std: another processor sums in another order
 LONGEST_LINE = 2**20  # bytes at a log's end in which a line that was cut short is looked for
@@ -150,10 +150,7 @@ def log_of(checkpoint: str, description: dict) -> Path | None:
     the checkpoint's.
     """
     nowhere = dict.fromkeys(PLACES)
-    folder = Path(os.path.abspath(weights_file(checkpoint))).parent
-    if folder.name == ENCODER:
-        folder = folder.parent
-    log = folder / LOG
+    log = run_folder(weights_file(checkpoint)) / LOG
     try:
         with open(log) as file:
             first_row = json.loads(file.readline())

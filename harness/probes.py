@@ -34,12 +34,12 @@ def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[st
 
     The energy is `mhe` of the rows that a residual block's outputs are, averaged over their maps, at s = 0: at s = 2
     two images that look the same would outweigh all others. G2 is the mean of exp(-2 |x - y|^2) over pairs of the
-    encoder's normalised features, Appendix A.2: its logarithm is Eq. 2. Rank and uniformity are as in `spread`.
+    encoder's normalised features, Appendix A.2: its logarithm is Eq. 2. The rest is that of `sphere_statistics`.
     """
     sample = probed(test)
     blocks = embed_blocks(encoder, data.evaluation_views(sample, **view))
     features = models.embed(encoder, data.evaluation_views(sample, **view))
-    row = {"g2": uniformity(features).exp().item(), **spread(features)}
+    row = {"g2": uniformity(features).exp().item(), **sphere_statistics(features)}
     for name, outputs in blocks.items():
         row[f"block/{name}"] = mhe(outputs, s=0).item()
     if row["g2"] > DEAD_G2:
@@ -51,11 +51,11 @@ def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[st
 def geometry(encoder: nn.Module, images: data.Dataset, view: dict, device: torch.device) -> dict[str, float]:
     """Measure, without labels, how an encoder's features of 256 images spread over a test set lie on the sphere.
 
-    `spread` of their evaluation views, and Eq. A.1 between the features of their two augmented views, always the same:
-    those of pre-training by default. The images are those of `representations`.
+    Returns `sphere_statistics` of their evaluation views, and Eq. A.1 between the features of their two augmented
+    views, those of pre-training by default, always the same. The images are those of `representations`.
     """
     sample = probed(images.test).to(device)
-    row = spread(models.embed(encoder, data.evaluation_views(sample, **view)))
+    row = sphere_statistics(models.embed(encoder, data.evaluation_views(sample, **view)))
     pairs = []
     for crops, _, u in data.batches(sample, PAIRS_AT_ONCE, view["size"], seed=0, epochs=[1], drop_last=False):
         views = data.two_views(crops, u, view["mean"], view["std"], images.blur_p, images.solarise_p)
@@ -71,7 +71,7 @@ def probed(test: data.Split) -> data.Split:
     return test.rows(rows.to(test.labels.device))
 
 
-def spread(features: Tensor) -> dict[str, float]:
+def sphere_statistics(features: Tensor) -> dict[str, float]:
     """Effective rank of features (n, d), their uniformity, Eq. 2, and this as a share of `uniform_floor`.
 
     The share is 0 for one point and about 1 for uniform points; few points that repel each other exceed 1.
@@ -182,18 +182,18 @@ def refuse_faults(numbers: dict[str, Tensor], network: nn.Module, folder: Path, 
     raise InputError(f"step {step}: not finite: {listed}; {kept}; a smaller --lr or --weight may help")
 
 
-def warn_of_collapse(spread: float, collapsed_epochs: int) -> int:
+def warn_of_collapse(share: float, collapsed_epochs: int) -> int:
     """Count the epochs in a row in which projections were nearly one point, and warn from the third on.
 
-    spread: the projections' standard deviation, 1 where they fill the sphere. A dead network is a warning at once.
+    share: the projections' standard deviation as a share of a full sphere's. A dead network is a warning at once.
     """
-    if spread < DEAD:
+    if share < DEAD:
         processes.say(f"WARNING: dead network: all projections have been the same. {REVIVE}")
-    collapsed_epochs = collapsed_epochs + 1 if spread < COLLAPSED else 0
+    collapsed_epochs = collapsed_epochs + 1 if share < COLLAPSED else 0
     if collapsed_epochs >= COLLAPSED_EPOCHS:
         processes.say(
             f"WARNING: collapse? For {collapsed_epochs} epochs all projections have been nearly one point, "
-            f"std {spread:.1e} of a full sphere's. "
+            f"std {share:.1e} of a full sphere's. "
             "Try a smaller --lr, a --tau nearer 1, a longer --warmup, or --reg uniform"
         )
     return collapsed_epochs

@@ -38,9 +38,9 @@ def start(accumulate: int | None = None, tracker: str = "none", folder: Path | N
     """Return an Accelerator for processes that see each other and share a CPU's cores.
 
     accumulate: micro-batches of a step, where there are steps. tracker: what gets the log's numbers, and may write to
-    the folder. InputError for a launcher whose processes do not see
-    each other, since each would take itself for the one that writes, for one that divides a network among processes,
-    and for a precision that the device does not have.
+    the folder. InputError for three kinds of launchers: if its processes do not see each other, each would take itself
+    for the one that writes; if it divides a network among processes, none has whole weights; and a precision may be
+    one that the device does not have.
     """
     _refuse_division()
     if accumulate:

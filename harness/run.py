@@ -91,7 +91,7 @@ class Run:
             self.sums = restore_state(self._tensors, self._stored, self.network, self.optimizer, self.accelerator)
         elif self._initial:
             begin_from(self._initial, self.network)
-        self._tensors = self._initial = None  # the first are three times as large as the network
+        self._tensors = self._initial = None  # free them: the stored tensors are three times the size of the network
         device, images = self.accelerator.device, self.images
         self.train, self.test = images.train.to(device), images.test.to(device)
         shares_images = images.pretraining is images.train
@@ -212,8 +212,8 @@ class Run:
 
     def warn_of_collapse(self, std: float) -> None:
         """Warn if the projections have been nearly one point for some epochs; `std` as the log has it."""
-        spread = std * self.cfg.out_dim**0.5  # 1 where they fill the sphere
-        self.collapsed_epochs = probes.warn_of_collapse(spread, self.collapsed_epochs)
+        share = std * self.cfg.out_dim**0.5  # 1 where they fill the sphere
+        self.collapsed_epochs = probes.warn_of_collapse(share, self.collapsed_epochs)
 
     @property
     def start(self) -> str:
@@ -366,7 +366,7 @@ def position(description: dict, stored: dict | None, folder: Path) -> tuple[int,
     new_data = other_data(description, stored)
     faults = differences(description["settings"], stored["settings"])
     if faults and not new_data:
-        advice = "take these, or name another folder"
+        advice = "take what it was, or name another folder"
         raise InputError(f"--out {folder}: holds a run with other settings, {', '.join(faults)}; {advice}")
     steps, stored_steps = description["steps"], stored["steps"]
     if steps != stored_steps:

@@ -24,8 +24,8 @@ import data
 import models
 from harness import augment, pictures, processes
 from harness.errors import InputError
-from harness.files import CKPT, EARLIER_ENCODER, ENCODER, RUN_FILES, WEIGHTS, weights_file
-from harness.formats import read_tensors
+from harness.files import CKPT, EARLIER_ENCODER, RUN_FILES, WEIGHTS, run_folder, weights_file
+from harness.initial import refuse_unfit_weights
 
 NOT_SETTINGS = ("out", "save_every", "resume", "tracker", "workers")  # flags that change nothing in what a run computes
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what --weight weighs
@@ -100,7 +100,7 @@ def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
     if flags["resume"] == "never" and any((folder / name).exists() for name in RUN_FILES):
         raise InputError(f"--out {folder}: already holds a run; name another folder, or take --resume auto")
     if flags["init"] and not (folder / CKPT).exists():  # a run that goes on has its own weights
-        refuse_unreadable_weights(flags["init"])
+        refuse_unfit_weights(flags)
     tracker = flags["tracker"]
     if tracker != "none" and find_spec(tracker) is None:
         raise InputError(f"--tracker {tracker}: is not installed; pip install {tracker}")
@@ -129,22 +129,14 @@ def run_name(flags: dict, defaults: dict) -> str:
     return re.sub(r"[^\w.+-]+", "_", "-".join(parts))[:200]
 
 
-def refuse_unreadable_weights(path: str) -> None:
-    """Raise InputError for weights that are not there, or cannot be read."""
-    place = os.path.expanduser(path)
-    if not os.path.exists(place):
-        raise InputError(f"--init {path}: no such file")
-    read_tensors(weights_file(place))
-
-
 def name_of_weights(path: str) -> str:
     """Name weights in the name of a run: by the run that they are of, or by their file without its endings."""
-    place = Path(path).expanduser().resolve()
-    if place.name in (CKPT, EARLIER_ENCODER, Path(WEIGHTS).name):
-        place = place.parent
-    elif not place.is_dir():
-        return place.name.partition(".")[0]
-    return place.parent.name if place.name == ENCODER else place.name
+    file = Path(weights_file(Path(path).expanduser().resolve()))
+    if file.is_dir():
+        file = file / Path(WEIGHTS).name
+    if file.name in (CKPT, EARLIER_ENCODER, Path(WEIGHTS).name):
+        return run_folder(file).name
+    return file.name.partition(".")[0]
 
 
 def refuse_idle_flags(flags: dict, defaults: dict) -> None:
@@ -389,6 +381,8 @@ def numbers_in_force(cfg: Settings, flags: dict) -> list[str]:
         else:
             (images if name == "queue" else recipe).append(number)
     lines = [f"{source}: {', '.join(numbers)}" for source, numbers in sources.items() if numbers]
+    chances = ", ".join(f"{p:g}" for p in cfg.blur_p)
+    lines.append(f"views: jitter {cfg.jitter:g}, grey {cfg.grey:g}, blur_p {chances}")
     lines.append(f"peak learning rate: {cfg.peak_lr:g} (lr * batch_size / 256)")
     return lines
 

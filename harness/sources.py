@@ -104,9 +104,18 @@ def read(
 ) -> tuple[Classes, Split, Split, Split | None, dict]:
     """Read the data set called `name`, of those that have facts, or the folder of pictures at that path.
 
-    Returns its classes, its training and test set, images without labels for pretraining if it has some, and its facts.
-    InputError as from `data.load`.
+    Returns its classes, its training and test set, images without labels for pretraining if it has some, and its facts,
+    with mean and std. InputError as from `data.load`.
     """
+    classes, train, test, unlabeled, own_facts = _read(name, data_dir, facts, pretraining, skip_broken)
+    if own_facts["mean"] is None:
+        mean, std = pixel_statistics(train.images)
+        own_facts = {**own_facts, "mean": mean, "std": std}
+    return classes, train, test, unlabeled, own_facts
+
+
+def _read(name: str, data_dir: str, facts: dict[str, dict], pretraining: bool, skip_broken: bool) -> tuple:
+    """Do what `read` does, but for mean and std where they are not known."""
     name, data_dir = os.path.expanduser(name), os.path.expanduser(data_dir)
     own_facts = facts.get(name)
     if own_facts and os.path.isdir(name) and os.path.realpath(name) != os.path.realpath(data_dir):

@@ -8,7 +8,9 @@ import torch
 from conftest import SMALL, rows_of
 from safetensors.torch import save_file
 
+import data
 from harness import checkpoint, cli, settings
+from harness.checkpoint import load_encoder
 from harness.log import EARLIER
 from knn_eval import knn_eval
 from pretrain import pretrain
@@ -115,7 +117,7 @@ def test_a_run_goes_on_without_its_file_but_not_from_another(command, folder, tr
 
     save_file({name: x + 1 for name, x in encoder.items()}, weights)
     others = {
-        "a/weights.safetensors": f"a/weights.safetensors [{digest}]); take these, or name another folder",
+        "a/weights.safetensors": f"a/weights.safetensors [{digest}]); take what it was, or name another folder",
         "a/gone.safetensors": "--init a/gone.safetensors: no such file",
         None: f"--init None (it was a/weights.safetensors [{digest}])",
     }
@@ -126,6 +128,22 @@ def test_a_run_goes_on_without_its_file_but_not_from_another(command, folder, tr
     weights.unlink()
     code, rows, err = command(pretrain, *flags, "--init", "a/weights.safetensors", "--prefix", ".", "--out", "run")
     assert code == 2 and rows == [] and "--prefix . (it was None)" in err
+
+
+def test_weights_that_do_not_fit_are_refused_before_the_data_are_read(command, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load", None)
+    encoder, _ = load_encoder(trained / "ckpt.safetensors")
+    torch.save(encoder.state_dict(), tmp_path / "theirs.pth")
+    reasons = {
+        f"{trained} --model resnet18": "its encoder needs --model test_resnet; this run has resnet18",
+        f"{trained} --model test_resnet --prefix x": "--prefix x: has no effect on",
+        "theirs.pth --model resnet18": "of its names belong to resnet18",
+        "theirs.pth --model test_resnet --norm none": "--norm none: theirs.pth is of another project",
+        "theirs.pth --model test_resnet --stem cifar": "take --model test_resnet --stem imagenet",
+    }
+    for flags, reason in reasons.items():
+        code, rows, err = command(pretrain, "--init", *flags.split(), "--out", "run")
+        assert code == 2 and rows == [] and reason in err and not (tmp_path / "run").exists(), (flags, err)
 
 
 def test_the_name_of_a_run_has_the_name_of_its_weights(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The vote against one written by hand, and what is judged."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import data
 import models
 from harness import checkpoint, judging, processes
 from harness.log import read_log
+from harness.settings import name_of_weights
 from knn_eval import knn_eval, nearest_neighbours, vote
 from linear_eval import linear_eval
 
@@ -106,6 +108,15 @@ def test_every_name_of_a_run_leads_to_its_encoder_and_its_log(command, trained, 
         scores.add(row["top1"])
     earlier.unlink()
     assert len(scores) == 1
+
+
+def test_a_run_may_be_called_encoder(command, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "encoder")
+    for name in ("encoder", "encoder/ckpt.safetensors", "encoder/encoder"):
+        code, (row,), _ = command(knn_eval, name, "--k", 5, "--nofloors")
+        assert code == 0 and rows_of(tmp_path / "encoder")[-1] == row, name
+    for name in ("encoder", "encoder/encoder"):
+        assert name_of_weights(str(tmp_path / name)) == "encoder"
 
 
 def test_the_target_and_another_crop_are_judged(command, trained):

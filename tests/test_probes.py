@@ -57,16 +57,16 @@ def test_the_floor_of_uniformity_is_its_integral(d):
 @pytest.mark.parametrize("d", [1, 3, 16, 512])
 def test_the_share_of_uniform_points_is_one(d):
     x = torch.randn(2000, d, generator=torch.Generator().manual_seed(d))
-    row = probes.spread(7 * x)
+    row = probes.sphere_statistics(7 * x)
     assert row["uniformity"] == pytest.approx(uniformity(x).item(), rel=1e-5)
     assert row["uniformity_share"] == pytest.approx(1, abs=5e-3)
 
 
 def test_the_share_of_one_point_is_zero():
     for x in (torch.ones(9, 4), torch.zeros(9, 4)):
-        share = probes.spread(x)["uniformity_share"]
+        share = probes.sphere_statistics(x)["uniformity_share"]
         assert share == pytest.approx(0, abs=1e-7) and math.copysign(1, share) == 1
-    opposite = probes.spread(torch.tensor([[0.0, 1.0], [0.0, -1.0]]))
+    opposite = probes.sphere_statistics(torch.tensor([[0.0, 1.0], [0.0, -1.0]]))
     assert opposite["uniformity_share"] == pytest.approx(-8 / probes.uniform_floor(2)) and opposite["rank"] == 1
 
 
@@ -78,7 +78,7 @@ def test_geometry_is_that_of_256_images_and_their_two_views(photos):
     assert row == probes.geometry(nn.Flatten(), photos, view, cpu) and torch.equal(state, torch.get_rng_state())
     sample = photos.test.rows(torch.linspace(0, 499, 256).long())
     pixels = torch.cat([*data.evaluation_views(sample, **view)]).flatten(1)
-    assert {name: row[name] for name in ("rank", "uniformity", "uniformity_share")} == probes.spread(pixels)
+    assert {name: row[name] for name in ("rank", "uniformity", "uniformity_share")} == probes.sphere_statistics(pixels)
     distances = []
     for crops, _, u in data.batches(sample, 64, 32, seed=0, epochs=[1], drop_last=False):
         x, y = (v.flatten(1).double() for v in data.two_views(crops, u, photos.mean, photos.std))

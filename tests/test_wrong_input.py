@@ -52,7 +52,7 @@ PRETRAIN = {
     "--norm batch": "--norm batch: expected bn, none",
     "--prefix encoder_q": "--prefix encoder_q: has no effect without --init",
     "--init nowhere.pth": "--init nowhere.pth: no such file",
-    "--init bare": "bare: a folder without ckpt.safetensors or model.safetensors; name a file",
+    "--init bare": "--init: bare: a folder without ckpt.safetensors or model.safetensors; name a file",
     "--init evil.pth": "evil.pth: not a file of tensors alone (nothing in it was run)",
     "--init plain.safetensors": "plain.safetensors: none of its names belongs to resnet18",
     "--init weights.pth --model resnet34": "weights.pth: its tensors are not those of --model resnet34 --stem "
@@ -61,8 +61,8 @@ PRETRAIN = {
     "--init weights.pth --norm none": "--norm none: weights.pth is of another project, whose encoders have BatchNorm",
     "--init flipped.safetensors": "flipped.safetensors: damaged: its content is not what was written",
     "--init good.safetensors --prefix x": "--prefix x: has no effect on good.safetensors, which is of a run",
-    "--init good.safetensors --norm none --stem cifar": "--init good.safetensors: its encoder is of --stem imagenet "
-    "(this run has cifar), --norm bn (this run has none); take these",
+    "--init good.safetensors --norm none --stem cifar": "--init good.safetensors: its encoder needs --stem imagenet "
+    "--norm bn; this run has cifar, none",
     "--accumulate 5": "--batch_size 64: must be a multiple of 5, and at least twice that, "
     "for 5 micro-batches of 1 process",
     "--accumulate 64": "--batch_size 64: must be a multiple of 64, and at least twice that",
