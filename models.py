@@ -107,6 +107,7 @@ class Method(nn.Module):
     has_predictor = False  # q, on top of g
     has_target = False  # moving averages of f and g, Section 3.3
     is_simsiam = False  # BatchNorm ends the projector, and the predictor's hidden layer is a bottleneck
+    # and loss(z, p, t, temperature), of the outputs of `forward` of all processes
 
     def __init__(self, name: str, stem: str, norm: str, hidden_dim: int, out_dim: int, predictor="mlp", queue=0):
         super().__init__()
