@@ -248,11 +248,23 @@ def test_prefix_chooses_layers(rows):
     assert list(found) == ["b.weight", "sum"]
 
 
+def test_a_folder_of_a_run_is_its_checkpoint_and_encoder_its_weights(command, shell, trained):
+    """As the judges take them; their names differ, and the message says so."""
+    for place, file in ((trained, "ckpt.safetensors"), (trained / "encoder", "model.safetensors")):
+        code, rows, err = command(energy, place, "--json")
+        assert code == 0 and rows[1:] == command(energy, place / file, "--json")[1][1:], err
+    for pair in ([trained, trained / "encoder"], [trained / "encoder", trained]):
+        code, lines, err = shell(energy, *pair)
+        assert code == 2 and lines == [] and err.count("\n") == 1
+        assert "no layer has one name and one shape in both" in err
+        assert "encoder/model.safetensors has timm's names, without prefix; compare it with such a file" in err
+
+
 @pytest.mark.parametrize(
     "words, line",
     [
-        ("", "energy: takes one file, or two to compare, before and after; not 0"),
-        ("a a a", "energy: takes one file, or two to compare, before and after; not 3"),
+        ("", "energy.py: takes one file, or two to compare, before and after; not 0"),
+        ("a a a", "energy.py: takes one file, or two to compare, before and after; not 3"),
         ("a --s -1", "--s -1: expected a number >= 0 and <= 50"),
         ("nowhere", "nowhere: no such file"),
         ("a nowhere", "nowhere: no such file"),
@@ -260,7 +272,10 @@ def test_prefix_chooses_layers(rows):
         ("vectors", "vectors: no weight in it of two neurons or more in 3 dimensions or more\n"),
         ("embeddings", "in 3 dimensions or more; left out: an embedding\n"),
         ("a --prefix x", "a: no weight under x of two neurons"),
-        ("a b", "a and b: no layer has one name and one shape in both (a.weight in the first, b.weight in the second)"),
+        (
+            "a b",
+            "a and b: no layer has one name and one shape in both (a.weight in the first, b.weight in the second)\n",
+        ),
         ("a --angulr", "--angulr: no such flag; did you mean --angular?"),
     ],
 )

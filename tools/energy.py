@@ -1,6 +1,6 @@
 """Hyperspherical energy of every layer in a file of weights, of any project; with two files, before and after.
 
-    python -m tools.energy runs/photos-amhe/ckpt.safetensors --prefix projector
+    python -m tools.energy runs/photos-amhe --prefix projector
     python -m tools.energy before.safetensors after.pth --s 1 --angular false
 
 Neurons are the rows of weight.flatten(1). The energy of a layer is the mean over their pairs, as in regularizers.py.
@@ -22,10 +22,11 @@ from tqdm import tqdm
 from harness import cli, processes
 from harness.checkpoint import is_ours
 from harness.errors import InputError
+from harness.files import weights_file
 from harness.formats import read_tensors
 from harness.log import emit
 from harness.neighbours import finest
-from regularizers import ZERO, amhe, mhe, unit
+from regularizers import ZERO, energy_of, unit
 
 Shapes = dict[str, tuple[int, ...]]  # of weights (N, ...), by the names of their layers
 LeftOut = dict[str, list[str]]  # names, by the reason
@@ -53,15 +54,15 @@ class Measured(NamedTuple):
 
 
 def energy(
-    *files: Annotated[str, "one file of safetensors or torch.save, or two: before and after"],
+    *files: Annotated[str, "one file of safetensors or torch.save, or a run's folder; or two: before and after"],
     s: Annotated[float, ">= 0", "<= 50", "power of the energy; 0 is logarithmic"] = 2.0,
     angular: Annotated[bool, "by the angle in radians; False = by the chord"] = True,
-    prefix: Annotated[str, "of the names of the layers that are measured; None = all"] | None = None,
+    prefix: Annotated[str, "measures the layers whose names begin so; None = all"] | None = None,
     json: Annotated[bool, "a JSON object a line, in place of a table"] = False,
 ):
     """Print the hyperspherical energy of every layer in a file of weights; of two files, the difference, too."""
     if len(files) not in COLUMNS:
-        raise InputError(f"energy: takes one file, or two to compare, before and after; not {len(files)}")
+        raise InputError(f"takes one file, or two to compare, before and after; not {len(files)}")
     accelerator = processes.start()
     if accelerator.num_processes > 1:
         raise InputError(f"{accelerator.num_processes} processes would do the same; launch one")
@@ -102,7 +103,8 @@ def layers_of(files: tuple[str, ...], prefix: str | None) -> Shapes:
     common = {name: shape for name, shape in first.items() if last.get(name) == shape}
     if not common:
         examples = f"{next(iter(first))} in the first, {next(iter(last))} in the second"
-        raise InputError(f"{' and '.join(files)}: no layer has one name and one shape in both ({examples})")
+        fault = f"{' and '.join(files)}: no layer has one name and one shape in both ({examples})"
+        raise InputError(fault + advice_on_names(first, last))
     if len(files) == 2:
         left_out_first["a layer of this file alone"] = [name for name in first if name not in last]
         left_out_last["a layer of this file alone"] = [name for name in last if name not in first]
@@ -111,6 +113,18 @@ def layers_of(files: tuple[str, ...], prefix: str | None) -> Shapes:
         say_left_out(files[0], left_out_first)
     say_left_out(files[-1], left_out_last)
     return common
+
+
+def advice_on_names(first: Shapes, last: Shapes) -> str:
+    """Say what to compare where one file has names of the other behind a prefix; nothing where it has not."""
+    for shapes, other in ((first, last), (last, first)):
+        endings = tuple(f".{name}" for name in other)
+        if any(name.endswith(endings) for name in shapes):
+            return (
+                "; one has a prefix before the names of the other: a run's encoder/model.safetensors has timm's names, "
+                "without prefix; compare it with such a file, or the ckpt.safetensors of two runs"
+            )
+    return ""
 
 
 def shapes_in(path: str, prefix: str | None) -> tuple[Shapes, LeftOut]:
@@ -133,9 +147,10 @@ def say_left_out(path: str, left_out: LeftOut) -> None:
 def sort_out(path: str, prefix: str | None) -> tuple[dict[str, Tensor], LeftOut]:
     """Return the weights (N, ...) of a file, and the names of what else has two dimensions or more, by the reason.
 
-    Neither holds the state of a run, such as momentum, whose names have a slash in our files alone.
+    Neither holds the state of a run, such as momentum, whose names have a slash in our files alone. A folder will do
+    for the file in it: see `files.weights_file`.
     """
-    tensors, header = read_tensors(path)
+    tensors, header = read_tensors(weights_file(path))
     is_of_a_run = is_ours(header)
     weights = {}
     left_out = {}
@@ -188,8 +203,8 @@ def measure(weight: Tensor, s: float, angular: bool) -> Measured:
     rows = weight.flatten(1).to(finest(weight.device))
     neurons = unit(rows)
     neurons = neurons[neurons.any(1)]
-    energy_of_layer = amhe if angular else mhe
-    return Measured(energy_of_layer(neurons, s).item(), closest_angle(neurons))
+    energies = energy_of({"neurons": neurons}, s, angular)
+    return Measured(energies["neurons"].item(), closest_angle(neurons))
 
 
 def closest_angle(neurons: Tensor) -> float:
@@ -230,9 +245,10 @@ def uniform_chord(d: int, s: float) -> float:
     if s == 0:
         digamma, digamma_of_sum = torch.tensor([a, 2 * a], dtype=torch.float64).digamma().tolist()
         return (digamma_of_sum - digamma) / 2 - math.log(2)
-    of_moment = math.lgamma(a - s / 2) - math.lgamma(2 * a - s / 2)
-    of_density = math.lgamma(a) - math.lgamma(2 * a)
-    return math.exp(of_moment - of_density - s * math.log(2))
+    # both without log Gamma(a), which their difference does not hold
+    log_beta_of_moment = math.lgamma(a - s / 2) - math.lgamma(2 * a - s / 2)
+    log_beta = math.lgamma(a) - math.lgamma(2 * a)
+    return math.exp(log_beta_of_moment - log_beta - s * math.log(2))
 
 
 def angle_beyond_chord(d: int, s: float) -> float:
