@@ -16,8 +16,10 @@ from torch import Tensor
 import data
 from harness import judging, processes
 from harness.errors import InputError
-from harness.files import CKPT
+from harness.judging import Judged
 from harness.neighbours import nearest
+from harness.settings import name_of_weights
+from harness.sources import by_class
 from tools.embed import features_of
 from tools.groups import method_name
 
@@ -48,13 +50,10 @@ class Sheet:
 def neighbours(run: str, dataset: str | None = None, data_dir: str | None = None):
     """Draw queries and their neighbours by the encoder of a run, named by its folder or by what judges take of it.
 
-    Returns the figure and the name of the folder. InputError as from the judges.
+    Returns the figure and the name of the run, which is the same for all of these. InputError as from the judges.
     """
-    ckpt = Path(run, CKPT)
-    if not ckpt.is_file():
-        ckpt = Path(run)
-    sheet = find(str(ckpt), dataset, data_dir)
-    return draw(sheet), ckpt.resolve().parent.name
+    sheet = find(run, dataset, data_dir)
+    return draw(sheet), name_of_weights(run)
 
 
 # ---- What is found ---------------------------------------------------------------------------------------------------
@@ -68,44 +67,42 @@ def find(ckpt: str, dataset: str | None, data_dir: str | None) -> Sheet:
     bank, test = judged.images.train, judged.images.test
     if len(bank.labels) < 2:
         raise InputError(f"neighbours: dataset {judged.dataset} has one training picture; it takes two or more")
-    asked = test if len(test.labels) else bank
-    query_rows = spread(asked.labels, QUERIES)
-    queries = asked.rows(query_rows)
-
-    def embed(split: data.Split, name: str) -> Tensor:
-        return features_of(judged.encoder, split, judged.view, accelerator, name)
-
-    bank_features = embed(bank, "train")
-    query_features = embed(queries, "queries")
-    if asked is bank:
+    query_split = test if len(test.labels) else bank
+    query_rows = draw_queries(query_split.labels, QUERIES)
+    queries = query_split.rows(query_rows)
+    bank_features = features_of(judged.encoder, bank, judged.view, accelerator, "train")
+    query_features = features_of(judged.encoder, queries, judged.view, accelerator, "queries")
+    if query_split is bank:
         cosines, rows = nearest(query_features, bank_features, NEIGHBOURS + 1)
         cosines, rows = without_queries(cosines.cpu(), rows.cpu(), query_rows)
     else:
         cosines, rows = nearest(query_features, bank_features, NEIGHBOURS)
-    rows = rows.cpu()
-    m, k = rows.shape
-    counts = f"{m} test pictures, each with its {k} nearest of {len(bank.labels):,} to train on"
-    if asked is bank:
-        counts = f"{m} training pictures, each with its {k} nearest of the other {len(bank.labels) - 1:,}"
-    title = f"{method_name(judged.settings)}, on {Path(judged.dataset).resolve().name}: {counts}"
-    found = bank.rows(rows.flatten())
-    return Sheet(title, queries, found, cosines.cpu(), judged.images.classes, judged.view)
+    neighbour_pictures = bank.rows(rows.cpu().flatten())
+    title = title_of(judged, *rows.shape)
+    return Sheet(title, queries, neighbour_pictures, cosines.cpu(), judged.images.classes, judged.view)
 
 
-def spread(labels: Tensor, n: int) -> Tensor:
-    """Draw up to n rows by a fixed seed, those of a class together: each class gives one before any gives a second.
+def title_of(judged: Judged, m: int, k: int) -> str:
+    """Name the method and the data set; count m queries, k neighbours of each, and the pictures these are among."""
+    n = len(judged.images.train.labels)
+    if len(judged.images.test.labels):
+        counts = f"{m} test pictures, each with its {k} nearest of {n:,} to train on"
+    else:
+        counts = f"{m} training pictures, each with its {k} nearest of the other {n - 1:,}"
+    return f"{method_name(judged.settings)}, on {Path(judged.dataset).resolve().name}: {counts}"
 
-    labels: (images,), -1 of images without a class.
+
+def draw_queries(labels: Tensor, n: int) -> Tensor:
+    """Draw up to n rows by a fixed seed: take one image of each class, then a second of each; return them by class.
+
+    labels: (images,), all -1 of images without classes.
     """
     generator = torch.Generator().manual_seed(SEED)
-    order = torch.randperm(len(labels), generator=generator)
-    by_class = order[labels[order].argsort(stable=True)]
-    _, counts = labels.unique(return_counts=True)
-    firsts = counts.cumsum(0) - counts  # where each class begins in `by_class`
-    turn = torch.arange(len(labels)) - firsts.repeat_interleave(counts)
-    order = torch.randperm(len(labels), generator=generator)  # so that of many classes, not the first n are drawn
-    first_turns = turn[order].argsort(stable=True)[:n]
-    drawn = by_class[order[first_turns]]
+    order_in_class = torch.randperm(len(labels), generator=generator)
+    rows, place_in_class = by_class(labels + 1, order_in_class)  # + 1: it takes no negative labels
+    order_of_classes = torch.randperm(len(labels), generator=generator)  # so that of many, not the first n are drawn
+    first_places = place_in_class[order_of_classes].argsort(stable=True)[:n]
+    drawn = rows[order_of_classes[first_places]]
     return drawn[labels[drawn].argsort(stable=True)]
 
 
