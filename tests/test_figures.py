@@ -34,7 +34,7 @@ from pretrain import RECIPES, pretrain
 from tools import paper
 from tools.figures import batch, dynamics, figures, gaussian_kde, knn, von_mises_fisher_kde
 from tools.groups import groups
-from tools.neighbours import RIGHT, WRONG, find, neighbours, spread, without_queries
+from tools.neighbours import RIGHT, WRONG, draw_queries, find, neighbours, without_queries
 from tools.paper import is_row, paper_rows
 
 SETTINGS = {"dataset": "photos", "data_dir": "data", "method": "byol", "norm": "bn", "reg": "none", "s": 2.0}
@@ -84,6 +84,20 @@ def test_seeds_on_one_set_are_one_setting_wherever_it_lies(tmp_path):
         log.write_text("\n".join([json.dumps(described), *others, ""]))
     found = groups([read(tmp_path / f"run{seed}") for seed in range(5)])
     assert sorted(len(group) for group in found.values()) == [1, 4]
+
+
+def test_weights_are_named_and_their_digest_only_where_names_agree(tmp_path):
+    """A group of runs of --init is named by its weights, as the folders of its runs are."""
+    weights = {"timm": ("a/timm.pth", "d6"), "random": (None, None)}
+    weights |= {"other": ("b/timm.pth", "e7"), "run": ("runs/i1/encoder/model.safetensors", "f8")}
+    logs = {
+        name: read(write_run(tmp_path / name, init=init, init_digest=digest))
+        for name, (init, digest) in weights.items()
+    }
+    assert list(groups([logs["timm"], logs["run"]])) == ["BYOL, init timm", "BYOL, init i1"]
+    assert list(groups([logs["timm"], logs["random"]])) == ["BYOL, init timm", "BYOL, init None"]
+    same_name = list(groups([logs["timm"], logs["other"]]))
+    assert same_name == ["BYOL, init timm, init_digest d6", "BYOL, init timm, init_digest e7"]
 
 
 def test_gaussian_kde_of_known_points():
@@ -260,14 +274,23 @@ def test_neighbours_are_the_nearest_training_pictures_framed_by_their_class(trai
     assert frames == {RIGHT: right, WRONG: 32 - right} and 0 < right < 32
 
 
+def test_a_run_has_one_name_however_it_is_named(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.neighbours.draw", lambda sheet: sheet)
+    monkeypatch.setattr("tools.neighbours.find", lambda *_: None)
+    for place in ("", "ckpt.safetensors", "encoder", "encoder/model.safetensors"):
+        assert neighbours(str(trained / place)) == (None, trained.name)
+    shutil.copytree(trained / "encoder", tmp_path / "exported")
+    assert neighbours(str(tmp_path / "exported"))[1] == "exported"
+
+
 def test_queries_are_spread_over_the_classes_and_always_the_same():
     labels = torch.arange(3).repeat_interleave(torch.tensor([1, 50, 49]))
-    rows = spread(labels, 10)
+    rows = draw_queries(labels, 10)
     assert labels[rows].bincount().tolist() in ([1, 5, 4], [1, 4, 5]) and len(rows.unique()) == 10
-    assert torch.equal(rows, spread(labels, 10)) and labels[rows].tolist() == sorted(labels[rows].tolist())
-    many = spread(torch.arange(1000), 10)
+    assert torch.equal(rows, draw_queries(labels, 10)) and labels[rows].tolist() == sorted(labels[rows].tolist())
+    many = draw_queries(torch.arange(1000), 10)
     assert len(many.unique()) == 10 and many.min() < 500 < many.max()
-    assert sorted(spread(torch.full((4,), -1), 10).tolist()) == [0, 1, 2, 3]
+    assert sorted(draw_queries(torch.full((4,), -1), 10).tolist()) == [0, 1, 2, 3]
 
 
 def test_a_query_is_no_neighbour_of_its_own():

@@ -5,6 +5,7 @@ import statistics
 import models
 from harness.errors import InputError
 from harness.log import PLACES, RunLog, other_data
+from harness.settings import name_of_weights
 
 NOT_COMPARED = ("seed", "eval_every", *PLACES)  # settings that make no difference to what is compared
 
@@ -30,12 +31,14 @@ def groups(runs: list[RunLog], apart: tuple[str, ...] = ()) -> Groups:
         by_method.setdefault(method_name(group[0].settings), []).append(group)
     named = {}
     for method, same_method in by_method.items():
-        settings = [group[0].settings for group in same_method]
+        settings = [with_named_weights(group[0].settings) for group in same_method]
         differing = [name for name in settings[0] if name not in ignored and differs(settings, name)]
+        if "init_digest" in differing:
+            name_weights(differing, settings)
         if any(other_data(group[0].rows[0], same_method[0][0].rows[0]) for group in same_method):
             differing.insert(0, "dataset")
-        for group in same_method:
-            details = [f"{name} {as_text(group[0].settings.get(name))}" for name in differing]
+        for group, values in zip(same_method, settings):
+            details = [f"{name} {as_text(values.get(name))}" for name in differing]
             label = ", ".join([method, *details])
             if label in named:  # another precision, or other data in the same place
                 label += f", as {group[0].folder}"
@@ -60,6 +63,22 @@ def refuse_twins(group: list[RunLog], apart: tuple[str, ...]) -> None:
         if seed in by_seed:
             raise InputError(f"{by_seed[seed].folder} and {run.folder} have the same settings and seed; name one")
         by_seed[seed] = run
+
+
+def with_named_weights(settings: dict) -> dict:
+    """Return settings with the name of the weights that a run began from in place of their path."""
+    init = settings.get("init")
+    return settings | {"init": name_of_weights(init)} if init else settings
+
+
+def name_weights(differing: list[str], settings: list[dict]) -> None:
+    """Put the name of the weights before their digest; drop the digest if no two groups have one name for several."""
+    place = differing.index("init_digest")
+    differing.insert(place, "init")
+    weights = {(values.get("init"), values["init_digest"]) for values in settings}
+    names = {name for name, _ in weights}
+    if len(names) == len(weights):
+        differing.remove("init_digest")
 
 
 def differs(settings: list[dict], name: str) -> bool:
