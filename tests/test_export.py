@@ -67,7 +67,7 @@ UNNAMED = [
 def test_the_lines_of_the_card_load_the_encoder(shell, run_of, tmp_path, changes):
     run = run_of(**changes)
     code, lines, err = shell(export, run, "--to", "out")
-    assert code == 0 and lines[1] == "hf upload NAME out", err
+    assert code == 0 and lines[1] == "hf upload NAME out  # NAME: user/repository", err
     files = ["README.md", "config.json", "model.safetensors"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == files[:: 1 if changes in NAMED else 2]
     loaded = run_card(tmp_path / "out")
@@ -125,8 +125,35 @@ def test_a_run_of_an_earlier_version_is_exported(shell, trained, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(config)
 
 
-def test_the_citation_is_that_of_the_readme():
+def test_an_unfinished_run_is_exported_with_a_warning(shell, run_of, tmp_path):
+    code, _, err = shell(export, run_of(epochs=400), "--to", "out")
+    assert code == 0 and err.endswith(
+        "made: its training is not finished, 2 of 400 epochs are done; the card says so\n"
+    )
+    assert err.count("\n") == 1 and "for 2 of 400 epochs" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_licence_is_said_to_be_a_default(shell, trained):
+    _, lines, err = shell(export, trained, "--to", "out")
+    assert err == "" and lines[0].endswith(
+        "weights: mit (the default; --license names another, and the choice is yours)"
+    )
+
+
+def test_settings_of_the_views_are_shown_where_they_are_no_default(shell, run_of, tmp_path):
+    names = ("jitter", "grey", "blur_p")
+    run = run_of(jitter=0.5, blur_p=[0.1, 0.1])
+    assert shell(export, run, "--to", "out")[0] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    shown = [line for line in card.splitlines() if line.startswith(tuple(f"| {name} |" for name in names))]
+    assert shown == ["| jitter | 0.5 |", "| blur_p | [0.1, 0.1] in the first and the second view |"]
+
+
+def test_one_citation_everywhere():
     assert f"~~~bibtex\n{CITATION}\n~~~" in (ROOT / "README.md").read_text()
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in cited["authors"])
+    assert [f"{{{value}}}" in CITATION for value in (cited["title"], authors, cited["year"])] == [True] * 3
 
 
 @pytest.mark.parametrize(
@@ -134,10 +161,17 @@ def test_the_citation_is_that_of_the_readme():
     [
         ("run", "--to is missing: name a new folder"),
         ("run --to occupied", "--to occupied: is not empty; name a new folder"),
-        ("run --to file", "--to file: is not empty; name a new folder"),
+        ("run --to file", "--to file: is a file; name a new folder"),
         ("run --to file/out", "out: cannot be written (Not a directory)"),
         ("run --to out --license MIT\\n", "--license MIT\\n: expected a short name such as mit"),
-        ("nowhere --to out", "nowhere: not a run folder, its metrics.jsonl cannot be read"),
+        ("nowhere --to out", "nowhere: not a run's folder, it holds no metrics.jsonl; name the run's folder\n"),
+        ("file --to out", "file: not a run's folder, it holds no metrics.jsonl; name the run's folder\n"),
+        (
+            "run/encoder --to out",
+            "run/encoder: not a run's folder, it holds no metrics.jsonl; name the run's folder: here run",
+        ),
+        ("run/ckpt.safetensors --to out", "name the run's folder: here run\n"),
+        ("run/encoder/model.safetensors --to out", "name the run's folder: here run\n"),
         ("young --to out", "young: holds no encoder/model.safetensors; a run writes it at the end of its first epoch"),
         ("cut --to out", "cut/encoder/model.safetensors: not a whole safetensors file"),
         (

@@ -4,7 +4,8 @@
 
 The folder gets model.safetensors, timm's config.json and a model card, README.md: how to load the encoder, how it was
 trained, and its scores from the log with their protocol. Paths of this machine are cut to their last names. timm has no
-name for some encoders; their card holds the lines of code that build them. `hf upload NAME FOLDER` does the rest.
+name for some encoders; their card holds the lines of code that build them. `hf upload NAME FOLDER` does the rest, NAME
+being user/repository on the Hub.
 """
 
 import inspect
@@ -19,23 +20,72 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+import data
 import models
-from harness import checkpoint, cli, encoders
+from harness import checkpoint, cli, encoders, processes
 from harness.errors import InputError
-from harness.files import CONFIG, EARLIER_ENCODER, WEIGHTS, write_whole
+from harness.files import CONFIG, EARLIER_ENCODER, LOG, WEIGHTS, write_whole
 from harness.log import EARLIER, PLACES, RunLog, read_log
 from harness.settings import Settings, formula
 
 LICENSE = "mit"  # that of this code; the weights are the user's to license
-SHOWN = ["epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "hidden_dim", "out_dim", "seed"]
+SHOWN_SETTINGS = ["epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "hidden_dim", "out_dim", "seed"]
+UNITS = {"lr": " per 256 images", "warmup": " epochs", "blur_p": " in the first and the second view"}
+TEMPERATURE = 0.07  # of the vote in rows of pretrain.py, which do not name it
 PROTOCOL = ("split", "k", "temperature", "eval_crop", "dataset", "precision")  # columns of a vote
 FLOORS = {"untrained": "a random network", "init": "the weights that it began from", "pixels": "the pixels of the view"}
-MEANING = {"lr": " per 256 images", "warmup": " epochs"}
 CITATION = """@misc{durrant2022hyperspherically,
   title  = {Hyperspherically Regularized Networks for Self-Supervision},
   author = {Durrant, Aiden and Leontidis, Georgios},
   year   = {2022}
 }"""
+CARD = """---
+library_name: timm
+pipeline_tag: image-feature-extraction
+license: {license}
+tags:
+- timm
+- image-feature-extraction
+- self-supervised-learning
+- {method}
+---
+
+# {name}
+
+An image encoder ({model}), trained without labels by {objective}, with an open
+implementation of *Hyperspherically Regularized Networks for Self-Supervision* (Durrant and Leontidis, 2022).
+
+## Load it
+
+```python
+{code}
+```
+
+## How it was trained
+
+On {data}, for {epochs_done} of {epochs} epochs.
+
+```text
+{formula}
+```
+
+| setting | value |
+|---|---|
+{settings}
+| evaluation view | {view} |
+| command | `{command}` |
+| versions | {versions} |
+
+## Scores
+
+{scores}
+
+## Cite
+
+```bibtex
+{citation}
+```
+"""
 IMAGE = 'image = Image.open("picture.jpg").convert("RGB")'
 FEATURES = "features = encoder(view(image)[None])"
 
@@ -53,6 +103,7 @@ def export(
         raise InputError(f"--license {license}: expected a short name such as mit, apache-2.0, cc-by-nc-4.0 or other")
     folder = Path(os.path.abspath(os.path.expanduser(to)))
     refuse_occupied(folder, to)
+    refuse_what_is_no_run(Path(run))
     log = read_log(Path(run))
     tensors, description = read_encoder(Path(run))
     description = without_paths(description)
@@ -61,19 +112,39 @@ def export(
     if config:
         texts["config.json"] = json.dumps(config, indent=2) + "\n"
     write_folder(folder, tensors, description, texts)
-    print(f"{to}: {', '.join(['model.safetensors', *sorted(texts)])}; licence of the weights: {license} (--license)")
-    print(f"hf upload NAME {shlex.quote(to)}")
+    done, epochs = description["epoch"], description["settings"]["epochs"]
+    if done < epochs:
+        processes.say(f"{run}: its training is not finished, {done} of {epochs} epochs are done; the card says so")
+    choice = "--license"
+    if license == LICENSE:
+        choice = "the default; --license names another, and the choice is yours"
+    print(f"{to}: {', '.join(['model.safetensors', *sorted(texts)])}; licence of the weights: {license} ({choice})")
+    print(f"hf upload NAME {shlex.quote(to)}  # NAME: user/repository")
 
 
 # ---- What a run holds ------------------------------------------------------------------------------------------------
 
 
 def refuse_occupied(folder: Path, to: str) -> None:
-    """Raise InputError for a place that holds something."""
-    if folder.is_dir() and not any(folder.iterdir()):
+    """Raise InputError for a place that is a file, or a folder that is not empty."""
+    if not folder.exists():
         return
-    if folder.exists():
+    if not folder.is_dir():
+        raise InputError(f"--to {to}: is a file; name a new folder")
+    if any(folder.iterdir()):
         raise InputError(f"--to {to}: is not empty; name a new folder")
+
+
+def refuse_what_is_no_run(path: Path) -> None:
+    """Raise InputError for what is no run's folder; name the folder if the path leads into one."""
+    if (path / LOG).exists():
+        return
+    hint = ""
+    for folder in (path.parent, path.parent.parent):
+        if (folder / LOG).is_file():
+            hint = f": here {folder}"
+            break
+    raise InputError(f"{path}: not a run's folder, it holds no {LOG}; name the run's folder{hint}")
 
 
 def read_encoder(run: Path) -> tuple[dict[str, Tensor], dict]:
@@ -117,26 +188,29 @@ def without_paths(description: dict) -> dict:
 def card(name: str, log: RunLog, tensors: dict, description: dict, config: dict | None, license: str) -> str:
     """Write the model card of an encoder."""
     settings, view = description["settings"], description["view"]
-    method = models.METHODS[settings["method"]].title
-    regularizer = "" if settings["reg"] == "none" else f" with the regularizer `{settings['reg']}`"
-    tags = ["timm", "image-feature-extraction", "self-supervised-learning", settings["method"]]
-    paper = "Hyperspherically Regularized Networks for Self-Supervision"
-    done, epochs = description["epoch"], settings["epochs"]
-    parts = [
-        ["---", "library_name: timm", "pipeline_tag: image-feature-extraction", f"license: {license}", "tags:"],
-        [f"- {tag}" for tag in tags],
-        ["---", "", f"# {name}", ""],
-        [f"An image encoder ({settings['model']}), trained without labels by {method}{regularizer}, with an open"],
-        [f"implementation of *{paper}* (Durrant and Leontidis, 2022).", "", "## Load it", "", "```python"],
-        code(settings, view, config, tensors),
-        ["```", "", "## How it was trained", "", f"On {data_line(description)}, for {done} of {epochs} epochs.", ""],
-        ["```text", *objective(settings), "```", "", "| setting | value |", "|---|---|"],
-        [f"| {setting} | {value} |" for setting, value in shown_settings(settings)],
-        [f"| evaluation view | {view_line(view)} |", f"| command | `{description['command']}` |"],
-        [f"| versions | {', '.join(f'{k} {v}' for k, v in description.get('versions', {}).items())} |", ""],
-        ["## Scores", "", *scores(log), "", "## Cite", "", "```bibtex", CITATION, "```"],
-    ]
-    return "".join(f"{line}\n" for part in parts for line in part)
+    objective = models.METHODS[settings["method"]].title
+    if settings["reg"] != "none":
+        objective += f" with the regularizer `{settings['reg']}`"
+    rows = [f"| {setting} | {value} |" for setting, value in shown_settings(settings)]
+    versions = [f"{package} {version}" for package, version in description.get("versions", {}).items()]
+    return CARD.format(
+        license=license,
+        method=settings["method"],
+        name=name,
+        model=settings["model"],
+        objective=objective,
+        code="\n".join(code(settings, view, config, tensors)),
+        data=data_line(description),
+        epochs_done=description["epoch"],
+        epochs=settings["epochs"],
+        formula="\n".join(formula_of(settings)),
+        settings="\n".join(rows),
+        view=view_line(view),
+        command=description["command"],
+        versions=", ".join(versions),
+        scores="\n".join(scores(log)),
+        citation=CITATION,
+    )
 
 
 def data_line(description: dict) -> str:
@@ -157,7 +231,7 @@ def view_line(view: dict) -> str:
     return f"{view['size']} x {view['size']} pixels, the central {view['crop']:g} of the side; mean {mean}; std {std}"
 
 
-def objective(settings: dict) -> list[str]:
+def formula_of(settings: dict) -> list[str]:
     """Write the objective of a run with every number in force."""
     cfg = Settings(**{name: settings[name] for name in Settings.__dataclass_fields__})
     with torch.device("meta"):
@@ -167,13 +241,22 @@ def objective(settings: dict) -> list[str]:
 
 def shown_settings(settings: dict) -> list[tuple[str, str]]:
     """Return the settings that matter, with their values."""
-    names = ["model", "stem", "norm", *SHOWN]
+    names = ["model", "stem", "norm", *SHOWN_SETTINGS]
     names += models.METHODS[settings["method"]].flags
     if settings["reg"] != "none":
         names += ["reg", "weight"]
     if settings["init"]:
         names.append("init")
-    return [(name, f"{settings[name]}{MEANING.get(name, '')}") for name in names]
+    for name, default in default_augmentation(settings["dataset"]).items():
+        if settings[name] != default:
+            names.append(name)
+    return [(name, f"{settings[name]}{UNITS.get(name, '')}") for name in names]
+
+
+def default_augmentation(dataset: str) -> dict:
+    """Return the settings of the two views that a run on this data set has by default."""
+    facts = data.FACTS.get(dataset, {})
+    return {"jitter": 1.0, "grey": data.GREY_P, "blur_p": list(facts.get("blur_p", (0.0, 0.0)))}
 
 
 def scores(log: RunLog) -> list[str]:
@@ -181,7 +264,9 @@ def scores(log: RunLog) -> list[str]:
     rows = []
     knn, linear = log.score_row("knn_eval"), log.score_row("linear_eval")
     if knn:
-        vote = "weighted vote of the 20 nearest neighbours (cosine, temperature 0.07) in the training set"
+        temperature = knn.get("temperature", TEMPERATURE)
+        vote = f"weighted vote of the {knn['k']} nearest neighbours (cosine, temperature {temperature:g})"
+        vote += " in the training set"
         rows.append((f"{vote}, on the test set", knn))
         for of, what in FLOORS.items():
             floors = [row for row in log.rows if row.get("of") == of and is_of_one_vote(row, knn)]
@@ -196,7 +281,7 @@ def scores(log: RunLog) -> list[str]:
 
 
 def is_of_one_vote(row: dict, other: dict) -> bool:
-    """Whether two rows have the same protocol; rows of pretrain.py, whose protocol is the usual one, name a part."""
+    """Whether two rows are of one protocol. Rows of pretrain.py leave out columns, which then count as equal."""
     return all(row.get(name, other.get(name)) == other.get(name) for name in PROTOCOL)
 
 
