@@ -245,7 +245,7 @@ def uniform_chord(d: int, s: float) -> float:
     if s == 0:
         digamma, digamma_of_sum = torch.tensor([a, 2 * a], dtype=torch.float64).digamma().tolist()
         return (digamma_of_sum - digamma) / 2 - math.log(2)
-    # both without log Gamma(a), which their difference does not hold
+    # both without the term log Gamma(a), which cancels
     log_beta_of_moment = math.lgamma(a - s / 2) - math.lgamma(2 * a - s / 2)
     log_beta = math.lgamma(a) - math.lgamma(2 * a)
     return math.exp(log_beta_of_moment - log_beta - s * math.log(2))
