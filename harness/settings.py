@@ -365,22 +365,23 @@ def left_out(cfg: Settings, flags: dict) -> list[str]:
 
 
 def numbers_in_force(cfg: Settings, flags: dict) -> list[str]:
-    """Name the numbers that come from the recipe, and those that a flag has replaced."""
+    """Name the numbers of a run by where they come from: the recipe, the method, the data set or a flag."""
+    method = models.METHODS[cfg.method]
     names = ["epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "hidden_dim", "out_dim"]
-    names += [name for name in models.METHODS[cfg.method].flags if name != "predictor"]
+    names += [name for name in method.flags if name != "predictor"]
     if cfg.term:
         names.append("weight")
-    sources = {f"recipe {cfg.recipe}": [], f"method {cfg.method}": [], "the data set": [], "flag": []}
-    recipe, method, images, flag = sources.values()
+    numbers = {}
     for name in names:
-        number = f"{name} {_short(getattr(cfg, name))}"
+        source = f"recipe {cfg.recipe}"
         if flags[name] is not None:
-            flag.append(number)
-        elif name in models.METHODS[cfg.method].numbers:
-            method.append(number)
-        else:
-            (images if name == "queue" else recipe).append(number)
-    lines = [f"{source}: {', '.join(numbers)}" for source, numbers in sources.items() if numbers]
+            source = "flag"
+        elif name in method.numbers:
+            source = f"method {cfg.method}"
+        elif name == "queue":
+            source = "data set"
+        numbers.setdefault(source, []).append(f"{name} {_short(getattr(cfg, name))}")
+    lines = [f"{source}: {', '.join(listed)}" for source, listed in numbers.items()]
     chances = ", ".join(f"{p:g}" for p in cfg.blur_p)
     lines.append(f"views: jitter {cfg.jitter:g}, grey {cfg.grey:g}, blur_p {chances}")
     lines.append(f"peak learning rate: {cfg.peak_lr:g} (lr * batch_size / 256)")
