@@ -112,7 +112,7 @@ NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # the factor of each that changes nothing
 
 
 def two_views(
-    crops: Tensor, u: Tensor, mean, std, blur_p=(0.0, 0.0), solarise_p=(0.0, 0.0), jitter=1.0, grey_p=GREY_P
+    crops: Tensor, u: Tensor, mean: tuple, std: tuple, blur_p=(0, 0), solarise_p=(0, 0), jitter=1.0, grey_p=GREY_P
 ) -> tuple[Tensor, Tensor]:
     """Make the two views (b, 3, size, size) of crops (2, b, 3, size, size); overwrites float crops.
 
@@ -126,7 +126,7 @@ def two_views(
     return tuple(views)
 
 
-def one_view(x: Tensor, u: Tensor, mean, std, blur_p, solarise_p, jitter, grey_p) -> Tensor:
+def one_view(x: Tensor, u: Tensor, mean: tuple, std: tuple, blur_p, solarise_p, jitter, grey_p) -> Tensor:
     """Make one view of crops x (b, 3, size, size) by draws u (b, DRAWS_PER_IMAGE); overwrites a float x."""
     draws = named_draws(u)
     x = recolour(F.to_dtype(x, scale=True), u, jitter, grey_p)

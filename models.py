@@ -106,15 +106,15 @@ class Method(nn.Module):
     numbers: ClassVar = {}  # in place of the recipe's
     has_predictor = False  # q, on top of g
     has_target = False  # moving averages of f and g, Section 3.3
-    is_simsiam = False  # BatchNorm ends the projector, and the predictor's hidden layer is a bottleneck
+    has_bottleneck = False  # the predictor's hidden layer has out_dim / 4 neurons, and BatchNorm ends the projector
     # and loss(z, p, t, temperature), of the outputs of `forward` of all processes
 
     def __init__(self, name: str, stem: str, norm: str, hidden_dim: int, out_dim: int, predictor="mlp", queue=0):
         super().__init__()
         self.encoder = build_encoder(name, stem, norm)
-        self.projector = mlp(self.encoder.num_features, hidden_dim, out_dim, norm, self.is_simsiam)
+        self.projector = mlp(self.encoder.num_features, hidden_dim, out_dim, norm, self.has_bottleneck)
         if self.has_predictor and predictor == "mlp":
-            width = max(1, out_dim // 4) if self.is_simsiam else hidden_dim
+            width = max(1, out_dim // 4) if self.has_bottleneck else hidden_dim
             self.predictor = mlp(out_dim, width, out_dim, norm)
         if self.has_target:
             copies = OrderedDict(encoder=copy.deepcopy(self.encoder), projector=copy.deepcopy(self.projector))
@@ -161,7 +161,7 @@ class SimSiam(BYOL):
     formula = "simsiam = -E cos(p1, z2) / 2 - E cos(p2, z1) / 2, no gradient to z, -1 ... 1 (Chen & He, Eq. 2)"
     flags = ("predictor",)
     has_target = False
-    is_simsiam = True
+    has_bottleneck = True
 
     def loss(self, z, p, t, temperature=None):
         return super().loss(z, p, t) / 4 - 1  # |p - t|^2 = 2 - 2 cos(p, t)
@@ -220,15 +220,15 @@ class BarlowTwins(Method):
     """Make each feature correlate between the views, and different features not; Zbontar et al. (2021)."""
 
     title = "Barlow Twins"
-    formula = "barlow = sum (1 - C_ii)^2 + 0.0051 sum C_ij^2, i != j, C: correlations (Zbontar et al., Eq. 1)"
+    off_diagonal = 0.0051  # weighs the second sum
+    formula = f"barlow = sum (1 - C_ii)^2 + {off_diagonal} sum C_ij^2, i != j, C: correlations (Zbontar et al., Eq. 1)"
     numbers: ClassVar = {"out_dim": 2048}
 
     def loss(self, z, p, t, temperature=None):
         x, y = (unit((view - view.mean(0)).T) for view in z)  # a row is a feature, over the batch
-        correlation = x @ y.T
-        diagonal = correlation.diagonal()
-        off_diagonal = correlation.square().sum() - diagonal.square().sum()
-        return (1 - diagonal).square().sum() + 0.0051 * off_diagonal
+        squares = (x @ y.T - torch.eye(len(x), device=x.device)).square()
+        on_diagonal = squares.diagonal().sum()
+        return on_diagonal + self.off_diagonal * (squares.sum() - on_diagonal)
 
 
 METHODS = {"byol": BYOL, "simclr": SimCLR, "simsiam": SimSiam, "moco": MoCo, "barlow": BarlowTwins}
