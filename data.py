@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from harness import augment, pictures, processes, sources
-from harness.augment import DRAWS_PER_IMAGE, change_rows, named_draws, normalise
+from harness.augment import DRAWS_PER_IMAGE, Change, named_draws, normalise
 from harness.errors import InputError
 from harness.sources import Split
 
@@ -91,7 +91,7 @@ def hold_out(dataset: Dataset) -> Dataset:
         held = rows[place_in_class < dataset.holdout]
     is_held = torch.zeros(len(labels), dtype=torch.bool)
     is_held[held] = True
-    kept = _rows(~is_held)
+    kept = (~is_held).nonzero()[:, 0]
     remaining = labels[kept].bincount(minlength=len(dataset.classes))
     if not remaining.all():
         empty = int(remaining.argmin())
@@ -120,42 +120,45 @@ def two_views(
     CPU: each image has draws of its own. Then come colour jitter, grey, blur and solarisation, the last two with a
     probability for each view, and normalisation by mean and std. jitter is a part, 0 ... 1, of BYOL's strength.
     """
-    views = []
-    for x, u_of_view, blur, solarise in zip(crops, u, blur_p, solarise_p):
-        views.append(augment.in_chunks(one_view, x, u_of_view, mean, std, blur, solarise, jitter, grey_p))
-    return tuple(views)
+    probabilities = torch.tensor([blur_p, solarise_p]).repeat_interleave(crops.shape[1], 1)
+    per_image = (crops.flatten(0, 1), u.flatten(0, 1), probabilities.T)  # both views pass together
+    return augment.in_chunks(augmented, per_image, mean, std, jitter, grey_p).chunk(2)
 
 
-def one_view(x: Tensor, u: Tensor, mean: tuple, std: tuple, blur_p, solarise_p, jitter, grey_p) -> Tensor:
-    """Make one view of crops x (b, 3, size, size) by draws u (b, DRAWS_PER_IMAGE); overwrites a float x."""
+def augmented(x: Tensor, u: Tensor, probabilities: Tensor, mean: tuple, std: tuple, jitter, grey_p) -> Tensor:
+    """Augment crops x (n, 3, size, size) by draws u (n, DRAWS_PER_IMAGE); overwrites a float x.
+
+    probabilities (n, 2) are those of blur and of solarisation.
+    """
     draws = named_draws(u)
-    x = recolour(F.to_dtype(x, scale=True), u, jitter, grey_p)
-    blurred = _rows(draws["blur"] < blur_p)
-    sigma = 0.1 + 1.9 * draws["sigma"][:, 0]  # in pixels
-    change_rows(x, blurred, augment.gaussian_blur, sigma[blurred])
-    change_rows(x, _rows(draws["solarise"] < solarise_p), augment.solarise)
+    blur_p, solarise_p = probabilities.split(1, 1)
+    is_blurred = draws["blur"] < blur_p
+    is_solarised = draws["solarise"] < solarise_p
+    sigma = 0.1 + 1.9 * draws["sigma"]  # in pixels
+    threshold = torch.full_like(sigma, 0.5)
+    changes = colour_changes(u, jitter, grey_p)
+    changes.append((augment.gaussian_blur, is_blurred[:, 0], sigma[:, 0]))
+    changes.append((augment.solarise, is_solarised[:, 0], threshold[:, 0]))
+    x = F.to_dtype(x, scale=True)
+    augment.change(x, changes)
     return normalise(x, mean, std)
 
 
-def recolour(x: Tensor, u: Tensor, jitter=1.0, grey_p=GREY_P) -> Tensor:
-    """Apply colour jitter, each image in an order of its own, and grey to images x (b, 3, h, w) in [0, 1], in place."""
+def colour_changes(u: Tensor, jitter=1.0, grey_p=GREY_P) -> list[Change]:
+    """Choose colour jitter, in an order of its own for each image, and grey by draws u, for `augment.change`."""
     draws = named_draws(u)
     strength = jitter * torch.tensor(STRENGTH)
     factors = (2 * draws["factors"] - 1) * strength + torch.tensor(NEUTRAL)
     order = draws["order"].argsort(1)  # order[i, turn]: the operation of COLOUR that image i gets in this turn
     jitter_p = JITTER_P if jitter else 0  # an operation of strength 0 would still round
     order = order.masked_fill(draws["jitter"] >= jitter_p, -1)  # -1: none
+    changes = []
     for operations in order.unbind(1):
         for i, operation in enumerate(COLOUR):
-            rows = _rows(operations == i)
-            change_rows(x, rows, operation, factors[rows, i][:, None, None, None])
-    change_rows(x, _rows(draws["grey"] < grey_p), augment.greyscale)
-    return x
-
-
-def _rows(mask: Tensor) -> Tensor:
-    """The row numbers at which a mask, (b,) or (b, 1), is true."""
-    return mask.flatten().nonzero()[:, 0]
+            changes.append((operation, operations == i, factors[:, i]))
+    is_grey = draws["grey"][:, 0] < grey_p
+    changes.append((augment.saturation, is_grey, torch.zeros(len(u))))
+    return changes
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
@@ -202,9 +205,9 @@ def batches(
     if isinstance(split.images, Tensor):
         for rows, u in plan():
             rows = rows.to(device, non_blocking=True)
-            batch = split.images[rows]
-            crops = torch.stack([augment.crop_flip(batch, u_of_view, size) for u_of_view in u])
-            yield crops, split.labels[rows], u
+            of_each_view = split.images[rows.repeat(views)]
+            crops = augment.crop_flip(of_each_view, u.flatten(0, 1), size)
+            yield crops.unflatten(0, (views, -1)), split.labels[rows], u
         return
     read_ahead, now = itertools.tee(plan())  # the loader reads ahead; `now` follows its results
     for (rows, u), crops in zip(now, pictures.crops(split.images, size, read_ahead, device)):

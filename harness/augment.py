@@ -1,12 +1,13 @@
 """What the views are made of: crop and flip, colour operations, blur, solarisation, of whole batches of images.
 
-    crops = crop_flip(images, u, size)              # u: draws (b, DRAWS_PER_IMAGE), uniform on [0, 1)
-    change_rows(crops, rows, hue, shift[rows])      # some images of the batch, each by a number of its own
+    crops = crop_flip(images, u, size)             # u: draws (b, DRAWS_PER_IMAGE), uniform on [0, 1)
+    change(crops, [(hue, is_turned, shift)])       # some images of the batch, each by a number of its own
 
 torchvision's transforms draw once a batch; here each image has draws of its own. Strengths and probabilities are the
 recipe of `data.two_views`. The tests hold each operation against torchvision's, image by image.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -31,6 +32,7 @@ DRAWS = {
     "solarise": 1,
 }
 DRAWS_PER_IMAGE = sum(DRAWS.values())
+Change = tuple[Callable, Tensor, Tensor]  # an operation, whether each image gets it (b,), and with which number (b,)
 
 SMALLEST_BLURRED = 20  # pixels a side: in smaller views the kernel of the blur is a single pixel and changes nothing
 CHUNK_ON_CPU = 2**20  # numbers: what a cache holds
@@ -49,37 +51,47 @@ def normalise(x: Tensor, mean: tuple, std: tuple) -> Tensor:
     Not F.normalize, which compares std with 0 and so has a GPU finish all its work before.
     """
     x = F.to_dtype(x, scale=True)
-    return x.sub(_per_channel(mean, x.device)).div_(_per_channel(std, x.device))
+    return x.sub(_per_channel(tuple(mean), x.device)).div_(_per_channel(tuple(std), x.device))
 
 
+@functools.cache  # each is copied to a GPU once
 def _per_channel(values: tuple, device: torch.device) -> Tensor:
     """Return one number for each channel of images, (3, 1, 1)."""
     column = torch.tensor(values).to(device, non_blocking=True)
     return column[:, None, None]
 
 
-def change_rows(x: Tensor, rows: Tensor, operation: Callable, *numbers: Tensor) -> None:
-    """Put operation(images, *numbers) in place of those images of x whose rows are given.
+def change(x: Tensor, changes: list[Change]) -> None:
+    """Put operation(images, numbers) in place of those images of x that get it, for one operation after the other.
 
-    rows and numbers are on the CPU, so that a GPU has to wait for neither. index_copy_, not x[rows] = ..., which takes
-    a CPU twice as long.
+    Operations take images (n, 3, h, w) and a number for each, (n, 1, 1, 1). The tensors of `changes` are on the CPU:
+    a GPU gets all of them in two copies, and nobody waits for it. index_copy_, not x[rows] = ..., which takes a CPU
+    twice as long.
     """
-    if len(rows) == 0:
-        return
-    rows = rows.to(x.device, non_blocking=True)
-    numbers = [number.to(x.device, non_blocking=True) for number in numbers]
-    changed = operation(x.index_select(0, rows), *numbers)
-    x.index_copy_(0, rows, changed)
+    rows, numbers = [], []
+    for _, is_changed, number in changes:
+        rows.append(is_changed.nonzero()[:, 0])
+        numbers.append(number[rows[-1]])
+    lengths = [len(some) for some in rows]
+    rows = torch.cat(rows).to(x.device, non_blocking=True)
+    numbers = torch.cat(numbers).to(x.device, non_blocking=True)
+    parts = zip(changes, rows.split(lengths), numbers[:, None, None, None].split(lengths))
+    for (operation, _, _), some, number in parts:
+        if len(some) > 0:
+            changed = operation(x.index_select(0, some), number)
+            x.index_copy_(0, some, changed)
 
 
-def in_chunks(make: Callable, images: Tensor, u: Tensor, *arguments) -> Tensor:
-    """Return make(images, u, *arguments), made of as many images at a time as are quickest on their device."""
+def in_chunks(make: Callable, per_image: tuple[Tensor, ...], *arguments) -> Tensor:
+    """Return make(*per_image, *arguments), made of as many images at a time as are quickest on their device.
+
+    per_image: the images and what there is for each, such as its draws.
+    """
+    images = per_image[0]
     chunk = CHUNK_ON_CPU if images.device.type == "cpu" else CHUNK_ON_GPU
     n = max(1, chunk // images[0].numel())
-    made = []
-    for some, draws in zip(images.split(n), u.split(n)):
-        made.append(make(some, draws, *arguments))
-    return torch.cat(made)
+    chunks = zip(*[x.split(n) for x in per_image])
+    return torch.cat([make(*some, *arguments) for some in chunks])
 
 
 # ---- Crop, resize and flip -------------------------------------------------------------------------------------------
@@ -91,20 +103,19 @@ def crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
     uint8 (b, 3, h, w) and draws (b, DRAWS_PER_IMAGE) to (b, 3, size, size) in [0, 1]. Crop, antialiased resize and flip
     of an image are together W_y @ image @ W_x^T, with one row of weights per output pixel.
     """
-    return in_chunks(_crop_flip, images, u, size)
+    return in_chunks(_crop_flip, (images, u), size)
 
 
 def _crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
     height, width = images.shape[2:]
     draws = named_draws(u)
     boxes = crop_boxes(draws["area"], draws["aspect"], draws["corner"], height, width)
-    boxes = boxes.float().to(images.device, non_blocking=True)
-    flip = (draws["flip"] < 0.5).to(images.device, non_blocking=True)
-    top, left, box_height, box_width = boxes.unbind(1)
+    boxes_and_draws = torch.cat([boxes, draws["flip"]], 1).to(images.device, non_blocking=True)  # in one copy
+    top, left, box_height, box_width, flip = boxes_and_draws.unbind(1)
     w_y = _resampling(top, box_height, size, height)
     w_x = _resampling(left, box_width, size, width) / 255
     flipped = w_x.flip(1)
-    w_x = torch.where(flip[:, :, None], flipped, w_x)
+    w_x = torch.where(flip[:, None, None] < 0.5, flipped, w_x)
     rows = images.float().flatten(1, 2) @ w_x.mT  # (b, 3 h, size): one product for all three channels
     crops = w_y[:, None] @ rows.unflatten(1, (3, height))
     return crops.clamp_(0, 1)  # bicubic weights overshoot
@@ -170,13 +181,8 @@ def _keys_kernel(distance: Tensor) -> Tensor:
 
 def luma(x: Tensor) -> Tensor:
     """0.2989 r + 0.5870 g + 0.1140 b of images: (b, 1, h, w), Appendix B.5."""
-    r, g, b = x.unbind(1)
-    return (0.2989 * r + 0.587 * g + 0.114 * b)[:, None]
-
-
-def greyscale(x: Tensor) -> Tensor:
-    """Images of three channels that are their luma."""
-    return luma(x).expand(-1, 3, -1, -1)
+    r, g, b = x[:, :, None].unbind(1)
+    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -191,7 +197,7 @@ def contrast(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Images drawn to their luma, or away from it."""
+    """Images drawn to their luma, or away from it; grey images by a factor of 0."""
     return torch.lerp(luma(x), x, factor).clamp_(0, 1)
 
 
@@ -227,13 +233,13 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     return above_low.add_(low)
 
 
-def solarise(x: Tensor) -> Tensor:
-    """Images with all values from 0.5 on inverted."""
-    return torch.where(x >= 0.5, 1 - x, x)
+def solarise(x: Tensor, threshold: Tensor) -> Tensor:
+    """Images with all values from the threshold on inverted."""
+    return torch.where(x >= threshold, 1 - x, x)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Images x (b, 3, n, n), each blurred with its sigma (b,), in pixels; 23x23 at 224 pixels, Appendix B.5.
+    """Images x (b, 3, n, n), each blurred with its sigma (b, 1, 1, 1), in pixels; 23x23 at 224 pixels, Appendix B.5.
 
     The kernel has an odd side of about n / 10 and sees the image reflected at its edges. It is the same in both
     directions, one after the other. ValueError for images that are too small for it.
@@ -242,7 +248,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     if radius == 0:
         raise ValueError(f"blur changes nothing in images below {SMALLEST_BLURRED} pixels, such as {tuple(x.shape)}")
     distances = torch.arange(radius + 1, device=x.device)
-    deviations = distances / sigma[:, None]
+    deviations = distances / sigma.view(-1, 1)
     weights = torch.exp(-0.5 * deviations.square())
     total = 2 * weights.sum(1, keepdim=True) - 1  # distance 0 counts once
     weights = (weights / total)[:, :, None, None, None]

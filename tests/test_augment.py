@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from data import recolour, two_views
+from data import colour_changes, two_views
 from harness import augment
 from harness.augment import DRAWS_PER_IMAGE, crop_boxes, crop_flip, gaussian_blur, named_draws
 
@@ -19,6 +19,13 @@ def draws(n, seed=0):
 def boxes_of(u, height, width):
     draws = named_draws(u)
     return crop_boxes(draws["area"], draws["aspect"], draws["corner"], height, width)
+
+
+def recolour(x, u, jitter=1.0, grey_p=0.2):
+    """Images x after colour jitter and grey by draws u."""
+    x = x.clone()
+    augment.change(x, colour_changes(u, jitter, grey_p))
+    return x
 
 
 def test_each_draw_has_a_name_and_is_used_once():
@@ -107,7 +114,7 @@ def test_colour_operations_are_torchvisions(photos, name, low, high):
 def test_recolour_composes_them_in_each_images_order(photos):
     x = photos.train.images[::20] / 255
     u = draws(len(x))
-    ours = recolour(x.clone(), u)
+    ours = recolour(x, u)
     draws_of = named_draws(u)
     jitter, grey = draws_of["jitter"] < 0.8, draws_of["grey"] < 0.2
     assert 0.7 < jitter.float().mean() < 0.9 and 0.05 < grey.float().mean() < 0.35
@@ -127,10 +134,10 @@ def test_jitter_scales_the_factors_and_grey_is_a_probability(photos):
     factors = named_draws(u.clone())["factors"]
     halved = u.clone()
     named_draws(halved)["factors"].copy_(0.5 + (factors - 0.5) / 2)
-    torch.testing.assert_close(recolour(x.clone(), u, jitter=0.5), recolour(x.clone(), halved), rtol=0, atol=1e-6)
-    assert torch.equal(recolour(x.clone(), u, jitter=0, grey_p=0), x)
+    torch.testing.assert_close(recolour(x, u, jitter=0.5), recolour(x, halved), rtol=0, atol=1e-6)
+    assert torch.equal(recolour(x, u, jitter=0, grey_p=0), x)
     grey = F.rgb_to_grayscale(x, 3)
-    torch.testing.assert_close(recolour(x.clone(), u, jitter=0, grey_p=1), grey, rtol=0, atol=1e-6)
+    torch.testing.assert_close(recolour(x, u, jitter=0, grey_p=1), grey, rtol=0, atol=1e-6)
     plain, _ = two_views(
         x[None].repeat(2, 1, 1, 1, 1), u[None].repeat(2, 1, 1), (0, 0, 0), (1, 1, 1), jitter=0, grey_p=0
     )
@@ -141,12 +148,12 @@ def test_jitter_scales_the_factors_and_grey_is_a_probability(photos):
 def test_gaussian_blur_is_torchvisions(photos, size, side):
     x = F.resize(photos.train.images[::250] / 255, [size, size], antialias=True)
     sigma = torch.linspace(0.1, 2, len(x))
-    for image, s, mine in zip(x, sigma.tolist(), gaussian_blur(x, sigma)):
+    for image, s, mine in zip(x, sigma.tolist(), gaussian_blur(x, sigma[:, None, None, None])):
         torch.testing.assert_close(mine, F.gaussian_blur(image, [side, side], [s, s]), rtol=0, atol=2e-6)
 
 
 def test_a_view_too_small_for_the_blur_is_refused():
-    x, sigma = torch.rand(2, 3, 20, 20), torch.tensor([1.0, 2.0])
+    x, sigma = torch.rand(2, 3, 20, 20), torch.tensor([1.0, 2.0])[:, None, None, None]
     assert not torch.allclose(gaussian_blur(x, sigma), x, atol=1e-2)
     with pytest.raises(ValueError, match="blur changes nothing in images below 20 pixels"):
         gaussian_blur(x[:, :, :19, :19], sigma)
@@ -160,7 +167,7 @@ def test_blur_and_solarisation_come_last_and_as_often_as_they_should(photos):
     ours = two_views(crops.clone(), u, (0, 0, 0), (1, 1, 1), blur, solarise)
     for i, (crop, v, view) in enumerate(zip(crops, u, ours)):
         draws_of = named_draws(v)
-        coloured = recolour(crop.clone(), v)
+        coloured = recolour(crop, v)
         choices = zip(coloured, draws_of["blur"], draws_of["sigma"], draws_of["solarise"], view)
         for x, blurred, width, solarised, mine in choices:
             if blurred < blur[i]:
