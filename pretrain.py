@@ -216,7 +216,8 @@ def train_step(training: Training, crops: Tensor, u: Tensor, lr: float, tau: flo
     v1, v2 = data.two_views(crops, u, images.mean, images.std, *chances, jitter=cfg.jitter, grey_p=cfg.grey)
     with accelerator.accumulate(training.parallel):
         outputs = training.parallel(v1, v2)
-        terms = objective(cfg, training.network, training.layers, *outputs)
+        layers = training.layers if accelerator.sync_gradients else {}  # the energy is taken once a step
+        terms = objective(cfg, training.network, layers, *outputs)
         accelerator.backward(terms["loss"])
         norms = gradient_norms(training.network, accelerator)
         training.optimizer.step()
@@ -232,23 +233,24 @@ def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p:
     """Compute the loss and its terms, unweighted, of the outputs of a network, (b, out_dim) a view.
 
     The loss is Eq. 7 with an energy, Eq. 4 with uniformity. alignment and std of the normalised projections are for the
-    log; std is 1 / sqrt(out_dim) if they fill the sphere, 0 if they collapse.
+    log; std is 1 / sqrt(out_dim) if they fill the sphere, 0 if they collapse. One micro-batch of a step has layers; its
+    energy counts for all of them: loss and terms become means over the micro-batches.
     """
-    z1, z2 = map(processes.gather, z)
-    p = tuple(map(processes.gather, p))
-    t = tuple(map(processes.gather, t))
+    z, p, t = (tuple(map(processes.gather, pair)) for pair in (z, p, t))
+    z1, z2 = z
     terms = {"loss": None}  # placeholder, so that loss is the first column
-    terms[cfg.method] = network.loss((z1, z2), p, t, cfg.temperature)
+    terms[cfg.method] = network.loss(z, p, t, cfg.temperature)
     with torch.set_grad_enabled(cfg.reg == "uniform"):
         terms["uniformity"] = (uniformity(z1) + uniformity(z2)) / 2
     with torch.no_grad():
         terms["alignment"] = alignment(z1, z2)
         std1, std2 = unit(z1).std(0), unit(z2).std(0)
         terms["std"] = (std1.mean() + std2.mean()) / 2
-    if cfg.term == "energy":
-        terms |= layer_energies(layers, cfg)
+    if cfg.term == "energy" and layers:
+        energies = layer_energies(layers, cfg)
+        terms |= {name: cfg.accumulate * energy for name, energy in energies.items()}
     terms["loss"] = terms[cfg.method]
-    if cfg.term:  # the term that --reg adds
+    if cfg.term in terms:  # what --reg adds
         terms["loss"] = terms["loss"] + cfg.weight * terms[cfg.term]
     return terms
 

@@ -221,7 +221,7 @@ def _sweep(weight, s, angular, want_grad, exact=False):
         norm = (w * x).sum(1, keepdim=True)
         inverse_norm = torch.where(norm > 0, 1 / norm, 0)
     is_zero = (inverse_norm == 0).to(w)
-    is_coarse = is_zero.any()
+    peaks = [w.new_zeros(())]  # lowest and highest cosine of each block
     energy = w.new_zeros(())
     grad = torch.zeros_like(w) if want_grad else None
     size = CPU_BLOCK if w.device.type == "cpu" else GPU_BLOCK
@@ -234,14 +234,13 @@ def _sweep(weight, s, angular, want_grad, exact=False):
             cosine += (is_zero[i] + is_zero[j].T) / 2
         if i == j:
             cosine.fill_diagonal_(0)  # i = j is not a pair; its terms become zero below
-        low, high = cosine.aminmax()
-        is_coarse = is_coarse | (low < -NEAR) | (high > NEAR)
+        peaks += cosine.aminmax()
         cosine.clamp_(lowest, highest)
         value, slope = _potential(cosine, s, angular, want_grad)
         if i == j:
             value.fill_diagonal_(0)
         times = 1 if i == j else 2  # a block off the diagonal has a mirror image
-        energy += times * value.sum()
+        energy.add_(value.sum(), alpha=times)
         if not want_grad:
             continue
         if i == j:
@@ -249,6 +248,7 @@ def _sweep(weight, s, angular, want_grad, exact=False):
         grad[i].addmm_(slope, w[j])
         if i != j:
             grad[j].addmm_(slope.T, w[i])
+    is_coarse = is_zero.any() | (torch.stack(peaks).abs() > NEAR).any()
     pairs = max(1, len(w) * (len(w) - 1))  # a single neuron has no pair and the energy 0
     if want_grad:
         along_row = (grad * w).sum(1, keepdim=True)

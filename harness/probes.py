@@ -156,11 +156,12 @@ def gradient_norms(network: nn.Module, accelerator: Accelerator) -> dict[str, Te
 
 
 def first_fault(stored: dict[str, Tensor], latest: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the numbers of the latest step, or those stored if one of them was not finite; all stay on the device."""
+    """Return the numbers of the latest micro-batch, or those stored if one of them was not finite; on the device."""
     if not stored:
         return latest
     was_finite = torch.stack(list(stored.values())).isfinite().all()
-    return {name: torch.where(was_finite, number, stored[name]) for name, number in latest.items()}
+    kept = {name: torch.where(was_finite, number, stored.get(name, number)) for name, number in latest.items()}
+    return stored | kept
 
 
 def refuse_faults(numbers: dict[str, Tensor], network: nn.Module, folder: Path, accelerator: Accelerator) -> None:
