@@ -1,0 +1,165 @@
+"""What a step, the judges and the files do on a GPU, as far as a machine without one can see: tests/pretend_cuda.py."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pretend_cuda import CUDA, OnCuda, PretendCuda
+from torch import nn
+
+import data
+import models
+from harness import probes, run
+from knn_eval import nearest_neighbours
+from linear_eval import feature_batches
+from pretrain import Lars, Training, parameter_groups, train_step
+
+VIEW = {"size": 32, "crop": 0.875, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}
+BATCH = 4
+
+
+class Accelerator(SimpleNamespace):
+    """What a stage asks of Accelerate, for one process on the pretended device."""
+
+    def __init__(self):
+        super().__init__(device=CUDA, num_processes=1, process_index=0, is_main_process=True, scaler=None)
+        self.sync_gradients, self.optimizer_step_was_skipped = True, False
+        self.accumulate = lambda network: contextlib.nullcontext()
+        self.backward = lambda loss: loss.backward()
+        self.gather = lambda x: x
+
+
+def images(n=2 * BATCH, size=32):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
+    return data.Split(pixels, torch.arange(n) % 3)
+
+
+def on_cuda(split):
+    return data.Split(split.images.to("cuda:0"), split.labels.to("cuda:0"))
+
+
+def training_of(method="byol", reg="none", model="test_resnet", hidden_dim=32):
+    """What a step works with, on the pretended device."""
+    torch.manual_seed(0)
+    network = models.METHODS[method](model, "cifar", "bn", hidden_dim, 16, queue=8).to("cuda:0")
+    optimizer = Lars(parameter_groups(network, 1e-6), momentum=0.9, trust_coeff=1e-3)
+    parts = ["projector", "predictor"] if network.has_predictor else ["projector"]
+    cfg = SimpleNamespace(method=method, reg=reg, term=TERMS[reg], s=2, weight=1.0, temperature=0.5, accumulate=1)
+    cfg.blur_p, cfg.jitter, cfg.grey = (0.5, 0.5), 1.0, 0.2
+    dataset = SimpleNamespace(mean=VIEW["mean"], std=VIEW["std"], solarise_p=(0.0, 0.2))
+    layers = models.neurons(network, parts)
+    return Training(cfg, dataset, Accelerator(), network, network, optimizer, layers)
+
+
+def batches_on_cuda(**flags):
+    return data.batches(on_cuda(images()), BATCH, 32, seed=0, epochs=[1], **flags)
+
+
+def test_the_instrument_counts_waits_and_launches():
+    with PretendCuda() as seen:
+        x = torch.rand(4, 3, device="cuda:0")
+        total = (x @ x.T)[:2].sum()
+        assert x.device == total.device == CUDA and not seen.waits
+        assert seen.launches == {"rand": 1, "mm": 1, "sum": 1}  # slices and transposes are views
+        torch.ones(3).to("cuda:0", non_blocking=True)
+        assert not seen.waits
+        waiting = [total.item, total.cpu, lambda: bool(total), lambda: x[x > 0.5], lambda: torch.ones(3).to("cuda:0")]
+        for n, wait in enumerate(waiting, 1):
+            wait()
+            assert sum(seen.waits.values()) == n, seen.waits
+    assert all("at test_cuda.py:" in place for place in seen.waits)
+
+
+def test_the_instrument_refuses_tensors_of_two_devices():
+    with PretendCuda(), pytest.raises(RuntimeError, match=r"test_cuda.py:\d+: tensors on cuda:0 and on the cpu"):
+        torch.rand(3, device="cuda:0") + torch.rand(3)
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_batches_and_views_wait_for_nothing_and_are_those_of_a_cpu(size):
+    blur_p, solarise_p = (1.0, 0.1), (0.0, 0.5)
+    crops, _, u = next(data.batches(images(size=size), 8, size, seed=0, epochs=[1]))
+    expected = data.two_views(crops, u, VIEW["mean"], VIEW["std"], blur_p, solarise_p)
+    with PretendCuda() as seen:
+        split = on_cuda(images(size=size))
+        seen.waits.clear()
+        crops, labels, u = next(data.batches(split, 8, size, seed=0, epochs=[1]))
+        views = data.two_views(crops, u, VIEW["mean"], VIEW["std"], blur_p, solarise_p)
+        assert labels.device == CUDA and not seen.waits
+        for view, same in zip(views, expected):
+            torch.testing.assert_close(view.cpu(), same, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("reg", TERMS)
+@pytest.mark.parametrize("method", models.METHODS)
+def test_a_step_waits_at_most_for_its_energies(method, reg):
+    with PretendCuda() as seen:
+        training = training_of(method, reg)
+        batches = batches_on_cuda()
+        seen.waits.clear()
+        for crops, _, u in batches:
+            terms, norms = train_step(training, crops, u, lr=0.1, tau=0.99)
+        assert sum(seen.waits.values()) == (2 if TERMS[reg] == "energy" else 0), seen.waits  # of two steps
+        assert all(isinstance(x, OnCuda) for x in (*terms.values(), *norms.values()))
+
+
+def test_the_micro_batches_of_a_step_wait_once_for_its_energies():
+    with PretendCuda() as seen:
+        training = training_of(reg="amhe")
+        training.cfg.accumulate = 2
+        batches = batches_on_cuda(micro_batches=2)
+        seen.waits.clear()
+        for is_last in (False, True):
+            training.accelerator.sync_gradients = is_last
+            crops, _, u = next(batches)
+            terms, _ = train_step(training, crops, u, lr=0.1, tau=0.99)
+            assert ("energy" in terms) == is_last
+        assert sum(seen.waits.values()) == 1, seen.waits
+
+
+def test_a_step_of_resnet18_has_few_launches():
+    """The bound may only fall."""
+    with PretendCuda() as seen:
+        training = training_of(reg="amhe", model="resnet18", hidden_dim=4096)
+        batches = batches_on_cuda()
+        for _ in range(2):  # the first step of an optimizer does more
+            seen.launches.clear()
+            crops, _, u = next(batches)
+            train_step(training, crops, u, lr=0.1, tau=0.99)
+    assert sum(seen.launches.values()) <= 1300, seen.launches.most_common(20)
+
+
+def test_judges_and_measurements_stay_on_the_device():
+    with PretendCuda():
+        encoder = models.build_encoder("test_resnet", "cifar").to("cuda:0")
+        split = on_cuda(images(24))
+        accelerator = Accelerator()
+        for judged in (encoder, nn.Flatten()):
+            scores = nearest_neighbours(judged, split, split, VIEW, accelerator, k=(1, 5))
+            assert scores[1]["top1"] == 100
+        assert probes.representations(encoder, split, VIEW)["rank"] >= 1
+        dataset = data.Dataset(("a", "b", "c"), split, split, split, 32, "cifar", 0, VIEW["mean"], VIEW["std"])
+        assert probes.geometry(encoder, dataset, VIEW, CUDA)["rank"] >= 1
+        judged = SimpleNamespace(view=VIEW, accelerator=accelerator, encoder=encoder)
+        features, labels = next(feature_batches(judged, split, 1, 8, 0))
+        assert features.device == labels.device == CUDA and len(features) == 8
+
+
+def test_a_state_is_saved_from_the_device_and_restored_to_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.arange(4, dtype=torch.uint8))
+    restored = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append(state.tolist()))
+    with PretendCuda():
+        first, second = training_of(reg="mhe"), training_of()
+        crops, _, u = next(batches_on_cuda())
+        terms, _ = train_step(first, crops, u, lr=0.1, tau=0.99)
+        tensors = run.captured_state(first.network, first.optimizer, {"loss": terms["loss"]}, first.accelerator)
+        stored = {name: x.detach().cpu() for name, x in tensors.items()}
+        again = second.network, second.optimizer
+        sums = run.restore_state(stored, {"scaler": None}, *again, second.accelerator)
+        assert restored == [[0, 1, 2, 3]] and sums["loss"].device == CUDA
+        copied = run.captured_state(*again, sums, second.accelerator)
+        assert all(torch.equal(x.cpu(), stored[name]) for name, x in copied.items())
