@@ -208,14 +208,72 @@ def barlow_twins_of(z):
     return loss
 
 
-@pytest.mark.parametrize(
-    "method, temperature",
-    [("byol", None), ("simsiam", None), ("simclr", 0.5), ("simclr", 0.1), ("moco", 0.2), ("barlow", None)],
-)
+def loss_by_hand(method, z, p, t, temperature, queue):
+    """A method's loss of projections, predictions and targets (2, n, d), by its definition."""
+    if method == "barlow":
+        return barlow_twins_of(z)
+    z, p, t = (x / x.norm(dim=2, keepdim=True) for x in (z, p, t))
+    if method == "byol":
+        return ((p[0] - t[1]) ** 2 + (p[1] - t[0]) ** 2).sum(1).mean()
+    if method == "simsiam":
+        return -((p[0] * t[1]).sum(1) + (p[1] * t[0]).sum(1)).mean() / 2
+    if method == "moco":
+        return sum(info_nce_with_queue(z[i], t[1 - i], queue, temperature) for i in (0, 1)) / 2
+    similarity = (z.flatten(0, 1) @ z.flatten(0, 1).T / temperature).exp()
+    positive = similarity.roll(z.shape[1], 0).diagonal()
+    return -(positive / (similarity.sum(0) - similarity.diagonal())).log().mean()
+
+
+METHODS = [("byol", None), ("simsiam", None), ("simclr", 0.5), ("simclr", 0.1), ("moco", 0.2), ("barlow", None)]
+
+
+@pytest.mark.parametrize("method, temperature", METHODS)
+def test_the_first_step_of_a_method_is_the_one_written_by_hand(command, folder, tmp_path, method, temperature):
+    """One batch of all images: networks, loss, LARS, the target, and MoCo's queue of 40 with the last keys."""
+    out_dim = 64 if method == "simsiam" else 16  # four hidden neurons would give some images the prediction 0
+    flags = "--model test_resnet --stem imagenet --hidden_dim 32 --batch_size 48 --epochs 1".split()
+    flags += ["--out_dim", out_dim]
+    flags += f"--recipe cifar10-300 --lr 2 --warmup 0 --weight_decay 0.1 --eval_every 0 --method {method}".split()
+    flags += ["--temperature", temperature] if temperature else []
+    flags += ["--tau", 0.7] if method in ("byol", "moco") else []
+    flags += ["--queue", 40] if method == "moco" else []
+    code, rows, _ = command(pretrain, "--dataset", folder, *flags, "--out", "run")
+    assert code == 0
+    tensors, _ = checkpoint.load(tmp_path / "run" / "ckpt.safetensors")
+
+    torch.manual_seed(0)
+    network = models.METHODS[method]("test_resnet", "imagenet", "bn", 32, out_dim, queue=40)
+    before = {name: x.clone() for name, x in network.state_dict().items()}
+    pictures = data.load(str(folder))
+    ((crops, _, u),) = data.batches(pictures.train, 48, 32, 0, [1])
+    both = torch.cat(data.two_views(crops, u, pictures.mean, pictures.std))
+    z = network.projector(network.encoder(both))
+    p = network.predictor(z) if method in ("byol", "simsiam") else z
+    with torch.no_grad():
+        t = network.target(both) if method in ("byol", "moco") else z.detach()
+    z, p, t = (torch.stack(x.chunk(2)) for x in (z, p, t))
+    loss = loss_by_hand(method, z, p, t, temperature, before.get("queue"))
+    loss.backward()
+    assert rows[1]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    rate = 2 * 48 / 256
+    for name, w in network.named_parameters():
+        if w.requires_grad:
+            after = before[name] - rate * lars_direction(before[name], w.grad, 0.1)
+            torch.testing.assert_close(tensors[name], after, rtol=1e-3, atol=1e-5)
+            if f"target.{name}" in before:
+                target = 0.7 * before[f"target.{name}"] + 0.3 * after
+                torch.testing.assert_close(tensors[f"target.{name}"], target, rtol=1e-3, atol=1e-5)
+    if method == "moco":
+        keys = torch.nn.functional.normalize(t.flatten(0, 1))[-40:]  # from row 0 on
+        torch.testing.assert_close(tensors["queue"], keys, rtol=1e-4, atol=1e-5)
+        assert tensors["oldest"] == 0
+
+
+@pytest.mark.parametrize("method, temperature", METHODS)
 @pytest.mark.parametrize("reg, s", [("none", 2), ("uniform", 2), ("mhe", 0), ("mhe", 1.5), ("amhe", 0), ("amhe", 3)])
 def test_objective_is_the_one_written_by_hand(method, temperature, reg, s):
     """In float64: the method's loss, Eq. 2 or Eq. 7 with its lambda, and what is for the log alone."""
-    values = {"method": method, "temperature": temperature, "reg": reg, "s": s, "weight": 3.0}
+    values = {"method": method, "temperature": temperature, "reg": reg, "s": s, "weight": 3.0, "accumulate": 1}
     cfg = SimpleNamespace(**values, term={"none": None, "uniform": "uniformity"}.get(reg, "energy"))
     network = models.METHODS[method]("test_resnet", "imagenet", "bn", 8, 5, queue=9).double()
     generator = torch.Generator().manual_seed(0)
@@ -223,18 +281,8 @@ def test_objective_is_the_one_written_by_hand(method, temperature, reg, s):
     layers = {name: torch.randn(7, 4, generator=generator, dtype=torch.float64) for name in ("first", "second")}
     terms = objective(cfg, network, layers, z, p, t)
 
-    loss = barlow_twins_of(z)
-    z, p, t = (x / x.norm(dim=2, keepdim=True) for x in (z, p, t))
-    if method == "byol":
-        loss = ((p[0] - t[1]) ** 2 + (p[1] - t[0]) ** 2).sum(1).mean()
-    elif method == "simsiam":
-        loss = -((p[0] * t[1]).sum(1) + (p[1] * t[0]).sum(1)).mean() / 2
-    elif method == "moco":
-        loss = sum(info_nce_with_queue(z[i], t[1 - i], network.queue, temperature) for i in (0, 1)) / 2
-    elif method == "simclr":
-        similarity = (z.flatten(0, 1) @ z.flatten(0, 1).T / temperature).exp()
-        positive = similarity.roll(12, 0).diagonal()
-        loss = -(positive / (similarity.sum(0) - similarity.diagonal())).log().mean()
+    loss = loss_by_hand(method, z, p, t, temperature, getattr(network, "queue", None))
+    z = z / z.norm(dim=2, keepdim=True)
     uniform = sum(torch.pdist(view).square().mul(-2).exp().mean().log() for view in z) / 2
     energies = [energy_by_definition(w, s, angular=reg == "amhe") for w in layers.values()]
     term = {"none": 0, "uniform": uniform}.get(reg, sum(energies))
