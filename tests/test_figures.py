@@ -32,7 +32,7 @@ from harness.probes import representations
 from harness.settings import resolve_images, resolve_recipe
 from pretrain import RECIPES, pretrain
 from tools import paper
-from tools.figures import batch, dynamics, figures, gaussian_kde, knn, von_mises_fisher_kde
+from tools.figures import batch, dynamics, figures, gaussian_kde, knn, rank, von_mises_fisher_kde
 from tools.groups import groups
 from tools.neighbours import RIGHT, WRONG, draw_queries, find, neighbours, without_queries
 from tools.paper import is_row, paper_rows
@@ -203,7 +203,7 @@ def several(tmp_path):
     return ["byol0", "byol1", "amhe", "small"]
 
 
-@pytest.mark.parametrize("name", ["energy", "dynamics", "knn", "batch"])
+@pytest.mark.parametrize("name", ["energy", "dynamics", "knn", "rank", "batch"])
 def test_curves_are_drawn(drawn, tmp_path, several, name):
     code, lines, err = drawn(name, *several, "--out", "drawn")
     assert (code, err) == (0, "") and lines == [f"drawn/{name}.png", f"drawn/{name}.svg"]
@@ -221,6 +221,8 @@ def test_curves_hold_the_numbers_of_the_logs(tmp_path, several):
         "BYOL, accumulate 4": [[1, 40], [3, 45]],
         "BYOL-aMHE, s = 2": [[1, 55]],
     }
+    (axis,) = rank(runs[:1]).axes
+    assert axis.lines[0].get_xydata().tolist() == [[10, 10], [20, 20]]
     _, right = dynamics(runs).axes
     assert right.lines[0].get_xydata().tolist() == [[10, 1.6], [20, 0.8]]
     (axis,) = batch(runs).axes

@@ -151,7 +151,7 @@ LINEAR = {
     "good.safetensors --sweep --lr 1": "--lr 1.0: has no effect with --sweep",
 }
 FIGURES = {
-    "nice good": "NAME nice: expected circle, energy, dynamics, knn, batch, table, views",
+    "nice good": "NAME nice: expected circle, energy, dynamics, knn, rank, batch, table, views",
     "knn": "knn: takes run folders",
     "knn bare": "bare: not a run folder, its metrics.jsonl cannot be read (No such file or directory)",
     "table foreign": "foreign/metrics.jsonl: line 1 was not written by a command of this project",

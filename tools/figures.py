@@ -6,10 +6,11 @@
     python -m tools.figures views --dataset photos
     python -m tools.figures neighbours runs/photos-amhe
 
-circle: Figures 3 and 7. energy: Figure 4. dynamics: Figure 5. knn: Figure 6. batch: Figure 8. table: mean and sample
-standard deviation over seeds. views: what a data set's augmentations look like. neighbours: some test pictures, each
-with its nearest training pictures. paper: the paper's tables, as docs/reproduce.md shows them. Runs that differ in
-their seed alone make one line, with a band of one standard deviation.
+circle: Figures 3 and 7. energy: Figure 4. dynamics: Figure 5. knn: Figure 6. rank: effective rank of features, which
+falls in a collapse. batch: Figure 8. table: mean and sample standard deviation over seeds. views: what a data set's
+augmentations look like. neighbours: some test pictures, each with its nearest training pictures. paper: the paper's
+tables, as docs/reproduce.md shows them. Runs that differ in their seed alone make one line, with a band of one standard
+deviation.
 Each command prints the files that it wrote, PNG and SVG, or Markdown and CSV.
 """
 
@@ -59,7 +60,7 @@ EXTENT = 1.4  # the grid spans -1.4 ... 1.4 in both directions
 
 def figures(
     name: Annotated[
-        Literal["circle", "energy", "dynamics", "knn", "batch", "table", "views", "neighbours", "paper"],
+        Literal["circle", "energy", "dynamics", "knn", "rank", "batch", "table", "views", "neighbours", "paper"],
         "what to draw or print",
     ],
     *runs: Annotated[str, "folders that pretrain.py made"],
@@ -90,7 +91,7 @@ def figures(
     if name == "circle":
         figure = circle(logs, data_dir)
     else:
-        draw = {"energy": energy, "dynamics": dynamics, "knn": knn, "batch": batch}
+        draw = {"energy": energy, "dynamics": dynamics, "knn": knn, "rank": rank, "batch": batch}
         figure = draw[name](logs)
     write(figure, Path(out, name))
 
@@ -204,6 +205,16 @@ def knn(runs: list[RunLog]):
     figure, axis = plt.subplots(figsize=(4.5, 3.2))
     lines(axis, runs, "top1", "online", per_epoch=True)
     axis.set_ylabel("k-NN top-1, k = 20 (%)")
+    axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def rank(runs: list[RunLog]):
+    """Draw the effective rank of the features (RankMe, Garrido et al., 2023) against the iteration."""
+    figure, axis = plt.subplots(figsize=(4.5, 3.2))
+    lines(axis, runs, "rank", "representations")
+    axis.set_ylabel("effective rank of the features")
+    axis.set_yscale("log", base=2)
     axis.legend(fontsize=7, frameon=False)
     return figure
 
