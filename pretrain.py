@@ -111,7 +111,7 @@ def pretrain(
     seed: Annotated[int, ">= 0", "< 1e9", "of weights, order and views"] = 0,
     out: Annotated[str, "run folder; None = runs/ and a name made of the flags"] | None = None,
     eval_every: Annotated[int, ">= 0", "epochs between k-NN rows, besides the last epoch; 0 = never"] | None = None,
-    save_every: Annotated[int, ">= 0", "steps between checkpoints, besides each epoch's end; 0 = none"] = 500,
+    save_every: Annotated[str, "the most work between two saves: minutes or steps, as 10min or 500steps"] = "10min",
     resume: Annotated[Literal["auto", "never"], "auto continues the folder's run; never stops with an error"] = "auto",
     workers: Annotated[int, ">= 0", "processes that read pictures; None = by cores and shared memory"] | None = None,
     tracker: Annotated[Literal["none", "tensorboard", "wandb", "trackio"], "gets the log's numbers, too"] = "none",

@@ -8,6 +8,7 @@ The first floor imports no page:
     streams     standard output and standard error, whatever they are
     cli         flags: the command line is checked against a stage's signature, then Fire calls the stage
     log         rows out to metrics.jsonl and back
+    saving      when a run saves, and the thread that writes
     processes   what is different where several processes run one program
     augment     crop, colour, blur: operations on whole batches of images
     encoders    networks by name: timm's ResNets and an AlexNet

@@ -1,7 +1,7 @@
 """A run's folder, and how a run that was stopped goes on.
 
     ckpt.safetensors      the whole state: networks, momentum, random numbers, sums of the epoch in progress
-    encoder/              the encoder alone, as the last whole epoch left it and as timm reads it
+    encoder/              the encoder alone, as the last save at an epoch's end left it and as timm reads it
     metrics.jsonl         the rows that were printed
 
 A state is the tensors and the description of ckpt.safetensors. Tensors without a slash in their name are the network's.
@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import data
-from harness import checkpoint, files, probes, processes
+from harness import checkpoint, files, probes, processes, saving
 from harness.errors import InputError, Stopped
 from harness.files import CKPT, EARLIER_ENCODER, ENCODER, LOG, RUN_FILES, WEIGHTS
 from harness.initial import begin_from, initial_digest, initial_encoder
@@ -46,8 +46,6 @@ from harness.log import (
     same_place,
 )
 from harness.settings import Settings
-
-STEPS_BETWEEN_LOOKS = 10  # several processes ask each other for a signal this often: each look makes all of them wait
 
 
 class Run:
@@ -79,6 +77,7 @@ class Run:
         self.sums, self.numbers, self.collapsed_epochs = {}, {}, 0
         self.epoch, self.has_warned = 0, False
         self.log_file, self.signals = None, []
+        self._writer = saving.Writer()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Before the first step
@@ -122,14 +121,28 @@ class Run:
         """Show progress, and keep a first SIGTERM or SIGINT for the step to be finished; a second one acts at once."""
         is_silent = self.log_file is None or self.step == self.steps
         self._bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=is_silent)
+        is_new = not all((self.folder / name).exists() for name in (CKPT, WEIGHTS))
+        self._schedule = saving.Schedule(self.flags["save_every"], self.step, is_new)
+        self._looked_at, self._look_step, self._next_look = saving.seconds(), self.step, self.step + 1
         self._handlers = {}
         for number in (signal.SIGTERM, signal.SIGINT):
             self._handlers[number] = signal.signal(number, self._keep_signal)
         return self
 
-    def __exit__(self, *_) -> None:
-        self._put_handlers_back()
-        self._bar.close()
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
+        """Wait for the file that is being written, unless a second Ctrl-C asks for the end at once."""
+        is_urgent = error is not None and issubclass(error, KeyboardInterrupt)
+        try:
+            if not is_urgent:
+                self._writer.wait()
+            elif self.lock:
+                remove_strays(self.folder)
+        except (InputError, OSError):
+            if error is None:  # otherwise the error that ends the run is the one to tell
+                raise
+        finally:
+            self._put_handlers_back()
+            self._bar.close()
 
     def _keep_signal(self, number: int, _frame) -> None:
         self.signals.append(signal.Signals(number))
@@ -149,6 +162,7 @@ class Run:
             self.epoch = epoch
             self._started = time.perf_counter()
             self._first_step = self.step
+            self._schedule.begin_epoch(self.step)
             yield epoch
 
     def micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -167,11 +181,10 @@ class Run:
             return
         self.step += 1
         self._bar.update()
-        caught = self._caught(self.step)
+        self._writer.raise_fault()
+        caught, is_due = self._look()
         at_epoch_end = self.step == self.epoch * self.steps_per_epoch
-        save_every = self.flags["save_every"]
-        is_due = save_every and self.step % save_every == 0 and not at_epoch_end
-        if caught or is_due:
+        if caught or (is_due and not at_epoch_end):
             self.save()
         if caught:
             self.stop(caught)
@@ -181,6 +194,9 @@ class Run:
 
         A network whose projections were all the same is marked as dead.
         """
+        # Before judging, whose loaders fork: a child must not inherit locks that the thread holds. And before the row
+        # of a second epoch: `refuse_lost_checkpoint` takes it for a proof that there was a checkpoint.
+        self._writer.wait()
         row = {}
         for name, total in self.sums.items():
             row[name] = self.accelerator.reduce(total, "mean").item() / self.steps_per_epoch
@@ -245,47 +261,75 @@ class Run:
         return self.epoch % eval_every == 0 or self.epoch == self.cfg.epochs
 
     def end_epoch(self) -> None:
-        """Save the state between two epochs, and stop if a signal came."""
+        """Save the state between two epochs if that is due, and stop if a signal came."""
         self.sums = {}
         self.whole_epochs = self.epoch
-        self.save()
-        if self.step < self.steps:
-            caught = self._caught(0)
-            if caught:
-                self.stop(caught)
+        caught, is_due = self._look(at_epoch_end=True)
+        is_last = self.step == self.steps
+        if caught or is_due or is_last:
+            self.save()
+        if caught and not is_last:
+            self.stop(caught)
 
     def save(self) -> None:
-        """Write the state; InputError, with the last checkpoint as it was, if a number in it is not finite."""
+        """Copy the state, and have the writer write it while the training goes on.
+
+        InputError, with the last checkpoint as it was, if a number in it is not finite, or if the last save has failed.
+        """
+        self._writer.wait()  # before the copy: there is never more than one
         probes.refuse_faults(self.numbers, self.network, self.folder, self.accelerator)
         tensors = captured_state(self.network, self.optimizer, self.sums, self.accelerator)
+        self._schedule.saved(self.step)
         if self.log_file is None:
             return
         description = {**self.description, "epoch": self.whole_epochs, "step": self.step}
+        scaler = self.accelerator.scaler
+        scale = scaler.state_dict() if scaler else None
         at_epoch_end = self.step == self.whole_epochs * self.steps_per_epoch
+        self._writer.start(self._write, copied(tensors), description, scale, at_epoch_end)
+
+    def _write(self, tensors: dict[str, Tensor], description: dict, scale: dict | None, at_epoch_end: bool) -> None:
+        """Write the files of a save, the encoder's first. `scale` is the state of fp16's loss scale."""
         if at_epoch_end:
             encoder = {name.removeprefix("encoder."): x for name, x in tensors.items() if name.startswith("encoder.")}
             checkpoint.save_encoder(self.folder, encoder, description, self.timm_config)
-        scaler = self.accelerator.scaler
-        description["scaler"] = scaler.state_dict() if scaler else None
-        checkpoint.save(self.folder / CKPT, tensors, {**description, "holds": "checkpoint"})
+        checkpoint.save(self.folder / CKPT, tensors, {**description, "scaler": scale, "holds": "checkpoint"})
 
     def stop(self, caught: signal.Signals) -> None:
         """Raise Stopped, once the first process has written: the launcher ends all after the first that leaves."""
+        self._writer.wait()
         self.accelerator.wait_for_everyone()
         holds = f"{self.folder / CKPT} holds it, and the same command goes on"
         raise Stopped(f"{caught.name} after step {self.step} of {self.steps}; {holds}", 128 + caught)
 
-    def _caught(self, step: int) -> signal.Signals | None:
-        """The signal that this or another process has caught; several processes look at every tenth step."""
-        if self.accelerator.num_processes == 1:
-            return self.signals[0] if self.signals else None
-        if step % STEPS_BETWEEN_LOOKS:
-            return None
-        if self.signals:
-            self.accelerator.set_trigger()
-        if not self.accelerator.check_trigger():
-            return None
-        return self.signals[0] if self.signals else signal.SIGTERM
+    def _look(self, at_epoch_end: bool = False) -> tuple[signal.Signals | None, bool]:
+        """Return the signal that was caught, if any, and whether a save is due; all processes return the same.
+
+        One process looks after every step. Several look every few seconds and at an epoch's end, because each look
+        makes all of them wait: one signal counts for all, and the clock of the first decides.
+        """
+        number = int(self.signals[0]) if self.signals else 0
+        is_due = self._schedule.is_due(self.step, at_epoch_end)
+        if self.accelerator.num_processes > 1:
+            due_for_all = is_due and self._schedule.unit == "steps"  # which all processes count alike
+            looks_now = at_epoch_end or due_for_all or self.step >= self._next_look
+            if not looks_now:
+                return None, False
+            number, is_due = self._agree_on(number, is_due)
+        return signal.Signals(number) if number else None, is_due
+
+    def _agree_on(self, number: int, is_due: bool) -> tuple[int, bool]:
+        """Return the number of a signal that some process has caught, or 0, and whether the first has a save due.
+
+        The first process also decides how many steps later the next look is.
+        """
+        now = saving.seconds()
+        steps = saving.steps_to_next_look(self.step - self._look_step, now - self._looked_at)
+        mine = torch.tensor([[number, is_due, steps]], device=self.accelerator.device)
+        rows = self.accelerator.gather(mine).tolist()  # one for each process
+        _, is_due, steps = rows[0]
+        self._looked_at, self._look_step, self._next_look = now, self.step, self.step + steps
+        return max(row[0] for row in rows), bool(is_due)
 
     def finish(self) -> None:
         """End the trackers, and name the checkpoint and the commands that judge it."""
@@ -319,14 +363,19 @@ def claim(folder: Path) -> TextIO:
             raise InputError(f"--out {folder}: another process is training in it; name another folder") from None
         except OSError as e:  # there are no locks
             print(f"--out {folder}: cannot be locked ({e.strerror}); start no second run in it", file=sys.stderr)
-        for path in (folder / name for name in RUN_FILES):
-            for stray in path.parent.glob(f".{path.name}.*"):
-                stray.unlink()
+        remove_strays(folder)
     except OSError as e:
         raise InputError(f"--out {folder}: cannot be written ({e.strerror})") from e
     if (folder / ENCODER).is_file():
         raise InputError(f"--out {folder}: holds a file called {ENCODER}, where the encoder's folder belongs; move it")
     return claimed
+
+
+def remove_strays(folder: Path) -> None:
+    """Remove the hidden files in which files of a run are being written, or were when their process was killed."""
+    for path in (folder / name for name in RUN_FILES):
+        for stray in path.parent.glob(f".{path.name}.*"):
+            stray.unlink(missing_ok=True)
 
 
 def stored_state(folder: Path) -> tuple[dict[str, Tensor], dict | None]:
@@ -471,6 +520,14 @@ def captured_state(
         if momentum is not None:
             tensors[f"momentum/{name}"] = momentum
     return tensors
+
+
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors into the memory of the CPU, where no step changes them."""
+    copies = {}
+    for name, x in tensors.items():
+        copies[name] = x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return copies
 
 
 def restore_state(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import data
 import models
-from harness import augment, pictures, processes
+from harness import augment, pictures, processes, saving
 from harness.errors import InputError
 from harness.files import CKPT, EARLIER_ENCODER, RUN_FILES, WEIGHTS, run_folder, weights_file
 from harness.initial import refuse_unfit_weights
@@ -95,6 +95,7 @@ def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
     """Return the run folder. InputError for whatever can be seen to be wrong before a file is read."""
     folder = Path(flags["out"] or Path("runs", run_name(flags, defaults))).expanduser()
     refuse_idle_flags(flags, defaults)
+    saving.interval(flags["save_every"])  # raises InputError for another spelling
     if "predictor" in (flags["reg_on"] or ()) and "predictor" not in parts_of(flags):
         raise InputError(f"--reg_on predictor: {flags['method']} has none here; take encoder, projector or both")
     if flags["resume"] == "never" and any((folder / name).exists() for name in RUN_FILES):

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = ("pretrain", "linear_eval", "knn_eval", "regularizers", "models", "data")
 FIRST_FLOOR = (
-    "errors files formats streams cli log processes augment encoders pictures surveys neighbours sources".split()
+    "errors files formats streams cli log saving processes augment encoders pictures surveys neighbours sources".split()
 )
 SECOND_FLOOR = ("settings", "checkpoint", "foreign", "judging", "probes", "run", "initial")
 FIRST = {f"harness.{name}" for name in FIRST_FLOOR}

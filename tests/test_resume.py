@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from tools.figures import figures
 
 ROOT = Path(__file__).parent.parent
 FLAGS = "--recipe cifar10-300 --model test_resnet --stem imagenet --hidden_dim 16 --out_dim 8 --lr 8 --reg mhe".split()
-FLAGS += "--batch_size 16 --epochs 3 --eval_every 2 --save_every 2".split()
+FLAGS += "--batch_size 16 --epochs 3 --eval_every 2 --save_every 2steps".split()
 STRAYS = (".ckpt.safetensors.1234", "encoder/.model.safetensors.1234", "encoder/.config.json.1234")
 
 
@@ -61,14 +62,14 @@ def whole(folder, tmp_path_factory):
         patch.setattr(sys, "argv", ["pretrain.py"])
         pretrain(
             dataset=str(folder), recipe="cifar10-300", model="test_resnet", stem="imagenet", hidden_dim=16, out_dim=8,
-            lr=8.0, reg="mhe", batch_size=16, epochs=3, eval_every=2, save_every=2, out=str(out),
+            lr=8.0, reg="mhe", batch_size=16, epochs=3, eval_every=2, save_every="2steps", out=str(out),
         )  # fmt: skip
     return out
 
 
 def last_save(step):
-    """The last step before this one that a checkpoint was written at: each second, and each epoch's third."""
-    return max(k for k in (0, 2, 3, 4, 6, 8) if k < step)
+    """The last step before this one that a checkpoint was written at: two after the last, and each epoch's third."""
+    return max(k for k in (0, 2, 3, 5, 6, 8) if k < step)
 
 
 class Killed(BaseException):
@@ -137,6 +138,104 @@ def test_a_run_with_a_queue_goes_on_to_the_same_bits(command, folder, tmp_path, 
     tensors, description = checkpoint.load(tmp_path / "run" / "ckpt.safetensors")
     assert tensors["queue"].shape == (40, 8) and tensors["oldest"] == 9 * 32 % 40
     assert description["settings"]["queue"] == 40
+
+
+@pytest.mark.parametrize("file, step", [(1, 0), (2, 2), (3, 2), (4, 3)])
+def test_a_run_that_is_killed_while_it_writes_goes_on_to_the_same_bits(
+    command, folder, whole, tmp_path, monkeypatch, file, step
+):
+    """In the state of step 2, in the encoder of step 3, in the state of step 3, in the state of step 5."""
+    to_bytes, calls = checkpoint.to_bytes, []
+
+    def killing(*args):
+        calls.append(1)
+        if len(calls) == file:
+            raise Killed
+        return to_bytes(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint, "to_bytes", killing)
+        command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
+    code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
+    assert code == 0 and (f"run: goes on after step {step}" in err) == (step > 0)
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_state_is_that_of_its_step_whenever_it_is_written(command, folder, whole, tmp_path, monkeypatch):
+    """The state of step 2 is written after step 3, at which the run is killed."""
+    save, step, steps, third = checkpoint.save, Lars.step, [], threading.Event()
+
+    def waiting(*args):
+        third.wait(5)
+        save(*args)
+
+    def killing(optimizer, closure=None):
+        step(optimizer, closure)
+        steps.append(1)
+        if len(steps) == 3:
+            third.set()
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint, "save", waiting)
+        patch.setattr(Lars, "step", killing)
+        command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
+    assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 2
+    assert command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")[0] == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_file(command, folder, whole, tmp_path, monkeypatch):
+    """The second comes while the state of step 4 is written; the file under way goes, that of step 3 stays."""
+    step, steps, fsync, end = Lars.step, [], os.fsync, threading.Event()
+
+    def stopping(optimizer, closure=None):
+        step(optimizer, closure)
+        steps.append(1)
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def slow(descriptor):
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            end.wait(5)
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lars, "step", stopping)
+        patch.setattr(os, "fsync", slow)
+        code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
+        names = files_of(tmp_path / "run").keys()
+        (writer,) = (thread for thread in threading.enumerate() if thread.name == "writer")
+        end.set()
+        writer.join()
+    assert code == 130 and err.splitlines()[-1] == "pretrain.py: interrupted"
+    assert names == files_of(tmp_path / "run").keys() == files_of(whole).keys()
+    assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 3
+    assert command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")[0] == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_checkpoint_may_be_older_than_the_log(command, folder, whole, tmp_path, monkeypatch):
+    """By default a run of seconds saves after its first epoch and at its end; a judge's row outlives the rewind."""
+    flags = [*FLAGS, "--out", "run"]
+    flags[flags.index("--save_every") + 1] = "10min"
+    with killed_after(8, monkeypatch):
+        command(pretrain, "--dataset", folder, *flags)
+    run = tmp_path / "run"
+    assert checkpoint.load(run / "ckpt.safetensors")[1]["step"] == 3
+    assert [row["epoch"] for row in rows_of(run) if "loss" in row] == [1, 2]
+    assert sorted(read_log(run).series("loss")) == [3, 6]
+    assert command(knn_eval, "run/ckpt.safetensors", "--k", 20, "--nofloors")[0] == 0
+    knn = rows_of(run)[-1]
+    assert knn["stage"] == "knn_eval" and knn["trained_epochs"] == 1
+    assert read_log(run).score("knn_eval") is None
+    code, _, err = command(pretrain, "--dataset", folder, *flags)
+    assert code == 0 and "run: goes on after step 3" in err
+    rows = rows_of(run)
+    rows.remove(knn)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert_same_run(run, whole)
 
 
 def test_sigkill_to_the_process_itself(folder, whole, tmp_path):
@@ -409,7 +508,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(command, folder, whole, tmp_path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     fault = "safetensors: cannot be written (File too large); its old content is unchanged"
-    assert code == 2 and fault in err.splitlines()[-1]
+    assert code == 2 and fault in err.splitlines()[-1] and err.count("pretrain.py: ") == 1
+    assert len(steps) <= 6  # the save of step 5 has failed, which the end of the epoch waits for
     assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 3
     assert files_of(tmp_path / "run").keys() == files_of(whole).keys()
     assert command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")[0] == 0
@@ -417,7 +517,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(command, folder, whole, tmp_path)
 
 
 def test_a_fault_is_told_by_step_terms_and_norms(command, folder, tmp_path, monkeypatch):
-    """A gradient that overflows at step 5, of a loss that is finite, and the checkpoint of step 4 stays."""
+    """A gradient that overflows at step 5, of a loss that is finite, and the checkpoint of step 3 stays."""
     calls = []
 
     def spoil(grads, *args, **kwargs):
@@ -430,7 +530,7 @@ def test_a_fault_is_told_by_step_terms_and_norms(command, folder, tmp_path, monk
     last = err.splitlines()[-1]
     assert code == 2 and last.startswith("pretrain.py: step 5: not finite: gradient of encoder inf; "), last
     assert "run/ckpt.safetensors is unchanged" in last
-    assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 4
+    assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 3
 
 
 def test_collapse_is_a_loud_warning(command, folder, monkeypatch):

@@ -81,7 +81,7 @@ PRETRAIN = {
     "--noholdout true": "--noholdout true: --noholdout takes no value",
     "--eval_crop 0": "--eval_crop 0: expected a number > 0 and <= 1",
     "--blur_p 2": "--blur_p 2: expected a number >= 0 and <= 1",
-    "--save_every -1": "--save_every -1: expected a whole number >= 0",
+    "--save_every 500": "--save_every 500: expected minutes or steps with their unit, as 10min or 500steps",
     "--resume always": "--resume always: expected auto, never",
     "--tracker tensorbord": "--tracker tensorbord: expected none, tensorboard, wandb, trackio (did you mean",
     "--dataset photo": "neither photos, cifar10, cifar100, stl10, imagenet nor a folder (did you mean photos?)",

@@ -32,7 +32,7 @@ RUNS = {
     "simclr": f"{SMALL} --method simclr --reg mhe --s 1 --holdout",
     "no-norm": f"{SMALL} --norm none --reg amhe --reg_on encoder,projector,predictor",
     "streamed": "--dataset pictures --model test_resnet --hidden_dim 32 --out_dim 16 --batch_size 16 --epochs 2 --lr 2",
-    "killed": f"{SMALL} --reg mhe --save_every 3",
+    "killed": f"{SMALL} --reg mhe --save_every 3steps",
 }
 JUDGES = {"knn_eval.py": ["--k", "5,20"], "linear_eval.py": ["--epochs", "2"]}
 NOT_COMPARED = ("images_per_s", "command", "git")

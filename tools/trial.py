@@ -23,7 +23,9 @@ from harness import checkpoint, cli
 from harness.files import CKPT, LOG, WEIGHTS
 
 ROOT = Path(__file__).parent.parent
-FLAGS = "--model test_resnet --hidden_dim 64 --out_dim 16 --batch_size 250 --epochs 2 --save_every 3 --eval_every 2"
+FLAGS = (
+    "--model test_resnet --hidden_dim 64 --out_dim 16 --batch_size 250 --epochs 2 --save_every 3steps --eval_every 2"
+)
 
 
 def trial(

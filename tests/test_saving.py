@@ -1,0 +1,194 @@
+"""When a run saves, the thread that writes, and several processes that decide alike."""
+
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from harness import checkpoint, saving
+from harness.errors import InputError
+from harness.run import Run
+from harness.saving import Schedule, Writer, interval, steps_to_next_look
+from pretrain import pretrain
+
+RUN = {"recipe": "cifar10-300", "model": "test_resnet", "stem": "imagenet", "hidden_dim": 16, "out_dim": 8}
+RUN |= {"lr": 8.0, "batch_size": 16, "epochs": 3, "eval_every": 0}
+
+
+@pytest.mark.parametrize(
+    "text, meant", [("10min", (10, "min")), ("1steps", (1, "steps")), ("500steps", (500, "steps"))]
+)
+def test_an_interval_has_its_unit(text, meant):
+    assert interval(text) == meant
+
+
+@pytest.mark.parametrize(
+    "text", ["500", "0", "0min", "-1min", "1.5min", "10 min", "10m", "10epochs", "min", "", "¹min"]
+)
+def test_any_other_spelling_is_refused_by_the_two_that_are_right(text):
+    with pytest.raises(InputError, match=r"^--save_every .*: expected minutes or steps .* 10min or 500steps$"):
+        interval(text)
+
+
+def saves(monkeypatch, text, epochs, minutes_a_step, is_new=False):
+    """The steps that a run of epochs with these lengths saves after, its last aside; epochs' ends are negative."""
+    clock = [0.0]
+    monkeypatch.setattr(saving, "seconds", lambda: 60 * clock[0])
+    schedule, step, saved = Schedule(text, 0, is_new), 0, []
+    for length in epochs:
+        schedule.begin_epoch(step)
+        for k in range(1, length + 1):
+            step += 1
+            clock[0] += minutes_a_step
+            at_end = k == length
+            if schedule.is_due(step, at_epoch_end=at_end):
+                schedule.saved(step)
+                saved.append(-step if at_end else step)
+    return saved
+
+
+@pytest.mark.parametrize("text, minutes_a_step", [("10min", 1), ("10steps", 7)])
+def test_short_epochs_are_saved_at_their_ends_and_long_ones_within(monkeypatch, text, minutes_a_step):
+    """In both units alike. Epochs of 3: at step 9, because by the end of another one 10 would have passed."""
+    assert saves(monkeypatch, text, [3] * 7, minutes_a_step) == [-9, -18]
+    assert saves(monkeypatch, text, [3] * 7, minutes_a_step, is_new=True) == [-3, -12, -21]
+    assert saves(monkeypatch, text, [10] * 3, minutes_a_step) == [-10, -20, -30]
+    assert saves(monkeypatch, text, [25, 25], minutes_a_step) == [10, 20, -25, 35, 45, -50]
+    assert saves(monkeypatch, text, [4, 25, 4], minutes_a_step) == [10, 20, -29]
+
+
+def test_several_processes_look_every_few_seconds():
+    assert steps_to_next_look(10, duration=1.0) == 50
+    assert steps_to_next_look(50, duration=5.0) == 50
+    assert steps_to_next_look(1, duration=60.0) == 1
+    assert steps_to_next_look(0, duration=0.0) == 1
+
+
+def test_one_work_at_a_time_and_its_error_comes_out_once():
+    writer, done, may_end = Writer(), [], threading.Event()
+
+    def first():
+        may_end.wait(5)
+        done.append("first")
+
+    def failing():
+        done.append("failing")
+        raise InputError("full")
+
+    writer.start(first)
+    writer.raise_fault()  # does not wait
+    assert done == []
+    threading.Timer(0.05, may_end.set).start()
+    writer.start(failing)  # waits for the first
+    assert done[0] == "first"
+    with pytest.raises(InputError, match="full"):
+        writer.wait()
+    assert done == ["first", "failing"]
+    writer.wait()
+    writer.start(failing)
+    with pytest.raises(InputError, match="full"):
+        while True:  # as steps do
+            writer.raise_fault()
+            time.sleep(0.001)
+    writer.start(done.append, "last")
+    writer.wait()
+    assert done[-1] == "last"
+
+
+def test_nothing_is_written_while_pictures_are_judged(folder, tmp_path, monkeypatch):
+    """Their loaders fork, and a child must not inherit the locks of a thread."""
+    save, writing, judging = checkpoint.save, [], []
+
+    def slow(*args):
+        writing.append(1)
+        time.sleep(0.1)
+        save(*args)
+        writing.pop()
+
+    def judge(*_):
+        judging.append(list(writing))
+        return {}
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr("pretrain.nearest_neighbours", judge)
+    monkeypatch.setattr("harness.run.Run.warn_of_poor_features", lambda _: None)
+    flags = RUN | {"eval_every": 1, "save_every": "1steps"}
+    pretrain(dataset=str(folder), out=str(tmp_path / "run"), **flags)
+    assert judging == [[]] * 5  # the floors, and each epoch
+
+
+class Together:
+    """What Accelerate is to two threads: each gets the rows of both."""
+
+    num_processes, device = 2, "cpu"
+    barrier, rows = threading.Barrier(2, timeout=5), {}
+
+    def __init__(self, rank):
+        self.rank, self.gathers = rank, 0
+
+    def gather(self, row):
+        self.gathers += 1
+        self.rows[self.rank] = row
+        self.barrier.wait()
+        both = torch.cat([self.rows[0], self.rows[1]])
+        self.barrier.wait()
+        return both
+
+
+def looks_of_two(monkeypatch, text, first, second):
+    """What each of two processes is told at 200 steps of two epochs, and how often they have met.
+
+    `first` and `second`: the seconds of a step by the clock of each, and the step at which it gets a signal.
+    """
+    clock = threading.local()
+    monkeypatch.setattr(saving, "seconds", lambda: clock.time)
+    told, meetings = [[], []], [0, 0]
+
+    def train(rank, seconds_a_step, signal_at):
+        clock.time = 0.0
+        run = Run.__new__(Run)
+        run.accelerator, run.signals = Together(rank), []
+        run._schedule = Schedule(text, 0, is_new=False)
+        run._looked_at, run._look_step, run._next_look = 0.0, 0, 1
+        for run.step in range(1, 201):
+            clock.time += seconds_a_step
+            if run.step == signal_at:
+                run.signals.append(signal.SIGINT)
+            caught, is_due = run._look(at_epoch_end=run.step % 100 == 0)
+            told[rank].append((run.step, caught, is_due))
+            if is_due:
+                run._schedule.saved(run.step)
+            if caught:
+                break
+            if run.step == 100:
+                run._schedule.begin_epoch(run.step)
+        meetings[rank] = run.accelerator.gathers
+
+    threads = [threading.Thread(target=train, args=(rank, *given)) for rank, given in enumerate((first, second))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert told[0] == told[1] and meetings[0] == meetings[1]
+    return told[0], meetings[0]
+
+
+@pytest.mark.parametrize("text, steps", [("1min", [61, 100, 160, 200]), ("70steps", [70, 100, 170, 200])])
+def test_processes_whose_clocks_differ_save_at_the_same_steps(monkeypatch, text, steps):
+    """The first decides, of which a step takes a second: it looks after step 1 and after each fifth from there."""
+    looks, _ = looks_of_two(monkeypatch, text, (1, None), (99, None))
+    assert [step for step, _, is_due in looks if is_due] == steps
+    assert not any(caught for _, caught, _ in looks)
+
+
+def test_a_signal_to_one_of_two_processes_ends_both(monkeypatch):
+    """At the next look; steps of 2 seconds have one after steps 1, 3 and 5."""
+    looks, meetings = looks_of_two(monkeypatch, "500steps", (2, None), (9, 4))
+    assert looks[-1] == (5, signal.SIGINT, False) and meetings == 3
+
+
+def test_processes_whose_steps_are_quick_meet_rarely(monkeypatch):
+    _, meetings = looks_of_two(monkeypatch, "500steps", (0.01, None), (0.01, None))
+    assert meetings == 3  # after the first step and at the end of each epoch
