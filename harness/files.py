@@ -16,7 +16,7 @@ except ImportError:  # Windows has other locks
 
 LOG = "metrics.jsonl"  # the rows that were printed
 CKPT = "ckpt.safetensors"  # the whole state of a run
-ENCODER = "encoder"  # a folder with the encoder alone, as the last whole epoch left it and as timm reads it:
+ENCODER = "encoder"  # a folder with the encoder alone, as the last save at an epoch's end left it:
 WEIGHTS = f"{ENCODER}/model.safetensors"
 CONFIG = f"{ENCODER}/config.json"
 EARLIER_ENCODER = "encoder.safetensors"  # in place of that folder in runs of earlier versions
