@@ -11,7 +11,7 @@ from harness import checkpoint, saving
 from harness.errors import InputError
 from harness.run import Run
 from harness.saving import Schedule, Writer, interval, steps_to_next_look
-from pretrain import pretrain
+from pretrain import Lars, pretrain
 
 RUN = {"recipe": "cifar10-300", "model": "test_resnet", "stem": "imagenet", "hidden_dim": 16, "out_dim": 8}
 RUN |= {"lr": 8.0, "batch_size": 16, "epochs": 3, "eval_every": 0}
@@ -99,24 +99,46 @@ def test_one_work_at_a_time_and_its_error_comes_out_once():
 
 def test_nothing_is_written_while_pictures_are_judged(folder, tmp_path, monkeypatch):
     """Their loaders fork, and a child must not inherit the locks of a thread."""
-    save, writing, judging = checkpoint.save, [], []
+    save, judges, written_late, judged = checkpoint.save, threading.Event(), [], []
 
     def slow(*args):
-        writing.append(1)
-        time.sleep(0.1)
+        if not written_late:  # the save of step 2, one step before the end of the epoch
+            written_late.append(not judges.wait(0.8))
         save(*args)
-        writing.pop()
 
     def judge(*_):
-        judging.append(list(writing))
+        judged.append(1)
+        if len(judged) > 2:  # after the floors
+            judges.set()
         return {}
 
     monkeypatch.setattr(checkpoint, "save", slow)
     monkeypatch.setattr("pretrain.nearest_neighbours", judge)
     monkeypatch.setattr("harness.run.Run.warn_of_poor_features", lambda _: None)
-    flags = RUN | {"eval_every": 1, "save_every": "1steps"}
+    flags = RUN | {"epochs": 1, "eval_every": 1, "save_every": "2steps"}
     pretrain(dataset=str(folder), out=str(tmp_path / "run"), **flags)
-    assert judging == [[]] * 5  # the floors, and each epoch
+    assert written_late == [True] and len(judged) == 3
+
+
+def test_an_error_of_the_thread_ends_the_run_at_the_next_step(folder, tmp_path, monkeypatch):
+    """The save of step 2 of an epoch of 12 fails while step 3 is computed."""
+    step, steps = Lars.step, []
+
+    def stepping(optimizer, closure=None):
+        step(optimizer, closure)
+        steps.append(1)
+        for thread in threading.enumerate():
+            if thread.name == "writer":
+                thread.join()
+
+    def full(*_):
+        raise InputError("no space")
+
+    monkeypatch.setattr(Lars, "step", stepping)
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(InputError, match="no space"):
+        pretrain(dataset=str(folder), out=str(tmp_path / "run"), save_every="2steps", **RUN | {"batch_size": 4})
+    assert len(steps) == 3
 
 
 class Together:
