@@ -21,6 +21,7 @@ import torch
 
 from harness import checkpoint, cli
 from harness.files import CKPT, LOG, WEIGHTS
+from tools.fingerprint import NOT_COMPARED
 
 ROOT = Path(__file__).parent.parent
 FLAGS = (
@@ -72,7 +73,7 @@ def ending(run: Path) -> tuple:
     rows = []
     for line in (run / LOG).read_text().splitlines():
         row = json.loads(line)
-        rows.append({name: x for name, x in row.items() if name not in ("images_per_s", "command")})
+        rows.append({name: x for name, x in row.items() if name not in NOT_COMPARED})
     digests = []
     for file in (CKPT, WEIGHTS):
         tensors, _ = checkpoint.load(run / file)
