@@ -61,7 +61,7 @@ def nearest_neighbours(
 ) -> dict[int, dict[str, float]]:
     """Take the `vote` on an encoder's features of the evaluation views of two splits; k = 20 and 0.07 are DINO's.
 
-    Each process embeds its share of the images, and takes the vote over all of them.
+    Each process embeds its share of the images, and `vote` shares the queries out.
     """
 
     def embed(split: Split) -> Tensor:
@@ -79,14 +79,16 @@ def vote(
     """Accuracy in percent, {k: {"top1": ..., ...}}, of the vote of the k rows of the bank nearest by cosine.
 
     bank (n, d), queries (m, d): features, rows of any length; bank_labels (n,), labels (m,): classes from 0. k is
-    clipped to n. Of classes with equal votes the lower comes first; a class without a vote is a miss.
+    clipped to n. Of classes with equal votes the lower comes first; a class without a vote is a miss. All processes
+    pass the same, take the vote for a share of the queries each, and get the accuracy of all.
     """
     classes = int(max(bank_labels.max(), labels.max())) + 1
     clipped = [min(neighbours, len(bank)) for neighbours in k]
     ks = list(dict.fromkeys(clipped))  # each once
-    cosines, rows = nearest(queries, bank, max(ks))
+    my_labels = processes.my_rows(labels)
+    cosines, rows = nearest(processes.my_rows(queries), bank, max(ks))
     ranks = {neighbours: [] for neighbours in ks}
-    chunks = [x.split(QUERIES_AT_ONCE) for x in (cosines, rows, labels)]
+    chunks = [x.split(QUERIES_AT_ONCE) for x in (cosines, rows, my_labels)]
     for cosine, voters, truth in zip(*chunks):
         advantage = (cosine - cosine[:, :1]).to(finest(cosine.device))
         weight = (advantage / temperature).exp()  # the nearest has weight 1; only ratios matter, so nothing overflows
@@ -96,7 +98,11 @@ def vote(
             votes.scatter_add_(1, voted, weight[:, :neighbours])
             votes[votes == 0] = -torch.inf
             ranks[neighbours].append(judging.rank_of(truth, votes))
-    return {neighbours: judging.accuracy(torch.cat(parts), labels) for neighbours, parts in ranks.items()}
+    scores = {}
+    for neighbours, parts in ranks.items():
+        ranks_of_all = processes.gather(torch.cat(parts))[: len(labels)]
+        scores[neighbours] = judging.accuracy(ranks_of_all, labels)
+    return scores
 
 
 if __name__ == "__main__":

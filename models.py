@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from harness import encoders
+from harness import encoders, norms
 from harness.errors import InputError
 from regularizers import Layers, alignment, info_nce, layers_of, unit
 
@@ -48,28 +48,22 @@ def build_encoder(name: str, stem: str, norm: str = "bn") -> nn.Module:
 
 
 # ---- Norms -----------------------------------------------------------------------------------------------------------
-class _PerView:
-    """BatchNorm for a batch of two views, concatenated; in training each view has its own statistics."""
+class ViewNorm(_BatchNorm):
+    """BatchNorm for a batch of two views, concatenated; in training each view has its own statistics, of all processes.
+
+    num_batches_tracked, which the state of a BatchNorm has, is counted by `Method.forward`, for all layers at once.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (2b, c, ...) to the same shape; in evaluation mode the batch has any size."""
-        batch_norm = super().forward
+        """Normalise (2b, c) or (2b, c, h, w) to the same shape; in evaluation mode the batch has any size."""
         if not self.training:
-            return batch_norm(x)
-        return torch.cat([batch_norm(view) for view in x.chunk(2)])
-
-
-class ViewNorm(_PerView, _BatchNorm):
-    """BatchNorm of each view, (b, c) or (b, c, h, w)."""
+            return super().forward(x)
+        return norms.normalise_views(x, self)
 
     def _check_input_dim(self, x: Tensor) -> None: ...  # accept any shape; _BatchNorm's own check raises
 
 
-class SyncViewNorm(_PerView, nn.SyncBatchNorm):
-    """BatchNorm of each view over all processes, as BYOL has it; torch can do this on CUDA alone."""
-
-
-NORMS = {"bn": ViewNorm, "sync": SyncViewNorm, "none": nn.Identity}
+NORMS = {"bn": ViewNorm, "none": nn.Identity}
 
 
 def with_norm(network: nn.Module, norm: str) -> nn.Module:
@@ -132,6 +126,8 @@ class Method(nn.Module):
         p = self.predictor(z) if hasattr(self, "predictor") else z
         with torch.no_grad():
             t = self.target(views) if self.has_target else z.detach()
+        if self.training:
+            norms.count_batches(self)
         return z.chunk(2), p.chunk(2), t.chunk(2)
 
     @torch.no_grad()

@@ -153,7 +153,6 @@ def pretrain(
             run.warn_of_collapse(row["std"])
             if run.judges_now():
                 encoder = training.network.encoder
-                processes.broadcast_buffers(encoder, accelerator)
                 run.log_scores("online", nearest_neighbours(encoder, *run.judged_on))
                 run.log(of="representations", **representations(encoder, run.test, run.view))
                 run.warn_of_poor_features()
@@ -180,8 +179,6 @@ def build(cfg: Settings, images: data.Dataset, accelerator: Accelerator) -> Trai
     network = models.METHODS[cfg.method](
         cfg.model, cfg.stem, cfg.norm, cfg.hidden_dim, cfg.out_dim, cfg.predictor, cfg.queue
     )
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        models.with_norm(network, "sync")
     groups = parameter_groups(network, cfg.weight_decay)
     if cfg.optimizer == "lars":
         optimizer = Lars(groups, momentum=0.9, trust_coeff=1e-3)

@@ -13,6 +13,7 @@ The first floor imports no page:
     augment     crop, colour, blur: operations on whole batches of images
     encoders    networks by name: timm's ResNets and an AlexNet
     pictures    pictures in files: which there are, how one is read, many of them read ahead by workers
+    norms       BatchNorm of two views over all processes
     surveys     what pictures are like, kept from one start to the next
     neighbours  the nearest rows of a large bank
     sources     the embedded photographs, torchvision's data sets, folders of pictures

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin, gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.errors import InputError
 from harness.log import is_main
@@ -46,10 +46,12 @@ def start(accumulate: int | None = None, tracker: str = "none", folder: Path | N
     if accumulate:
         _tell_of_accumulation(accumulate)
     group = InitProcessGroupKwargs(timeout=COLLECTIVE)
+    # The norms have the same buffers in all processes, see `norms`. Gradients lie in DDP's buckets, not beside them.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     micro_batches = GradientAccumulationPlugin(num_steps=accumulate or 1)  # a number would give way to the launcher's
     try:
         accelerator = Accelerator(
-            kwargs_handlers=[group],
+            kwargs_handlers=[group, ddp],
             gradient_accumulation_plugin=micro_batches,
             log_with=None if tracker == "none" else tracker,
             project_dir=folder,
@@ -179,16 +181,6 @@ def agree(accelerator: Accelerator, **facts) -> None:
             )
 
 
-def broadcast_buffers(network: nn.Module, accelerator: Accelerator) -> None:
-    """Give all processes the buffers of the first, which a checkpoint holds.
-
-    On a CPU each process has BatchNorm statistics of its own images, so without this each would judge another network.
-    """
-    if accelerator.num_processes > 1:
-        for buffer in network.buffers():
-            dist.broadcast(buffer, 0)
-
-
 def embed_in_shares(embed: Callable, split, accelerator: Accelerator) -> Tensor:
     """Return embed(split), features (n, d) of a Split, of which each process makes its share and gets all."""
     world = accelerator.num_processes
@@ -211,11 +203,24 @@ def share(n: int, rank: int, world: int) -> Tensor:
     return torch.arange(first, first + per_process) % n
 
 
+def my_rows(x: Tensor) -> Tensor:
+    """Return this process's `share` of the n rows of x; `gather(y)[:n]` is the whole of what is made of them, y."""
+    if are_several():
+        rows = share(len(x), dist.get_rank(), dist.get_world_size())
+        return x[rows.to(x.device)]
+    return x
+
+
 def gather(x: Tensor) -> Tensor:
     """Return the rows of all processes, with gradient: Eq. 1 and Eq. 2 speak of the whole batch."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if are_several():
         return _Gather.apply(x)
     return x
+
+
+def are_several() -> bool:
+    """Say whether more than one process runs this program."""
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 class _Gather(torch.autograd.Function):

@@ -399,8 +399,6 @@ def sharing(cfg: Settings, accelerator: Accelerator) -> list[str]:
     if world == 1:
         return []
     line = f"{world} processes: {cfg.batch_size // world} images of each step a process"
-    if cfg.norm == "bn" and accelerator.device.type == "cuda":
+    if cfg.norm == "bn":
         line += "; statistics of BatchNorm: of all processes"
-    elif cfg.norm == "bn":
-        line += "; statistics of BatchNorm: of each process alone, as torch cannot share them on this device"
     return [line]

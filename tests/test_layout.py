@@ -12,14 +12,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = ("pretrain", "linear_eval", "knn_eval", "regularizers", "models", "data")
 FIRST_FLOOR = (
-    "errors files formats streams cli log saving processes augment encoders pictures surveys neighbours sources".split()
+    *"errors files formats streams cli log saving processes augment".split(),
+    *"encoders norms pictures surveys neighbours sources".split(),
 )
 SECOND_FLOOR = ("settings", "checkpoint", "foreign", "judging", "probes", "run", "initial")
 FIRST = {f"harness.{name}" for name in FIRST_FLOOR}
 SECOND = {f"harness.{name}" for name in SECOND_FLOOR}
 ALLOWED = {  # what a module of the project may import of the project
     "regularizers": set(),
-    "models": {"regularizers", "harness.errors", "harness.encoders"},
+    "models": {"regularizers", "harness.errors", "harness.encoders", "harness.norms"},
     "data": FIRST,
     "knn_eval": {"models", "data", "regularizers"} | FIRST | SECOND,
     "linear_eval": {"models", "data", "regularizers"} | FIRST | SECOND,

@@ -186,11 +186,10 @@ def test_forward_and_where_gradients_go(byol):
     byol.zero_grad()
 
 
-@pytest.mark.parametrize("norm", ["bn", "sync"])
-def test_a_frozen_target_gets_frozen_norms(norm):
-    """Several processes on CUDA change the norms of a finished network; one that learns and is not used ends DDP."""
-    network = models.with_norm(models.BYOL("test_resnet", "imagenet", "bn", 8, 4), norm)
-    layers = [module for module in network.target.modules() if isinstance(module, models.NORMS[norm])]
+def test_a_frozen_target_gets_frozen_norms():
+    """Norms of a finished network may be replaced; a layer that learns and is not used ends DDP."""
+    network = models.with_norm(models.BYOL("test_resnet", "imagenet", "bn", 8, 4), "bn")
+    layers = [module for module in network.target.modules() if isinstance(module, models.ViewNorm)]
     assert len(layers) == 16 and not any(p.requires_grad for p in network.target.parameters())
     assert all(p.requires_grad for part in (network.encoder, network.projector) for p in part.parameters())
 
@@ -217,22 +216,99 @@ def test_views_in_one_batch_are_views_one_after_the_other(byol):
         torch.testing.assert_close(x.grad, y.grad)
 
 
-@pytest.mark.parametrize("shape", [(8, 5), (8, 5, 3, 3)])
-def test_norms_over_all_processes_are_those_of_each_view(shape):
-    """SyncViewNorm, which in a single process works on a CPU, too, against ViewNorm."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(2, *shape, generator=generator)
-    x[4:] = 3 * x[4:] + 2  # the second view has a mean and a spread of its own
+def two_unlike_views(shape, dtype=torch.float32):
+    """A batch of two views, (2b, 5, ...), of which the second has another mean and spread."""
+    x = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    x[len(x) // 2 :] = 3 * x[len(x) // 2 :] + 2
+    return x
+
+
+def norms_of_five(dtype=torch.float32, affine=True):
+    """torch's BatchNorm and ours, of 5 channels with the same weights."""
+    plain = nn.BatchNorm2d(5, affine=affine).to(dtype)
+    plain._check_input_dim = lambda x: None
+    if affine:
+        nn.init.uniform_(plain.weight, 0.5, 2)
+        nn.init.uniform_(plain.bias)
+    ours = models.with_norm(nn.Sequential(copy.deepcopy(plain)), "bn")[0].to(dtype)
+    ours.load_state_dict(plain.state_dict())
+    return plain, ours
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 5), (8, 5, 3, 3), "channels_last"])
+def test_norm_is_torchs_on_each_view(shape, dtype, affine):
+    """Bit for bit: outputs, gradients and running statistics; bf16 has fp32 weights and statistics, as in autocast."""
+    x = two_unlike_views((8, 5, 3, 3) if shape == "channels_last" else shape, dtype)
+    if shape == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    weight = two_unlike_views(x.shape, dtype).flip(0)
     results = []
-    for norm, kind in (("bn", models.ViewNorm), ("sync", models.SyncViewNorm)):
-        layer = models.with_norm(nn.Sequential(nn.BatchNorm1d(5)), norm)[0]
-        assert type(layer) is kind
+    plain, ours = norms_of_five(torch.float64 if dtype == torch.float64 else torch.float32, affine)
+    for norm, run in ((plain, lambda x: torch.cat([plain(view) for view in x.chunk(2)])), (ours, ours)):
         inputs = x.clone().requires_grad_()
-        outputs = layer(inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            outputs = run(inputs)
+        assert outputs.dtype == dtype and outputs.stride() == x.stride()
         (weight * outputs).sum().backward()
-        gradients = [inputs.grad, layer.weight.grad, layer.bias.grad]
-        results.append([outputs, *gradients, *layer.buffers(), layer.eval()(x[:3])])
-    torch.testing.assert_close(results[1], results[0])
+        gradients = [inputs.grad, *[p.grad for p in norm.parameters()]]
+        results.append([outputs, *gradients, norm.running_mean, norm.running_var, norm.eval()(x[:3])])
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+def test_norms_gradient_is_that_of_differences():
+    _, norm = norms_of_five(torch.float64)
+
+    def outputs(x, weight, bias):
+        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, x)
+
+    x = two_unlike_views((6, 5, 2, 1), torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(outputs, (x, norm.weight, norm.bias))
+
+
+@pytest.mark.parametrize("frozen", ["parameters", "input", "all"])
+def test_norm_passes_the_gradients_that_are_asked_for(frozen):
+    """A target's norm is frozen, and stands in no_grad; statistics of the batch move its own all the same."""
+    _, norm = norms_of_five()
+    norm.requires_grad_(frozen == "input")
+    x = two_unlike_views((8, 5)).requires_grad_(frozen == "parameters")
+    y = norm(x)
+    assert y.requires_grad == (frozen != "all") and norm.running_mean.abs().min() > 0
+    if frozen != "all":
+        y.square().sum().backward()
+    assert (x.grad is not None) == (frozen == "parameters")
+    assert all((p.grad is not None) == (frozen == "input") for p in norm.parameters())
+    with torch.no_grad():
+        assert torch.equal(norm(x), y) and not norm(x).requires_grad
+
+
+def test_norm_is_compiled_whole():
+    _, norm = norms_of_five()
+    compiled, (_, again) = torch.compile(norm, backend="aot_eager", fullgraph=True), norms_of_five()
+    again.load_state_dict(norm.state_dict())
+    x = two_unlike_views((8, 5, 2, 2))
+    for run in (compiled, again):
+        run(x).square().sum().backward()
+    for ours, theirs in zip((norm.weight.grad, norm.running_var), (again.weight.grad, again.running_var)):
+        assert torch.equal(ours, theirs)
+
+
+def test_norm_of_one_value_is_refused():
+    """Its variance is 0, and torch's estimate of the whole's is 0 / 0."""
+    with pytest.raises(ValueError, match="more than one value"):
+        norms_of_five()[1](torch.ones(2, 5))
+
+
+def test_norms_count_their_batches():
+    """As nn.BatchNorm does, for a batch of each view; not in evaluation mode."""
+    network = models.BYOL("test_resnet", "imagenet", "bn", 8, 4)
+    views = torch.randn(2, 4, 3, 32, 32)
+    network(*views)
+    network(*views)
+    network.eval()(*views)
+    counts = [x.item() for name, x in network.named_buffers() if name.endswith("num_batches_tracked")]
+    assert len(counts) == 33 and set(counts) == {4}
 
 
 def test_target_is_a_moving_average(byol):

@@ -1,0 +1,139 @@
+"""BatchNorm of a batch of two views, of which each has statistics of its own: over all processes, if there are several.
+
+Both views are written into one tensor, and several processes talk once in each direction. torch's own SyncBatchNorm
+takes one view at a time, waits for the device three times a layer, and needs a GPU.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def normalise_views(x: Tensor, norm: _BatchNorm) -> Tensor:
+    """Normalise the halves of x (2b, c, ...) by the statistics of each, and update the running ones of a BatchNorm.
+
+    The running statistics see one view after the other; num_batches_tracked stays. Statistics are in fp32 or better.
+    ValueError if a view has a single value a channel.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    count = world * x.numel() // x.shape[1] // 2
+    if count == 1:
+        raise ValueError(f"BatchNorm needs more than one value a channel and view, got {tuple(x.shape)} of two views")
+    function = _OneProcess if world == 1 else _AllProcesses
+    return function.apply(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps)
+
+
+def count_batches(network: nn.Module) -> None:
+    """Count a batch of each view in the num_batches_tracked of all BatchNorms, at once: nothing here reads it."""
+    counters = [module.num_batches_tracked for module in network.modules() if isinstance(module, _BatchNorm)]
+    if counters:
+        torch._foreach_add_(counters, 2)
+
+
+class _OneProcess(torch.autograd.Function):
+    """torch's BatchNorm of each view."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum: float, eps: float) -> Tensor:
+        y = torch.empty_like(x)
+        statistics = [torch.empty_like(running_mean) for _ in range(4)]
+        pairs = statistics[:2], statistics[2:]
+        for view, out, (mean, inverse_std) in zip(x.chunk(2), y.chunk(2), pairs):
+            torch.native_batch_norm(
+                view, weight, bias, running_mean, running_var, True, momentum, eps, out=(out, mean, inverse_std)
+            )
+        ctx.save_for_backward(x, weight, *statistics)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *statistics = ctx.saved_tensors
+        pairs = statistics[:2], statistics[2:]
+        wanted = ctx.needs_input_grad[:3]
+        of_views = []
+        for view, grad_view, (mean, inverse_std) in zip(x.chunk(2), grad.chunk(2), pairs):
+            of_views.append(
+                torch.ops.aten.native_batch_norm_backward(
+                    grad_view, view, weight, None, None, mean, inverse_std, True, ctx.eps, wanted
+                )
+            )
+        of_x, of_weight, of_bias = zip(*of_views)
+        grad_x = torch.cat(of_x) if wanted[0] else None
+        grad_weight = sum(of_weight) if wanted[1] else None
+        grad_bias = sum(of_bias) if wanted[2] else None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+class _AllProcesses(torch.autograd.Function):
+    """BatchNorm of each view by the mean and variance of all processes, which have equally many images.
+
+    Sums over processes are in float64: a variance is the mean of squares less the squared mean. Gradients of weight and
+    bias are of this process's images; DDP takes their mean over processes, as of all weights.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum: float, eps: float) -> Tensor:
+        world = dist.get_world_size()
+        # momentum 0 leaves the running statistics as they are; their dtype is that of the results
+        of_views = [torch.batch_norm_update_stats(view, running_mean, running_var, 0.0) for view in x.chunk(2)]
+        mean, var = (torch.stack(rows).double() for rows in zip(*of_views))  # (2, c)
+        moments = torch.stack([mean, var + mean.square()])
+        dist.all_reduce(moments)
+        mean, mean_square = moments / world
+        var = mean_square - mean.square()
+        mean, var = mean.to(running_mean.dtype), var.to(running_var.dtype)
+
+        count = world * (x.numel() // x.shape[1] // 2)
+        y = torch.empty_like(x)
+        for view, out, view_mean, view_var in zip(x.chunk(2), y.chunk(2), mean, var):
+            running_mean.lerp_(view_mean, momentum)
+            running_var.lerp_(view_var * (count / (count - 1)), momentum)
+            _by_these_statistics(view, weight, bias, view_mean, view_var, eps, out)
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps, ctx.count = eps, count
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var = ctx.saved_tensors
+        scale = torch.ones_like(mean[0]) if weight is None else weight
+        of_views = []
+        for view, grad_view, view_mean, view_var in zip(x.chunk(2), grad.chunk(2), mean, var):
+            of_views.append(
+                torch.ops.aten.native_batch_norm_backward(
+                    grad_view, view, scale, view_mean, view_var, None, None, False, ctx.eps, [True, True, True]
+                )
+            )
+        of_x, of_weight, of_bias = zip(*of_views)  # as if the statistics did not depend on x
+        sums = torch.stack([*of_weight, *of_bias]).double()  # (4, c)
+        dist.all_reduce(sums)
+        mean_of_weight, mean_of_bias = (sums / ctx.count).to(mean.dtype).chunk(2)  # (2, c) each
+
+        # What the statistics add: -scale / std (mean_of_bias + (x - mean) / std mean_of_weight), linear in x.
+        inverse_std = (var + ctx.eps).rsqrt()
+        slope = -scale * inverse_std.square() * mean_of_weight
+        offset = -scale * inverse_std * mean_of_bias - slope * mean
+        grad_x = torch.empty_like(x)
+        for view, out, direct, a, b in zip(x.chunk(2), grad_x.chunk(2), of_x, slope, offset):
+            of_statistics = torch.addcmul(_of_channels(b, x), view, _of_channels(a, x))
+            torch.add(direct, of_statistics, out=out)
+        wanted = ctx.needs_input_grad
+        grad_weight = sum(of_weight) if wanted[1] else None
+        grad_bias = sum(of_bias) if wanted[2] else None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+def _by_these_statistics(x, weight, bias, mean, var, eps: float, out: Tensor) -> None:
+    """Write (x - mean) / sqrt(var + eps) weight + bias into `out`."""
+    unused = torch.empty_like(mean), torch.empty_like(var)
+    torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps, out=(out, *unused))
+
+
+def _of_channels(values: Tensor, x: Tensor) -> Tensor:
+    """Shape values (c,) so that they meet the channels of x (b, c, ...)."""
+    return values.view(-1, *[1] * (x.ndim - 2))
