@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -46,7 +47,9 @@ def start(accumulate: int | None = None, tracker: str = "none", folder: Path | N
     if accumulate:
         _tell_of_accumulation(accumulate)
     group = InitProcessGroupKwargs(timeout=COLLECTIVE)
-    # The norms have the same buffers in all processes, see `norms`. Gradients lie in DDP's buckets, not beside them.
+    # All processes compute the same buffers, see `norms`, and gradients lie in DDP's buckets, not beside them.
+    # Accelerate does not have the name that new versions of torch want.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     micro_batches = GradientAccumulationPlugin(num_steps=accumulate or 1)  # a number would give way to the launcher's
     try:
