@@ -78,13 +78,13 @@ class _AllProcesses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum: float, eps: float) -> Tensor:
         world = dist.get_world_size()
-        # momentum 0 leaves the running statistics as they are; their dtype is that of the results
-        of_views = [torch.batch_norm_update_stats(view, running_mean, running_var, 0.0) for view in x.chunk(2)]
+        unused = torch.zeros_like(running_mean), torch.zeros_like(running_var)  # their dtype is that of the results
+        of_views = [torch.batch_norm_update_stats(view, *unused, momentum) for view in x.chunk(2)]
         mean, var = (torch.stack(rows).double() for rows in zip(*of_views))  # (2, c)
         moments = torch.stack([mean, var + mean.square()])
         dist.all_reduce(moments)
         mean, mean_square = moments / world
-        var = mean_square - mean.square()
+        var = (mean_square - mean.square()).clamp(min=0)
         mean, var = mean.to(running_mean.dtype), var.to(running_var.dtype)
 
         count = world * (x.numel() // x.shape[1] // 2)
@@ -130,7 +130,7 @@ class _AllProcesses(torch.autograd.Function):
 
 def _by_these_statistics(x, weight, bias, mean, var, eps: float, out: Tensor) -> None:
     """Write (x - mean) / sqrt(var + eps) weight + bias into `out`."""
-    unused = torch.empty_like(mean), torch.empty_like(var)
+    unused = mean.new_empty(0), var.new_empty(0)
     torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps, out=(out, *unused))
 
 

@@ -86,6 +86,8 @@ def one_of_two(rank, port, folder, place):
         for i, method in enumerate(METHODS):
             call(pretrain, "--dataset", folder, *method.split(), *SMALL, *IN_FLOAT64, "--out", f"two{i}")
             torch.save(dict(built[-1].network.named_buffers()), f"buffers{i}-{rank}")
+    parallel = built[-1].parallel
+    Path(f"ddp{rank}").write_text(json.dumps([parallel.gradient_as_bucket_view, parallel.will_sync_module_buffers()]))
     call(pretrain, "--dataset", folder, *SMALL, *IN_FLOAT32, "--out", "judged")
     nearest, voted = neighbours.nearest, []
     sys.modules["knn_eval"].nearest = lambda queries, bank, k: voted.append(len(queries)) or nearest(queries, bank, k)
@@ -118,7 +120,7 @@ def one_of_two(rank, port, folder, place):
         value.backward()
         torch.save({"value": value.detach(), "grad": mine.grad}, f"{name}{rank}")
     for name, x in VIEWS.items():
-        torch.save(normalised(x.chunk(2, 1)[rank], name != "plain"), f"norm-{name}{rank}")
+        torch.save(normalised(x.chunk(2, 1)[rank], name != "plain"), f"norm {name}{rank}")
     network = torch.nn.Linear(1, 1)
     network.weight.data += torch.nan if rank else 0
     try:
@@ -153,6 +155,7 @@ TERMS = {"uniformity": uniformity, "info_nce": lambda z: info_nce(*z.chunk(2))}
 VIEWS = {  # (2, b, c, ...), of unlike means and spreads
     "affine": torch.linspace(-1, 2, 2 * 6 * 5, dtype=torch.float64).exp().view(2, 6, 5),
     "plain": torch.linspace(-1, 2, 2 * 6 * 5, dtype=torch.float64).exp().view(2, 6, 5),
+    "one image a process": torch.linspace(-1, 2, 2 * 2 * 5, dtype=torch.float64).exp().view(2, 2, 5),
     "maps": torch.linspace(-1, 2, 2 * 4 * 5 * 6, dtype=torch.float64).exp().view(2, 4, 5, 3, 2),
 }
 
@@ -266,6 +269,10 @@ def test_evaluations_are_those_of_one_process(two, command, folder):
         assert mine == row
 
 
+def test_gradients_lie_in_buckets_and_buffers_are_not_sent(two):
+    assert [json.loads((two / f"ddp{rank}").read_text()) for rank in (0, 1)] == [[True, False]] * 2
+
+
 def test_each_process_votes_on_its_share(two):
     """Of the 18 queries to the network, to the untrained one and to pixels."""
     assert [json.loads((two / f"voted{rank}").read_text()) for rank in (0, 1)] == [[9, 9, 9]] * 2
@@ -312,7 +319,7 @@ def test_terms_over_processes_are_those_of_the_whole_batch(two, name):
 @pytest.mark.parametrize("name", VIEWS)
 def test_norms_of_two_processes_are_those_of_the_whole_batch(two, name):
     images, gradients, statistics = normalised(VIEWS[name], name != "plain")
-    parts = [torch.load(two / f"norm-{name}{rank}", weights_only=True) for rank in (0, 1)]
+    parts = [torch.load(two / f"norm {name}{rank}", weights_only=True) for rank in (0, 1)]
     for key, whole in images.items():
         torch.testing.assert_close(torch.cat([part[0][key] for part in parts], 1), whole, rtol=1e-10, atol=1e-10)
     assert len(gradients) == (0 if name == "plain" else 2)
