@@ -131,14 +131,12 @@ def augmented(x: Tensor, u: Tensor, probabilities: Tensor, mean: tuple, std: tup
     probabilities (n, 2) are those of blur and of solarisation.
     """
     draws = named_draws(u)
-    blur_p, solarise_p = probabilities.split(1, 1)
-    is_blurred = draws["blur"] < blur_p
-    is_solarised = draws["solarise"] < solarise_p
+    blur_p, solarise_p = probabilities.unbind(1)
     sigma = 0.1 + 1.9 * draws["sigma"]  # in pixels
     threshold = torch.full_like(sigma, 0.5)
     changes = colour_changes(u, jitter, grey_p)
-    changes.append((augment.gaussian_blur, is_blurred[:, 0], sigma[:, 0]))
-    changes.append((augment.solarise, is_solarised[:, 0], threshold[:, 0]))
+    changes.append((augment.gaussian_blur, draws["blur"] < blur_p, sigma))
+    changes.append((augment.solarise, draws["solarise"] < solarise_p, threshold))
     x = F.to_dtype(x, scale=True)
     augment.change(x, changes)
     return normalise(x, mean, std)
@@ -151,13 +149,12 @@ def colour_changes(u: Tensor, jitter=1.0, grey_p=GREY_P) -> list[Change]:
     factors = (2 * draws["factors"] - 1) * strength + torch.tensor(NEUTRAL)
     order = draws["order"].argsort(1)  # order[i, turn]: the operation of COLOUR that image i gets in this turn
     jitter_p = JITTER_P if jitter else 0  # an operation of strength 0 would still round
-    order = order.masked_fill(draws["jitter"] >= jitter_p, -1)  # -1: none
+    order[draws["jitter"] >= jitter_p] = -1  # none
     changes = []
     for operations in order.unbind(1):
         for i, operation in enumerate(COLOUR):
             changes.append((operation, operations == i, factors[:, i]))
-    is_grey = draws["grey"][:, 0] < grey_p
-    changes.append((augment.saturation, is_grey, torch.zeros(len(u))))
+    changes.append((augment.saturation, draws["grey"] < grey_p, torch.zeros(len(u))))
     return changes
 
 
@@ -205,9 +202,8 @@ def batches(
     if isinstance(split.images, Tensor):
         for rows, u in plan():
             rows = rows.to(device, non_blocking=True)
-            of_each_view = split.images[rows.repeat(views)]
-            crops = augment.crop_flip(of_each_view, u.flatten(0, 1), size)
-            yield crops.unflatten(0, (views, -1)), split.labels[rows], u
+            crops = augment.crop_views(split.images[rows], u, size)
+            yield crops, split.labels[rows], u
         return
     read_ahead, now = itertools.tee(plan())  # the loader reads ahead; `now` follows its results
     for (rows, u), crops in zip(now, pictures.crops(split.images, size, read_ahead, device)):

@@ -233,7 +233,7 @@ def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p:
     log; std is 1 / sqrt(out_dim) if they fill the sphere, 0 if they collapse. One micro-batch of a step has layers; its
     energy counts for all of them: loss and terms become means over the micro-batches.
     """
-    z, p, t = (tuple(map(processes.gather, pair)) for pair in (z, p, t))
+    z, p, t = map(processes.gather_views, (z, p, t))
     z1, z2 = z
     terms = {"loss": None}  # placeholder, so that loss is the first column
     terms[cfg.method] = network.loss(z, p, t, cfg.temperature)
@@ -244,8 +244,8 @@ def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p:
         std1, std2 = unit(z1).std(0), unit(z2).std(0)
         terms["std"] = (std1.mean() + std2.mean()) / 2
     if cfg.term == "energy" and layers:
-        energies = layer_energies(layers, cfg)
-        terms |= {name: cfg.accumulate * energy for name, energy in energies.items()}
+        for name, energy in layer_energies(layers, cfg).items():
+            terms[name] = cfg.accumulate * energy
     terms["loss"] = terms[cfg.method]
     if cfg.term in terms:  # what --reg adds
         terms["loss"] = terms["loss"] + cfg.weight * terms[cfg.term]

@@ -40,9 +40,11 @@ CHUNK_ON_GPU = 2**26  # numbers: 256 MB in fp32
 
 
 def named_draws(u: Tensor) -> dict[str, Tensor]:
-    """Return the draws u (..., DRAWS_PER_IMAGE) by the name of the choice they are for, (..., DRAWS[name]) each."""
+    """Return the draws u (..., DRAWS_PER_IMAGE) by the name of the choice they are for: (...) if it takes one draw,
+    else (..., DRAWS[name]).
+    """
     columns = u.split(list(DRAWS.values()), -1)
-    return dict(zip(DRAWS, columns))
+    return {name: column.squeeze(-1) for name, column in zip(DRAWS, columns)}
 
 
 def normalise(x: Tensor, mean: tuple, std: tuple) -> Tensor:
@@ -97,6 +99,13 @@ def in_chunks(make: Callable, per_image: tuple[Tensor, ...], *arguments) -> Tens
 # ---- Crop, resize and flip -------------------------------------------------------------------------------------------
 
 
+def crop_views(images: Tensor, u: Tensor, size: int) -> Tensor:
+    """Return `crop_flip` of images (b, 3, h, w) for each view's draws u (views, b, DRAWS_PER_IMAGE), all at once."""
+    views = len(u)
+    crops = crop_flip(images.repeat(views, 1, 1, 1), u.flatten(0, 1), size)
+    return crops.unflatten(0, (views, -1))
+
+
 def crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
     """Random resized crop (8-100 % of the area, aspect 3/4-4/3, bicubic) and flip, Appendix B.5.
 
@@ -110,8 +119,8 @@ def _crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
     height, width = images.shape[2:]
     draws = named_draws(u)
     boxes = crop_boxes(draws["area"], draws["aspect"], draws["corner"], height, width)
-    boxes_and_draws = torch.cat([boxes, draws["flip"]], 1).to(images.device, non_blocking=True)  # in one copy
-    top, left, box_height, box_width, flip = boxes_and_draws.unbind(1)
+    boxes_and_flips = torch.column_stack([boxes, draws["flip"]]).to(images.device, non_blocking=True)  # in one copy
+    top, left, box_height, box_width, flip = boxes_and_flips.unbind(1)
     w_y = _resampling(top, box_height, size, height)
     w_x = _resampling(left, box_width, size, width) / 255
     flipped = w_x.flip(1)

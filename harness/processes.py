@@ -221,6 +221,11 @@ def gather(x: Tensor) -> Tensor:
     return x
 
 
+def gather_views(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what `gather` does, of the rows of each view."""
+    return gather(pair[0]), gather(pair[1])
+
+
 def are_several() -> bool:
     """Say whether more than one process runs this program."""
     return dist.is_initialized() and dist.get_world_size() > 1
