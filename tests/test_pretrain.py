@@ -5,6 +5,7 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+import test_processes
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from conftest import ROOT, SMALL, rows_of
@@ -219,6 +220,7 @@ def loss_by_hand(method, z, p, t, temperature, queue):
         return -((p[0] * t[1]).sum(1) + (p[1] * t[0]).sum(1)).mean() / 2
     if method == "moco":
         return sum(info_nce_with_queue(z[i], t[1 - i], queue, temperature) for i in (0, 1)) / 2
+    assert method == "simclr"
     similarity = (z.flatten(0, 1) @ z.flatten(0, 1).T / temperature).exp()
     positive = similarity.roll(z.shape[1], 0).diagonal()
     return -(positive / (similarity.sum(0) - similarity.diagonal())).log().mean()
@@ -322,6 +324,16 @@ PARTS_OF = {  # beside encoder and projector
     "moco": ["target", "queue", "oldest"],
     "barlow": [],
 }
+
+
+def test_every_list_and_page_has_every_method():
+    assert set(PARTS_OF) == {method for method, _ in METHODS} == set(models.METHODS)
+    in_two_processes = " ".join(test_processes.METHODS)
+    for method in set(models.METHODS) - {"byol"}:
+        assert f"--method {method}" in in_two_processes
+        assert f"| `--method {method}` |" in (ROOT / "docs" / "running.md").read_text()
+        for page in (ROOT / "README.md", ROOT / "docs" / "files.md"):
+            assert f"`{method}`" in page.read_text().replace("--method ", ""), (page, method)
 
 
 @pytest.mark.parametrize(
