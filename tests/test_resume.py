@@ -198,7 +198,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_file(command, folder, whole, tmp_
     def slow(descriptor):
         if len(steps) == 4:
             os.kill(os.getpid(), signal.SIGINT)
-            end.wait(5)
+            end.wait(60)
         fsync(descriptor)
 
     with monkeypatch.context() as patch:

@@ -211,11 +211,12 @@ def knn(runs: list[RunLog]):
 
 def rank(runs: list[RunLog]):
     """Draw the effective rank of the features (RankMe, Garrido et al., 2023) against the iteration."""
-    figure, axis = plt.subplots(figsize=(4.5, 3.2))
+    figure, axis = plt.subplots(figsize=(4.5, 3.6))
     lines(axis, runs, "rank", "representations")
     axis.set_ylabel("effective rank of the features")
     axis.set_yscale("log", base=2)
-    axis.legend(fontsize=7, frameon=False)
+    axis.yaxis.set_major_formatter("{x:g}")
+    figure.legend(loc="outside lower center", fontsize=7, frameon=False)
     return figure
 
 

@@ -33,6 +33,8 @@ def groups(runs: list[RunLog], apart: tuple[str, ...] = ()) -> Groups:
     for method, same_method in by_method.items():
         settings = [with_named_weights(group[0].settings) for group in same_method]
         differing = [name for name in settings[0] if name not in ignored and differs(settings, name)]
+        if "reg_on" in differing and settings[0]["reg"] not in ("mhe", "amhe"):  # it says what is logged, no more
+            differing.remove("reg_on")
         if "init_digest" in differing:
             name_weights(differing, settings)
         if any(other_data(group[0].rows[0], same_method[0][0].rows[0]) for group in same_method):
