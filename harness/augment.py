@@ -40,8 +40,9 @@ CHUNK_ON_GPU = 2**26  # numbers: 256 MB in fp32
 
 
 def named_draws(u: Tensor) -> dict[str, Tensor]:
-    """Return the draws u (..., DRAWS_PER_IMAGE) by the name of the choice they are for: (...) if it takes one draw,
-    else (..., DRAWS[name]).
+    """Return the draws u (..., DRAWS_PER_IMAGE) by the name of the choice they are for.
+
+    A choice that takes one draw has (...), any other (..., DRAWS[name]).
     """
     columns = u.split(list(DRAWS.values()), -1)
     return {name: column.squeeze(-1) for name, column in zip(DRAWS, columns)}
@@ -74,14 +75,14 @@ def change(x: Tensor, changes: list[Change]) -> None:
     for _, is_changed, number in changes:
         rows.append(is_changed.nonzero()[:, 0])
         numbers.append(number[rows[-1]])
-    lengths = [len(some) for some in rows]
+    lengths = [len(changed_rows) for changed_rows in rows]
     rows = torch.cat(rows).to(x.device, non_blocking=True)
     numbers = torch.cat(numbers).to(x.device, non_blocking=True)
     parts = zip(changes, rows.split(lengths), numbers[:, None, None, None].split(lengths))
-    for (operation, _, _), some, number in parts:
-        if len(some) > 0:
-            changed = operation(x.index_select(0, some), number)
-            x.index_copy_(0, some, changed)
+    for (operation, _, _), changed_rows, number in parts:
+        if len(changed_rows) > 0:
+            changed = operation(x.index_select(0, changed_rows), number)
+            x.index_copy_(0, changed_rows, changed)
 
 
 def in_chunks(make: Callable, per_image: tuple[Tensor, ...], *arguments) -> Tensor:
@@ -93,7 +94,7 @@ def in_chunks(make: Callable, per_image: tuple[Tensor, ...], *arguments) -> Tens
     chunk = CHUNK_ON_CPU if images.device.type == "cpu" else CHUNK_ON_GPU
     n = max(1, chunk // images[0].numel())
     chunks = zip(*[x.split(n) for x in per_image])
-    return torch.cat([make(*some, *arguments) for some in chunks])
+    return torch.cat([make(*parts, *arguments) for parts in chunks])
 
 
 # ---- Crop, resize and flip -------------------------------------------------------------------------------------------

@@ -190,8 +190,8 @@ def embed_in_shares(embed: Callable, split, accelerator: Accelerator) -> Tensor:
     if world == 1:
         return embed(split)
     n = len(split.labels)
-    my_rows = share(n, accelerator.process_index, world).to(split.labels.device)
-    features = embed(split.rows(my_rows))
+    rows = share(n, accelerator.process_index, world).to(split.labels.device)
+    features = embed(split.rows(rows))
     return accelerator.gather(features)[:n]
 
 
@@ -222,7 +222,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 def gather_views(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return what `gather` does, of the rows of each view."""
+    """Return the rows of all processes for each view, with gradient."""
     return gather(pair[0]), gather(pair[1])
 
 

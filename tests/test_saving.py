@@ -160,13 +160,13 @@ class Together:
 
 
 def looks_of_two(monkeypatch, text, first, second):
-    """What each of two processes is told at 200 steps of two epochs, and how often they have met.
+    """What `Run._look` returns to each of two processes at 200 steps of two epochs, and how often they have met.
 
     `first` and `second`: the seconds of a step by the clock of each, and the step at which it gets a signal.
     """
     clock = threading.local()
     monkeypatch.setattr(saving, "seconds", lambda: clock.time)
-    told, meetings = [[], []], [0, 0]
+    looks, meetings = [[], []], [0, 0]
 
     def train(rank, seconds_a_step, signal_at):
         clock.time = 0.0
@@ -179,7 +179,7 @@ def looks_of_two(monkeypatch, text, first, second):
             if run.step == signal_at:
                 run.signals.append(signal.SIGINT)
             caught, is_due = run._look(at_epoch_end=run.step % 100 == 0)
-            told[rank].append((run.step, caught, is_due))
+            looks[rank].append((run.step, caught, is_due))
             if is_due:
                 run._schedule.saved(run.step)
             if caught:
@@ -193,8 +193,8 @@ def looks_of_two(monkeypatch, text, first, second):
         thread.start()
     for thread in threads:
         thread.join()
-    assert told[0] == told[1] and meetings[0] == meetings[1]
-    return told[0], meetings[0]
+    assert looks[0] == looks[1] and meetings[0] == meetings[1]
+    return looks[0], meetings[0]
 
 
 @pytest.mark.parametrize("text, steps", [("1min", [61, 100, 160, 200]), ("70steps", [70, 100, 170, 200])])
