@@ -73,7 +73,8 @@ class Run:
         self.description = {"settings": asdict(cfg), "view": self.view, "data": contents(images, cfg.holdout)}
         self.description |= {"steps": steps, **provenance()}
         self.whole_epochs, self.step = position(self.description, self._stored, folder)
-        processes.agree(accelerator, **asdict(cfg), view=self.view, steps=steps, step=self.step)
+        agreed = {**asdict(cfg), "save_every": flags["save_every"], "view": self.view}
+        processes.agree(accelerator, **agreed, steps=steps, step=self.step)
         self.sums, self.numbers, self.collapsed_epochs = {}, {}, 0
         self.epoch, self.has_warned = 0, False
         self.log_file, self.signals = None, []

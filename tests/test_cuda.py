@@ -10,7 +10,7 @@ from torch import nn
 
 import data
 import models
-from harness import probes, run
+from harness import augment, probes, run
 from knn_eval import nearest_neighbours
 from linear_eval import feature_batches
 from pretrain import Lars, Training, parameter_groups, train_step
@@ -29,6 +29,14 @@ class Accelerator(SimpleNamespace):
         self.accumulate = lambda network: contextlib.nullcontext()
         self.backward = lambda loss: loss.backward()
         self.gather = lambda x: x
+
+
+@pytest.fixture(autouse=True)
+def no_kept_tensors():
+    """What `normalise` keeps for cuda:0 is of the real device before a test, if there is one, and pretended after."""
+    augment._per_channel.cache_clear()
+    yield
+    augment._per_channel.cache_clear()
 
 
 def images(n=2 * BATCH, size=32):

@@ -100,6 +100,16 @@ def test_weights_are_named_and_their_digest_only_where_names_agree(tmp_path):
     assert same_name == ["BYOL, init timm, init_digest d6", "BYOL, init timm, init_digest e7"]
 
 
+def test_parts_that_are_not_regularized_are_not_named(tmp_path):
+    """reg_on of a run without an energy only says which weights' energy is logged."""
+    for name, reg in (("plain", "none"), ("amhe", "amhe")):
+        alone = read(write_run(tmp_path / f"{name}-alone", reg=reg, predictor="none", reg_on=["projector"]))
+        both = read(write_run(tmp_path / name, reg=reg, predictor="mlp"))
+        found = list(groups([both, alone]))
+        is_named = ["reg_on" in label for label in found]
+        assert all("predictor" in label for label in found) and is_named == [reg == "amhe"] * 2
+
+
 def test_gaussian_kde_of_known_points():
     z = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     side = torch.linspace(-2, 2, 401)

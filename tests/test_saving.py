@@ -141,6 +141,20 @@ def test_an_error_of_the_thread_ends_the_run_at_the_next_step(folder, tmp_path, 
     assert len(steps) == 3
 
 
+def test_processes_agree_on_the_interval(folder, tmp_path, monkeypatch):
+    """Where one looks and the other does not, both wait."""
+    agreed = {}
+
+    def agree(_, **facts):
+        agreed.update(facts)
+        raise InputError("seen")
+
+    monkeypatch.setattr("harness.processes.agree", agree)
+    with pytest.raises(InputError, match="seen"):
+        pretrain(dataset=str(folder), out=str(tmp_path / "run"), save_every="2steps", **RUN)
+    assert agreed["save_every"] == "2steps"
+
+
 class Together:
     """What Accelerate is to two threads: each gets the rows of both."""
 
