@@ -67,13 +67,10 @@ NORMS = {"bn": ViewNorm, "none": nn.Identity}
 
 
 def with_norm(network: nn.Module, norm: str) -> nn.Module:
-    """Replace each BatchNorm of the network by a fresh layer of NORMS, which is frozen if the old one was."""
+    """Replace each BatchNorm of the network by a fresh layer of NORMS."""
     for name, module in list(network.named_modules()):
         if isinstance(module, _BatchNorm):
-            replacement = NORMS[norm](module.num_features, affine=module.affine)
-            if module.affine:
-                replacement.requires_grad_(module.weight.requires_grad)
-            network.set_submodule(name, replacement)
+            network.set_submodule(name, NORMS[norm](module.num_features, affine=module.affine))
     return network
 
 

@@ -21,8 +21,10 @@ def normalise_views(x: Tensor, norm: _BatchNorm) -> Tensor:
     count = world * x.numel() // x.shape[1] // 2
     if count == 1:
         raise ValueError(f"BatchNorm needs more than one value a channel and view, got {tuple(x.shape)} of two views")
-    function = _OneProcess if world == 1 else _AllProcesses
-    return function.apply(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps)
+    settings = (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps)
+    if world == 1:
+        return _OneProcess.apply(x, *settings)
+    return _AllProcesses.apply(x, *settings, count)
 
 
 def count_batches(network: nn.Module) -> None:
@@ -33,7 +35,7 @@ def count_batches(network: nn.Module) -> None:
 
 
 class _OneProcess(torch.autograd.Function):
-    """torch's BatchNorm of each view."""
+    """torch's native_batch_norm of each view, on CUDA in place of cuDNN's."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum: float, eps: float) -> Tensor:
@@ -72,11 +74,12 @@ class _AllProcesses(torch.autograd.Function):
     """BatchNorm of each view by the mean and variance of all processes, which have equally many images.
 
     Sums over processes are in float64: a variance is the mean of squares less the squared mean. Gradients of weight and
-    bias are of this process's images; DDP takes their mean over processes, as of all weights.
+    bias are of this process's images; DDP takes their mean over processes, as of all weights. count: values of a view a
+    channel, in all processes.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, momentum: float, eps: float) -> Tensor:
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum: float, eps: float, count: int) -> Tensor:
         world = dist.get_world_size()
         unused = torch.zeros_like(running_mean), torch.zeros_like(running_var)  # their dtype is that of the results
         of_views = [torch.batch_norm_update_stats(view, *unused, momentum) for view in x.chunk(2)]
@@ -87,7 +90,6 @@ class _AllProcesses(torch.autograd.Function):
         var = (mean_square - mean.square()).clamp(min=0)
         mean, var = mean.to(running_mean.dtype), var.to(running_var.dtype)
 
-        count = world * (x.numel() // x.shape[1] // 2)
         y = torch.empty_like(x)
         for view, out, view_mean, view_var in zip(x.chunk(2), y.chunk(2), mean, var):
             running_mean.lerp_(view_mean, momentum)
@@ -125,7 +127,7 @@ class _AllProcesses(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         grad_weight = sum(of_weight) if wanted[1] else None
         grad_bias = sum(of_bias) if wanted[2] else None
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _by_these_statistics(x, weight, bias, mean, var, eps: float, out: Tensor) -> None:

@@ -324,6 +324,8 @@ class Run:
 
         The first process also decides how many steps later the next look is.
         """
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()  # the steps until now are to be done, not only launched
         now = saving.seconds()
         steps = saving.steps_to_next_look(self.step - self._look_step, now - self._looked_at)
         mine = torch.tensor([[number, is_due, steps]], device=self.accelerator.device)

@@ -103,7 +103,7 @@ def test_batches_and_views_wait_for_nothing_and_are_those_of_a_cpu(size):
 
 @pytest.mark.parametrize("reg", TERMS)
 @pytest.mark.parametrize("method", models.METHODS)
-def test_a_step_waits_at_most_for_its_energies(method, reg):
+def test_a_step_waits_for_its_energies_alone(method, reg):
     with PretendCuda() as seen:
         training = training_of(method, reg)
         batches = batches_on_cuda()

@@ -186,14 +186,6 @@ def test_forward_and_where_gradients_go(byol):
     byol.zero_grad()
 
 
-def test_a_frozen_target_gets_frozen_norms():
-    """Norms of a finished network may be replaced; a layer that learns and is not used ends DDP."""
-    network = models.with_norm(models.BYOL("test_resnet", "imagenet", "bn", 8, 4), "bn")
-    layers = [module for module in network.target.modules() if isinstance(module, models.ViewNorm)]
-    assert len(layers) == 16 and not any(p.requires_grad for p in network.target.parameters())
-    assert all(p.requires_grad for part in (network.encoder, network.projector) for p in part.parameters())
-
-
 def test_views_in_one_batch_are_views_one_after_the_other(byol):
     """Against timm's and torch's own BatchNorm: outputs, running statistics and gradients."""
     head = OrderedDict(

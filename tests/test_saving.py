@@ -158,7 +158,7 @@ def test_processes_agree_on_the_interval(folder, tmp_path, monkeypatch):
 class Together:
     """What Accelerate is to two threads: each gets the rows of both."""
 
-    num_processes, device = 2, "cpu"
+    num_processes, device = 2, torch.device("cpu")
     barrier, rows = threading.Barrier(2, timeout=5), {}
 
     def __init__(self, rank):
