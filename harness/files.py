@@ -38,7 +38,8 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror}); its old content is unchanged") from e
+        kept = "; its old content is unchanged" if path.exists() else ""
+        raise InputError(f"{path}: cannot be written ({e.strerror}){kept}") from e
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

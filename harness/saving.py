@@ -23,7 +23,8 @@ def interval(text: str) -> tuple[int, str]:
     """Return the number and the unit, min or steps, of a --save_every. InputError for any other spelling."""
     match = re.fullmatch(r"([1-9][0-9]{0,8})(min|steps)", str(text))
     if not match:
-        raise InputError(f"--save_every {text}: expected minutes or steps with their unit, as 10min or 500steps")
+        shown = str(text)[:40]
+        raise InputError(f"--save_every {shown}: expected a whole number with its unit, as 10min or 500steps")
     return int(match[1]), match[2]
 
 

@@ -309,7 +309,8 @@ def queue_length(values: dict, n: int) -> int:
     length = values["queue"] or max(1, min(LONGEST_QUEUE, n // 2))
     if length >= n:
         least = f"{values['dataset']} has {n} images to train on"
-        raise InputError(f"--queue {length}: {least}, so it would hold other keys of the image in question; take fewer")
+        why = "an image would meet its own earlier projections as negatives"
+        raise InputError(f"--queue {length}: {least}, so {why}; take fewer")
     return length
 
 

@@ -68,6 +68,8 @@ def test_a_failed_save_leaves_the_old_file(byol, pair, monkeypatch):
         match=r"ckpt.safetensors: cannot be written \(No space left on device\); its old content is unchanged",
     ):
         checkpoint.save(pair / "ckpt.safetensors", {"x": torch.ones(3)}, {})
+    with pytest.raises(InputError, match=r"new.safetensors: cannot be written \(No space left on device\)$"):
+        checkpoint.save(pair / "new.safetensors", {"x": torch.ones(3)}, {})
     assert (pair / "ckpt.safetensors").read_bytes() == before
     assert sorted(p.name for p in pair.iterdir()) == ["ckpt.safetensors", "encoder.safetensors"]
 

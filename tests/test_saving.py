@@ -28,7 +28,7 @@ def test_an_interval_has_its_unit(text, meant):
     "text", ["500", "0", "0min", "-1min", "1.5min", "10 min", "10m", "10epochs", "min", "", "¹min"]
 )
 def test_any_other_spelling_is_refused_by_the_two_that_are_right(text):
-    with pytest.raises(InputError, match=r"^--save_every .*: expected minutes or steps .* 10min or 500steps$"):
+    with pytest.raises(InputError, match=r"^--save_every .*: expected a whole number .* 10min or 500steps$"):
         interval(text)
 
 
