@@ -96,9 +96,12 @@ class Writer:
             self._fault = e
 
     def wait(self) -> None:
-        """Return when all work is done; raise what it has raised."""
-        if self._thread:
-            self._thread.join()
+        """Return when all work is done; raise what it has raised.
+
+        It waits in turns of a second: a signal that comes just before a turn begins would not end it.
+        """
+        while self._thread and self._thread.is_alive():
+            self._thread.join(timeout=1)
         self._thread = None
         fault, self._fault = self._fault, None
         if fault:

@@ -185,7 +185,15 @@ def test_a_state_is_that_of_its_step_whenever_it_is_written(command, folder, who
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_file(command, folder, whole, tmp_path, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: a shell starts what runs in its background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_file(command, folder, whole, tmp_path, monkeypatch, interruptible):
     """The second comes while the state of step 4 is written; the file under way goes, that of step 3 stays."""
     step, steps, fsync, end = Lars.step, [], os.fsync, threading.Event()
 
