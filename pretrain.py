@@ -213,7 +213,7 @@ def train_step(training: Training, crops: Tensor, u: Tensor, lr: float, tau: flo
     v1, v2 = data.two_views(crops, u, images.mean, images.std, *chances, jitter=cfg.jitter, grey_p=cfg.grey)
     with accelerator.accumulate(training.parallel):
         outputs = training.parallel(v1, v2)
-        layers = training.layers if accelerator.sync_gradients else {}  # the energy is taken once a step
+        layers = training.layers if accelerator.sync_gradients else {}  # in the last micro-batch of a step
         terms = objective(cfg, training.network, layers, *outputs)
         accelerator.backward(terms["loss"])
         norms = gradient_norms(training.network, accelerator)
@@ -230,8 +230,8 @@ def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p:
     """Compute the loss and its terms, unweighted, of the outputs of a network, (b, out_dim) a view.
 
     The loss is Eq. 7 with an energy, Eq. 4 with uniformity. alignment and std of the normalised projections are for the
-    log; std is 1 / sqrt(out_dim) if they fill the sphere, 0 if they collapse. One micro-batch of a step has layers; its
-    energy counts for all of them: loss and terms become means over the micro-batches.
+    log; std is 1 / sqrt(out_dim) if they fill the sphere, 0 if they collapse. Of the micro-batches of a step the last
+    alone gets layers, and multiplies their energy by the number of micro-batches: its mean over these is the energy.
     """
     z, p, t = map(processes.gather_views, (z, p, t))
     z1, z2 = z

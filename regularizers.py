@@ -221,7 +221,7 @@ def _sweep(weight, s, angular, want_grad, exact=False):
         norm = (w * x).sum(1, keepdim=True)
         inverse_norm = torch.where(norm > 0, 1 / norm, 0)
     is_zero = (inverse_norm == 0).to(w)
-    peaks = [w.new_zeros(())]  # lowest and highest cosine of each block
+    peaks = [w.new_zeros(())]  # then the lowest and highest cosine of each block; a layer may have none
     energy = w.new_zeros(())
     grad = torch.zeros_like(w) if want_grad else None
     size = CPU_BLOCK if w.device.type == "cpu" else GPU_BLOCK
