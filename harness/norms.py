@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -21,10 +22,13 @@ def normalise_views(x: Tensor, norm: _BatchNorm) -> Tensor:
     count = world * x.numel() // x.shape[1] // 2
     if count == 1:
         raise ValueError(f"BatchNorm needs more than one value a channel and view, got {tuple(x.shape)} of two views")
-    settings = (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps)
-    if world == 1:
-        return _OneProcess.apply(x, *settings)
-    return _AllProcesses.apply(x, *settings, count)
+    parameters, running = (norm.weight, norm.bias), (norm.running_mean, norm.running_var)
+    numbers = (norm.momentum, norm.eps)
+    if world > 1:
+        return _AllProcesses.apply(x, *parameters, *running, *numbers, count)
+    if torch.compiler.is_compiling():  # Inductor refuses what _OneProcess does, and fuses these by itself
+        return torch.cat([batch_norm(view, *running, *parameters, True, *numbers) for view in x.chunk(2)])
+    return _OneProcess.apply(x, *parameters, *running, *numbers)
 
 
 def count_batches(network: nn.Module) -> None:
