@@ -8,6 +8,7 @@ row is printed for each encoder and k. The floors are the same vote on an untrai
 before its first step, and on the pixels of the view.
 """
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import torch
@@ -19,7 +20,7 @@ import models
 from data import Split
 from harness import cli, judging, processes
 from harness.log import emit
-from harness.neighbours import finest, nearest
+from harness.neighbours import finest, nearest, parts_of_bank
 from harness.probes import floors_are_cheap, geometry
 
 DEFAULT_K = (10, 20, 100, 200)
@@ -61,34 +62,33 @@ def nearest_neighbours(
 ) -> dict[int, dict[str, float]]:
     """Take the `vote` on an encoder's features of the evaluation views of two splits; k = 20 and 0.07 are DINO's.
 
-    Each process embeds its share of the images, and `vote` shares the queries out.
+    Each process embeds a share of both. The bank passes in parts: the features of ImageNet would take 10 GB.
     """
 
     def embed(split: Split) -> Tensor:
         return models.embed(encoder, data.evaluation_views(split, **view))
 
-    bank_features = processes.embed_in_shares(embed, bank, accelerator)
     query_features = processes.embed_in_shares(embed, queries, accelerator)
+    bank_features = map(embed, parts_of_bank(bank))
     return vote(bank_features, bank.labels, query_features, queries.labels, k, temperature)
 
 
 @torch.no_grad()
 def vote(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: tuple[int, ...], temperature: float
+    bank: Iterable[Tensor], bank_labels: Tensor, queries: Tensor, labels: Tensor, k: tuple[int, ...], temperature: float
 ) -> dict[int, dict[str, float]]:
     """Accuracy in percent, {k: {"top1": ..., ...}}, of the vote of the k rows of the bank nearest by cosine.
 
-    bank (n, d), queries (m, d): features, rows of any length; bank_labels (n,), labels (m,): classes from 0. k is
-    clipped to n. Of classes with equal votes the lower comes first; a class without a vote is a miss. All processes
-    pass the same, take the vote for a share of the queries each, and get the accuracy of all.
+    bank: its features (n, d) in parts, [bank] if it is whole; queries (m, d); rows of any length. bank_labels (n,),
+    labels (m,): classes from 0. k is clipped to n. Of classes with equal votes the lower comes first; a class without a
+    vote is a miss. Processes have parts of their own, as in `nearest`, and each counts the votes of a share of queries.
     """
     classes = int(max(bank_labels.max(), labels.max())) + 1
-    clipped = [min(neighbours, len(bank)) for neighbours in k]
+    clipped = [min(neighbours, len(bank_labels)) for neighbours in k]
     ks = list(dict.fromkeys(clipped))  # each once
-    my_labels = processes.my_rows(labels)
-    cosines, rows = nearest(processes.my_rows(queries), bank, max(ks))
+    cosines, rows = nearest(queries, bank, max(ks))
     ranks = {neighbours: [] for neighbours in ks}
-    chunks = [x.split(QUERIES_AT_ONCE) for x in (cosines, rows, my_labels)]
+    chunks = [processes.my_rows(x).split(QUERIES_AT_ONCE) for x in (cosines, rows, labels)]
     for cosine, voters, truth in zip(*chunks):
         advantage = (cosine - cosine[:, :1]).to(finest(cosine.device))
         weight = (advantage / temperature).exp()  # the nearest has weight 1; only ratios matter, so nothing overflows

@@ -206,6 +206,15 @@ def share(n: int, rank: int, world: int) -> Tensor:
     return torch.arange(first, first + per_process) % n
 
 
+def share_of_rows(n: int) -> range:
+    """Return which of n rows are this process's, none of them another's: those of `share` without the repetition."""
+    if not are_several():
+        return range(n)
+    per_process = -(-n // dist.get_world_size())  # rounded up
+    first = min(dist.get_rank() * per_process, n)
+    return range(first, min(first + per_process, n))
+
+
 def my_rows(x: Tensor) -> Tensor:
     """Return this process's `share` of the n rows of x; `gather(y)[:n]` is the whole of what is made of them, y."""
     if are_several():

@@ -28,7 +28,8 @@ def test_features_are_those_that_the_judge_votes_with(command, trained, folder, 
     assert last["tensors"] == {name: list(tensor.shape) for name, tensor in tensors.items()}
     assert {tensors[f"{part}.features"].dtype for part in ("train", "test")} == {torch.float32}
     parts = [tensors[f"{part}.{kind}"] for part in ("train", "test") for kind in ("features", "labels")]
-    scores = vote(*parts, (5,), 0.07)[5]
+    bank, *others = parts
+    scores = vote([bank], *others, (5,), 0.07)[5]
     (judged,) = [row for row in command(knn_eval, trained / "ckpt.safetensors", "--k", 5, "--no_floors")[1]]
     assert {name: judged[name] for name in scores} == scores
 

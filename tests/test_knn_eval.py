@@ -11,7 +11,7 @@ from torch import nn
 
 import data
 import models
-from harness import checkpoint, judging, processes
+from harness import checkpoint, judging, neighbours, processes
 from harness.log import read_log
 from harness.settings import name_of_weights
 from knn_eval import knn_eval, nearest_neighbours, vote
@@ -23,7 +23,7 @@ def test_vote_is_the_one_written_by_hand():
     bank, queries = torch.randn(300, 8, generator=generator), torch.randn(40, 8, generator=generator)
     bank_labels, labels = (torch.randint(7, (n,), generator=generator) for n in (300, 40))
     for temperature in (0.07, 1.0, 1e-4, 1e-50):
-        scores = vote(bank, bank_labels, queries, labels, (1, 20, 500), temperature)
+        scores = vote([bank], bank_labels, queries, labels, (1, 20, 500), temperature)
         assert list(scores) == [1, 20, 300]
         for k, score in scores.items():
             right = {1: 0, 5: 0}
@@ -45,16 +45,29 @@ def test_vote_is_the_one_written_by_hand():
 
 
 @pytest.mark.parametrize("tile", [(7, 9), (512, 30), (1, 1)])
-def test_vote_by_tiles_is_the_vote(monkeypatch, tile):
-    """Tiles that divide neither the bank nor the queries, smaller and larger than k."""
+@pytest.mark.parametrize("part", [40, 13, 1])
+def test_vote_by_parts_and_tiles_is_the_vote(monkeypatch, tile, part):
+    """Parts and tiles that divide neither the bank nor the queries, smaller and larger than k and than each other."""
     generator = torch.Generator().manual_seed(0)
     bank, queries = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (40, 25))
-    there = bank, torch.arange(40) % 4, queries, torch.arange(25) % 4
+    there = [bank], torch.arange(40) % 4, queries, torch.arange(25) % 4
     whole = vote(*there, (1, 15, 40), 0.07)
     monkeypatch.setattr("harness.neighbours.QUERIES_IN_TILE", tile[0])
     monkeypatch.setattr("harness.neighbours.BANK_IN_TILE", tile[1])
     monkeypatch.setattr("knn_eval.QUERIES_AT_ONCE", tile[0])
-    assert vote(*there, (1, 15, 40), 0.07) == whole
+    parts = iter(there[0][0].split(part))  # can be read once
+    assert vote(parts, *there[1:], (1, 15, 40), 0.07) == whole
+
+
+def test_a_bank_is_embedded_in_parts(photos, monkeypatch):
+    """One part is whole, and is not copied."""
+    bank, queries = photos.train.rows(torch.arange(0, 2000, 4)), photos.test
+    of = nn.Flatten(), bank, queries, photos.view(data.EVAL_CROP), processes.start()
+    whole = nearest_neighbours(*of)
+    assert next(neighbours.parts_of_bank(bank)) is bank
+    monkeypatch.setattr(neighbours, "BANK_IN_TILE", 150)
+    assert [len(part.labels) for part in neighbours.parts_of_bank(bank)] == [150, 150, 150, 50]
+    assert nearest_neighbours(*of) == whole
 
 
 def test_online_vote_is_dinos(photos):
@@ -63,7 +76,7 @@ def test_online_vote_is_dinos(photos):
     view = photos.view(data.EVAL_CROP)
     scores = nearest_neighbours(nn.Flatten(), bank, queries, view, processes.start())
     pixels = [torch.cat([*data.evaluation_views(split, **view)]).flatten(1) for split in (bank, queries)]
-    features = pixels[0], bank.labels, pixels[1], queries.labels
+    features = [pixels[0]], bank.labels, pixels[1], queries.labels
     assert scores == vote(*features, (20,), 0.07)
     assert scores[20] not in [vote(*features, (k,), t)[k] for k, t in ((20, 0.1), (20, 0.05), (10, 0.07))]
 
@@ -72,9 +85,9 @@ def test_vote_on_few_classes_and_images():
     bank = torch.eye(2)
     for labels, part in (([0, 1], 100.0), ([1, 0], 0.0)):
         scores = {"top1": part, "top5": part, "balanced": part}
-        assert vote(bank, torch.tensor([0, 1]), bank, torch.tensor(labels), (1,), 0.07) == {1: scores}
+        assert vote([bank], torch.tensor([0, 1]), bank, torch.tensor(labels), (1,), 0.07) == {1: scores}
     scores = {"top1": 100.0, "top5": 100.0, "balanced": 100.0}
-    assert vote(bank, torch.tensor([0, 1]), bank, torch.tensor([0, 1]), (20,), 0.07) == {2: scores}
+    assert vote([bank], torch.tensor([0, 1]), bank, torch.tensor([0, 1]), (20,), 0.07) == {2: scores}
 
 
 @pytest.mark.parametrize("file", ["ckpt.safetensors", "encoder"])

@@ -42,6 +42,10 @@ METHODS = (
 NORMED = ["--epochs", "7", "--lr", "8", "--eval_every", "7", "--save_every", "2steps"]
 
 
+# Rows of a bank, of a part of it, queries and k: halves that differ, a half below k, one that is empty, k beyond all.
+SEARCHES = ((41, 7, 30, 5), (41, 100, 5, 30), (1, 1, 3, 1), (5, 2, 700, 9))
+
+
 class Lost(BaseException):
     """Ends a stage where it stands, as SIGKILL does."""
 
@@ -50,6 +54,25 @@ def call(stage, *words):
     """A stage, with the flags of a command line."""
     flags = cli.read([str(word) for word in words], inspect.signature(stage).parameters)
     stage(*[flags.pop("ckpt")] if "ckpt" in flags else (), **flags)
+
+
+def near(n, part, m, k):
+    """The k rows of a bank of n that are nearest to m queries; of several processes each has a share of the bank."""
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (torch.randn(rows, 6, generator=generator, dtype=torch.float64) for rows in (n, m))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbours, "BANK_IN_TILE", part)
+        parts = neighbours.parts_of_bank(data.Split(bank, torch.zeros(n)))
+        return neighbours.nearest(queries, (split.images for split in parts), k)
+
+
+@contextlib.contextmanager
+def results_of(owner, name):
+    """Collect what a function returns while it is called."""
+    function, results = getattr(owner, name), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, lambda *args: results.append(function(*args)) or results[-1])
+        yield results
 
 
 @contextlib.contextmanager
@@ -89,10 +112,10 @@ def one_of_two(rank, port, folder, place):
     parallel = built[-1].parallel
     Path(f"ddp{rank}").write_text(json.dumps([parallel.gradient_as_bucket_view, parallel.will_sync_module_buffers()]))
     call(pretrain, "--dataset", folder, *SMALL, *IN_FLOAT32, "--out", "judged")
-    nearest, voted = neighbours.nearest, []
-    sys.modules["knn_eval"].nearest = lambda queries, bank, k: voted.append(len(queries)) or nearest(queries, bank, k)
-    call(knn_eval, "judged/ckpt.safetensors", "--k", 5)
-    Path(f"voted{rank}").write_text(json.dumps(voted))
+    with results_of(models, "embed") as embedded:
+        call(knn_eval, "judged/ckpt.safetensors", "--k", 5)
+    Path(f"embedded{rank}").write_text(json.dumps([len(features) for features in embedded]))
+    torch.save([near(*sizes) for sizes in SEARCHES], f"near{rank}")
     call(linear_eval, "judged/ckpt.safetensors", "--epochs", 3, "--batch_size", 19)
     Path(f"loads{rank}").write_text(json.dumps(loads))
 
@@ -273,9 +296,19 @@ def test_gradients_lie_in_buckets_and_buffers_are_not_sent(two):
     assert [json.loads((two / f"ddp{rank}").read_text()) for rank in (0, 1)] == [[True, False]] * 2
 
 
-def test_each_process_votes_on_its_share(two):
-    """Of the 18 queries to the network, to the untrained one and to pixels."""
-    assert [json.loads((two / f"voted{rank}").read_text()) for rank in (0, 1)] == [[9, 9, 9]] * 2
+def test_each_process_embeds_half_of_bank_and_queries(two):
+    """Of 18 queries and a bank of 48, for the network, the untrained one and pixels; `geometry` embeds the rest."""
+    for rank in (0, 1):
+        assert json.loads((two / f"embedded{rank}").read_text()) == [9, 24, 18, 36] * 3
+
+
+@pytest.mark.parametrize("search", range(len(SEARCHES)))
+def test_the_nearest_of_all_processes_banks_are_those_of_one(two, search):
+    (cosines, rows), theirs = (torch.load(two / f"near{rank}")[search] for rank in (0, 1))
+    assert torch.equal(cosines, theirs[0]) and torch.equal(rows, theirs[1])
+    expected_cosines, expected_rows = near(*SEARCHES[search])
+    torch.testing.assert_close(cosines, expected_cosines)
+    assert torch.equal(rows, expected_rows)
 
 
 def test_data_are_loaded_by_the_first_process_first(two):

@@ -43,7 +43,7 @@ def test_the_instrument_refuses():
 def test_a_vote_and_accuracies(on_mps):
     bank, queries = torch.eye(6), torch.eye(6)[:4]
     with WithoutFloat64():
-        scores = knn_eval.vote(bank, torch.arange(6), queries, torch.tensor([0, 1, 2, 5]), (1, 6), 0.07)
+        scores = knn_eval.vote([bank], torch.arange(6), queries, torch.tensor([0, 1, 2, 5]), (1, 6), 0.07)
         labels = torch.tensor([0, 1, 5])
         linear = judging.accuracy(judging.rank_of(labels, bank[:3] - torch.arange(6) / 100), labels)
     three_of_four = {"top1": 75.0, "top5": 75.0, "balanced": 75.0}

@@ -636,7 +636,7 @@ def knn(accelerator: Accelerator) -> Iterator[Contest]:
     bank, queries = features(accelerator)
 
     def ours() -> None:
-        vote(*bank, *queries, (k,), 0.07)
+        vote([bank.images], bank.labels, *queries, (k,), 0.07)
 
     def products() -> None:
         for chunk in queries.images.split(500):
@@ -673,8 +673,8 @@ def knn_scaling(accelerator: Accelerator) -> Iterator[Contest]:
     """The vote over the bank, up to ImageNet's training set."""
     queries = random_rows(1000, accelerator.device)
     for n in (10_000, 100_000, 1_281_167):
-        bank = random_rows(n, accelerator.device)
-        ours = functools.partial(vote, *bank, *queries, (200,), 0.07)
+        bank, labels = random_rows(n, accelerator.device)
+        ours = functools.partial(vote, [bank], labels, *queries, (200,), 0.07)
         yield Contest(f"1,000 queries of a bank of {n:,} x 512", ours, [])
 
 

@@ -73,10 +73,10 @@ def find(ckpt: str, dataset: str | None, data_dir: str | None) -> Sheet:
     bank_features = features_of(judged.encoder, bank, judged.view, accelerator, "train")
     query_features = features_of(judged.encoder, queries, judged.view, accelerator, "queries")
     if query_split is bank:
-        cosines, rows = nearest(query_features, bank_features, NEIGHBOURS + 1)
+        cosines, rows = nearest(query_features, [bank_features], NEIGHBOURS + 1)
         cosines, rows = without_queries(cosines.cpu(), rows.cpu(), query_rows)
     else:
-        cosines, rows = nearest(query_features, bank_features, NEIGHBOURS)
+        cosines, rows = nearest(query_features, [bank_features], NEIGHBOURS)
     neighbour_pictures = bank.rows(rows.cpu().flatten())
     title = title_of(judged, *rows.shape)
     return Sheet(title, queries, neighbour_pictures, cosines.cpu(), judged.images.classes, judged.view)
