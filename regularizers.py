@@ -132,7 +132,7 @@ def energy_by_definition(weight: Tensor, s: float, angular: bool) -> Tensor:
     for autograd, and in fp32 close pairs lose their digits: the result is 2 % off at an angle of 1e-3.
     """
     w = unit(weight.flatten(1))
-    is_pair = ~torch.eye(len(w), dtype=torch.bool, device=w.device)
+    is_pair = torch.eye(len(w), device=w.device) == 0
     z = torch.cdist(w, w)[is_pair]
     if angular:
         z = (w @ w.T)[is_pair].clamp(-1, 1).arccos()
@@ -221,12 +221,13 @@ def _sweep(weight, s, angular, want_grad, exact=False):
         norm = (w * x).sum(1, keepdim=True)
         inverse_norm = torch.where(norm > 0, 1 / norm, 0)
     is_zero = (inverse_norm == 0).to(w)
-    peaks = [w.new_zeros(())]  # then the lowest and highest cosine of each block; a layer may have none
     energy = w.new_zeros(())
     grad = torch.zeros_like(w) if want_grad else None
     size = CPU_BLOCK if w.device.type == "cpu" else GPU_BLOCK
     slices = [slice(start, start + size) for start in range(0, len(w), size)]
-    for i, j in itertools.combinations_with_replacement(slices, 2):  # blocks on and above the diagonal
+    blocks = list(itertools.combinations_with_replacement(slices, 2))  # on and above the diagonal
+    peaks = w.new_zeros(len(blocks), 2)  # lowest and highest cosine of each
+    for (i, j), peak in zip(blocks, peaks):
         cosine = w[i] @ w[j].T
         if exact and angular:
             cosine += is_zero[i] * is_zero[j].T
@@ -234,7 +235,7 @@ def _sweep(weight, s, angular, want_grad, exact=False):
             cosine += (is_zero[i] + is_zero[j].T) / 2
         if i == j:
             cosine.fill_diagonal_(0)  # i = j is not a pair; its terms become zero below
-        peaks += cosine.aminmax()
+        torch.aminmax(cosine, out=tuple(peak))
         cosine.clamp_(lowest, highest)
         value, slope = _potential(cosine, s, angular, want_grad)
         if i == j:
@@ -248,12 +249,12 @@ def _sweep(weight, s, angular, want_grad, exact=False):
         grad[i].addmm_(slope, w[j])
         if i != j:
             grad[j].addmm_(slope.T, w[i])
-    is_coarse = is_zero.any() | (torch.stack(peaks).abs() > NEAR).any()
+    is_coarse = is_zero.any() | (peaks.abs() > NEAR).any()
     pairs = max(1, len(w) * (len(w) - 1))  # a single neuron has no pair and the energy 0
     if want_grad:
         along_row = (grad * w).sum(1, keepdim=True)
         grad.addcmul_(w, along_row, value=-1)  # the energy does not change with the length of a row
-        grad.mul_(inverse_norm * (2 / pairs))
+        grad.mul_(2 / pairs * inverse_norm)
         grad = grad.view(weight.shape)
     return energy / pairs, grad, is_coarse
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
+from regularizers import amhe
 from tools import bench
 
 
@@ -31,6 +33,13 @@ def test_memory_is_that_of_the_call():
     assert bench.peak(lambda: torch.ones(30_000_000), torch.device("cpu")) == pytest.approx(120, abs=10)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
+def test_an_energy_takes_the_memory_of_a_few_blocks():
+    """The Gram matrix of 8,192 neurons takes 268 MB."""
+    weight = torch.randn(8192, 64, requires_grad=True)
+    assert bench.peak(lambda: amhe(weight).backward(), torch.device("cpu")) < 60
+
+
 def test_table_and_rows(shell, command, monkeypatch):
     monkeypatch.setattr(bench, "HEADS", ((300, 20), (10, 60)))
     code, lines, err = shell(bench.bench, "--only", "energy", "--seconds", "1e-9")
@@ -41,6 +50,17 @@ def test_table_and_rows(shell, command, monkeypatch):
     code, rows, _ = command(bench.bench, "--only", "energy", "--seconds", "1e-9", "--json")
     assert code == 0 and [row["to reach"] for row in rows] == [">= 3.5", "<= 1.5"] * 6
     assert all(row["stage"] == "bench" and row["ours"] > 0 and row["ratio"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["knn", "linear"])
+def test_the_judges_rows_run(monkeypatch, name):
+    """On 300 rows to learn from and 100 to judge by, in place of 50,000 and 10,000."""
+    rows, labels = torch.randn(400, 8), torch.arange(400) % 3
+    parts = [data.Split(rows[part], labels[part]) for part in (slice(300), slice(300, 400))]
+    monkeypatch.setattr(bench, "features", lambda _: parts)
+    (contest,) = bench.ROWS[name](bench.processes.start())
+    contest.ours()
+    assert contest.what and contest.rivals
 
 
 def test_memory_that_cannot_be_read_is_none(monkeypatch):
