@@ -74,7 +74,7 @@ VIEWS = (  # pixels before and after, images on a CPU, probability of blur
     (256, 224, 20, 1.0),
 )
 IMAGES_ON_GPU = 1024
-MOST_STEPS = 800  # of L-BFGS
+MOST_STEPS = 400  # of L-BFGS
 PHOTOGRAPHS = ("astronaut", "coffee", "retina", "hubble_deep_field")  # large ones that ship inside scikit-image
 
 
