@@ -222,7 +222,7 @@ def evaluation_views(
     device = split.labels.device
     if isinstance(split.images, Tensor):
         side = max(1, round(crop * min(split.images.shape[2:])))
-        fits_256_mb = max(1, 2**26 // split.images[0].numel())
+        fits_256_mb = max(1, 2**26 // split.images.shape[1:].numel())
         for batch in split.images.split(min(batch_size, fits_256_mb)):
             x = F.center_crop(batch.float() / 255, [side, side])
             x = F.resize(x, [size, size], InterpolationMode.BICUBIC, antialias=True)

@@ -20,7 +20,7 @@ import models
 from data import Split
 from harness import cli, judging, processes
 from harness.log import emit
-from harness.neighbours import finest, nearest, parts_of_bank
+from harness.neighbours import finest, in_parts, nearest
 from harness.probes import floors_are_cheap, geometry
 
 DEFAULT_K = (10, 20, 100, 200)
@@ -62,14 +62,15 @@ def nearest_neighbours(
 ) -> dict[int, dict[str, float]]:
     """Take the `vote` on an encoder's features of the evaluation views of two splits; k = 20 and 0.07 are DINO's.
 
-    Each process embeds a share of both. The bank passes in parts: the features of ImageNet would take 10 GB.
+    Each process embeds a part of both. The bank passes in parts: ImageNet's features would take 10 GB.
     """
 
     def embed(split: Split) -> Tensor:
         return models.embed(encoder, data.evaluation_views(split, **view))
 
     query_features = processes.embed_in_shares(embed, queries, accelerator)
-    bank_features = map(embed, parts_of_bank(bank))
+    bank_views = data.evaluation_views(processes.own_part(bank), **view)
+    bank_features = (models.embed(encoder, views) for views in in_parts(bank_views))
     return vote(bank_features, bank.labels, query_features, queries.labels, k, temperature)
 
 
@@ -79,14 +80,15 @@ def vote(
 ) -> dict[int, dict[str, float]]:
     """Accuracy in percent, {k: {"top1": ..., ...}}, of the vote of the k rows of the bank nearest by cosine.
 
-    bank: its features (n, d) in parts, [bank] if it is whole; queries (m, d); rows of any length. bank_labels (n,),
-    labels (m,): classes from 0. k is clipped to n. Of classes with equal votes the lower comes first; a class without a
-    vote is a miss. Processes have parts of their own, as in `nearest`, and each counts the votes of a share of queries.
+    bank: its features in parts (n_i, d), in order; of several processes each has its own, see `nearest`. queries (m, d)
+    are features, too, of any length. bank_labels (n,), of all parts, and labels (m,) are classes from 0. k is clipped
+    to n. Of classes with equal votes the lower comes first; a class without a vote is a miss. Each process counts the
+    votes of a share of the queries. ValueError if the parts together have not n rows.
     """
     classes = int(max(bank_labels.max(), labels.max())) + 1
     clipped = [min(neighbours, len(bank_labels)) for neighbours in k]
     ks = list(dict.fromkeys(clipped))  # each once
-    cosines, rows = nearest(queries, bank, max(ks))
+    cosines, rows = nearest(queries, bank, len(bank_labels), max(ks))
     ranks = {neighbours: [] for neighbours in ks}
     chunks = [processes.my_rows(x).split(QUERIES_AT_ONCE) for x in (cosines, rows, labels)]
     for cosine, voters, truth in zip(*chunks):

@@ -132,7 +132,7 @@ def energy_by_definition(weight: Tensor, s: float, angular: bool) -> Tensor:
     for autograd, and in fp32 close pairs lose their digits: the result is 2 % off at an angle of 1e-3.
     """
     w = unit(weight.flatten(1))
-    is_pair = torch.eye(len(w), device=w.device) == 0
+    is_pair = ~torch.eye(len(w), dtype=bool, device=w.device)
     z = torch.cdist(w, w)[is_pair]
     if angular:
         z = (w @ w.T)[is_pair].clamp(-1, 1).arccos()
@@ -226,7 +226,7 @@ def _sweep(weight, s, angular, want_grad, exact=False):
     size = CPU_BLOCK if w.device.type == "cpu" else GPU_BLOCK
     slices = [slice(start, start + size) for start in range(0, len(w), size)]
     blocks = list(itertools.combinations_with_replacement(slices, 2))  # on and above the diagonal
-    peaks = w.new_zeros(len(blocks), 2)  # lowest and highest cosine of each
+    peaks = w.new_zeros(len(blocks), 2)  # lowest and highest cosine of each; single ones would pin a block's memory
     for (i, j), peak in zip(blocks, peaks):
         cosine = w[i] @ w[j].T
         if exact and angular:

@@ -15,7 +15,7 @@ The first floor imports no page:
     pictures    pictures in files: which there are, how one is read, many of them read ahead by workers
     norms       BatchNorm of two views over all processes
     surveys     what pictures are like, kept from one start to the next
-    neighbours  the nearest rows of a large bank
+    neighbours  the nearest rows of a large bank, which passes in parts, divided over processes
     sources     the embedded photographs, torchvision's data sets, folders of pictures
 
 The second floor builds on the pages:

@@ -1,6 +1,7 @@
-"""The nearest rows of a large bank: neither the bank nor the matrix of cosines is whole in memory."""
+"""The nearest rows of a large bank, which passes in parts, divided over processes."""
 
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 
 import torch
 import torch.distributed as dist
@@ -8,47 +9,52 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from harness import processes
-from harness.sources import Split
 
 QUERIES_IN_TILE, BANK_IN_TILE = 2**9, 2**16  # rows whose cosines are computed together: 128 MB
+BATCHES_IN_PART = 128  # of images whose features are in memory together: 64,000 of `data.evaluation_views`
 
 
-def parts_of_bank(bank: Split) -> Iterator[Split]:
-    """Yield this process's images of a bank, BANK_IN_TILE at a time; no image is in two processes' parts."""
-    n = len(bank.labels)
-    share = processes.share_of_rows(n)
-    for first in range(share.start, share.stop, BANK_IN_TILE):
-        last = min(first + BANK_IN_TILE, share.stop)
-        yield bank if last - first == n else bank.rows(torch.arange(first, last, device=bank.labels.device))
+def in_parts(batches: Iterable[Tensor]) -> Iterator[Iterator[Tensor]]:
+    """Yield BATCHES_IN_PART batches at a time, as an iterator that is used up before the next one."""
+    batches = iter(batches)
+    for first in batches:
+        yield chain([first], islice(batches, BATCHES_IN_PART - 1))
 
 
-def nearest(queries: Tensor, bank: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Cosines (m, k) of each query (m, d) with the k nearest rows of a bank, in falling order, and their row numbers.
+def nearest(queries: Tensor, bank: Iterable[Tensor], n: int, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines (m, k) of each query (m, d) with the k nearest of n rows of a bank, in falling order, and their numbers.
 
-    This is normalize(queries) @ normalize(bank).T and its topk, k clipped to the rows there are, but `bank` yields
-    parts (n_i, d), of which one is in memory at a time. All processes pass the same queries, and each its own parts;
-    rows are numbered through the parts of all, one process after the other, and all processes get the same result.
+    This is normalize(queries) @ normalize(bank).T and its topk, k clipped to n, but `bank` yields parts (n_i, d), one
+    after the other, and is never whole. All processes pass the same queries, and each its own parts; rows are numbered
+    through the parts of all, one process after the other, and all processes get the same result. Of equal cosines any
+    may come first; which one also depends on the parts. ValueError unless all parts together have n rows.
     """
     queries = normalize(queries)
     cosines = queries.new_empty(len(queries), 0)
     rows = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     buffer = queries.new_empty(0)  # one for all tiles: new memory costs a fifth
-    n = 0  # rows of the bank so far
+    rows_seen = 0
     for part in bank:
-        for vectors in part.split(BANK_IN_TILE):
-            vectors = normalize(vectors)
+        for vectors in map(normalize, part.split(BANK_IN_TILE)):
             if buffer.numel() < QUERIES_IN_TILE * len(vectors):
                 buffer = queries.new_empty(QUERIES_IN_TILE * len(vectors))
-            tiles = []
-            for asking in queries.split(QUERIES_IN_TILE):
-                tile = buffer[: len(asking) * len(vectors)].view(len(asking), len(vectors))
-                torch.mm(asking, vectors.T, out=tile)
-                tiles.append(tile.topk(min(k, len(vectors))))
-            values, places = map(torch.cat, zip(*tiles))
-            cosines, rows = _best(torch.cat([cosines, values], 1), torch.cat([rows, places + n], 1), k)
-            n += len(vectors)
+            best_of_tiles = []
+            for some_queries in queries.split(QUERIES_IN_TILE):
+                tile = buffer[: len(some_queries) * len(vectors)].view(len(some_queries), len(vectors))
+                torch.mm(some_queries, vectors.T, out=tile)
+                best_of_tiles.append(tile.topk(min(k, len(vectors))))
+            values, places = map(torch.cat, zip(*best_of_tiles))
+            places += rows_seen
+            cosines, rows = _best(torch.cat([cosines, values], 1), torch.cat([rows, places], 1), k)
+            rows_seen += len(vectors)
+        del part, vectors  # before the next ones are made
+    counts = [rows_seen]
     if processes.are_several():
-        return _of_all_processes(cosines, rows, k, n)
+        counts = processes.gather(torch.tensor(counts, device=rows.device)).tolist()
+    if sum(counts) != n:
+        raise ValueError(f"the bank has {sum(counts)} rows in its parts, not {n}")
+    if processes.are_several():
+        cosines, rows = _of_all_processes(cosines, rows, counts, k)
     return cosines, rows
 
 
@@ -58,18 +64,17 @@ def _best(cosines: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best, rows.gather(1, order)
 
 
-def _of_all_processes(cosines: Tensor, rows: Tensor, k: int, n: int) -> tuple[Tensor, Tensor]:
-    """Return what `nearest` has found in the parts of all processes; n: rows of the bank in those of this one."""
-    counts = processes.gather(torch.tensor([n], device=rows.device)).tolist()
+def _of_all_processes(cosines: Tensor, rows: Tensor, counts: list[int], k: int) -> tuple[Tensor, Tensor]:
+    """Return the best of what the processes have found in their parts of the bank, which have `counts` rows."""
     rows = rows + sum(counts[: dist.get_rank()])
-    missing = (0, k - cosines.shape[1])  # where a process has fewer rows than k
-    cosines = pad(cosines, missing, value=-torch.inf)
-    rows = pad(rows, missing)
-    found = []
-    for of_queries in zip(cosines.split(QUERIES_IN_TILE), rows.split(QUERIES_IN_TILE)):
-        candidates = [torch.cat(processes.gather(x).chunk(len(counts)), 1) for x in of_queries]
-        found.append(_best(*candidates, min(k, sum(counts))))
-    cosines, rows = map(torch.cat, zip(*found))
+    padding = (0, k - cosines.shape[1])  # where a process has fewer rows than k
+    cosines = pad(cosines, padding, value=-torch.inf)
+    rows = pad(rows, padding)
+    best_of_chunks = []
+    for chunk in zip(cosines.split(QUERIES_IN_TILE), rows.split(QUERIES_IN_TILE)):
+        candidates = [torch.cat(processes.gather(x).chunk(len(counts)), 1) for x in chunk]
+        best_of_chunks.append(_best(*candidates, min(k, sum(counts))))
+    cosines, rows = map(torch.cat, zip(*best_of_chunks))
     return cosines, rows
 
 

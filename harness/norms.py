@@ -1,7 +1,7 @@
 """BatchNorm of a batch of two views, of which each has statistics of its own: over all processes, if there are several.
 
-Both views are written into one tensor, and several processes talk once in each direction. torch's own SyncBatchNorm
-takes one view at a time, waits for the device three times a layer, and needs a GPU.
+Both views are written into one tensor, unless code is compiled, and several processes talk once in each direction.
+torch's own SyncBatchNorm takes one view at a time, waits for the device three times a layer, and needs a GPU.
 """
 
 import torch
@@ -26,7 +26,7 @@ def normalise_views(x: Tensor, norm: _BatchNorm) -> Tensor:
     numbers = (norm.momentum, norm.eps)
     if world > 1:
         return _AllProcesses.apply(x, *parameters, *running, *numbers, count)
-    if torch.compiler.is_compiling():  # Inductor refuses what _OneProcess does, and fuses these by itself
+    if torch.compiler.is_compiling():  # Inductor refuses out= into a part of a tensor
         return torch.cat([batch_norm(view, *running, *parameters, True, *numbers) for view in x.chunk(2)])
     return _OneProcess.apply(x, *parameters, *running, *numbers)
 

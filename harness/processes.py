@@ -195,6 +195,20 @@ def embed_in_shares(embed: Callable, split, accelerator: Accelerator) -> Tensor:
     return accelerator.gather(features)[:n]
 
 
+def own_part(split):
+    """Return the images of a Split that are this process's alone; the last processes may have fewer, or none.
+
+    `share` fills these up to equal numbers, as a gather needs them.
+    """
+    if not are_several():
+        return split
+    n = len(split.labels)
+    per_process = -(-n // dist.get_world_size())  # rounded up
+    first = min(dist.get_rank() * per_process, n)
+    last = min(first + per_process, n)
+    return split.rows(torch.arange(first, last, device=split.labels.device))
+
+
 def share(n: int, rank: int, world: int) -> Tensor:
     """Return which of n rows are those of process `rank` of `world`.
 
@@ -204,15 +218,6 @@ def share(n: int, rank: int, world: int) -> Tensor:
     per_process = -(-n // world)  # rounded up
     first = rank * per_process
     return torch.arange(first, first + per_process) % n
-
-
-def share_of_rows(n: int) -> range:
-    """Return which of n rows are this process's, none of them another's: those of `share` without the repetition."""
-    if not are_several():
-        return range(n)
-    per_process = -(-n // dist.get_world_size())  # rounded up
-    first = min(dist.get_rank() * per_process, n)
-    return range(first, min(first + per_process, n))
 
 
 def my_rows(x: Tensor) -> Tensor:

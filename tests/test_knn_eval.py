@@ -59,15 +59,35 @@ def test_vote_by_parts_and_tiles_is_the_vote(monkeypatch, tile, part):
     assert vote(parts, *there[1:], (1, 15, 40), 0.07) == whole
 
 
+def test_a_bank_that_is_not_the_labels_is_refused():
+    bank, labels = torch.eye(4), torch.arange(4)
+    for parts, n in (([], 0), ([bank[:3]], 3), ([bank, bank], 8)):
+        with pytest.raises(ValueError, match=f"the bank has {n} rows in its parts, not 4"):
+            vote(iter(parts), labels, bank, labels, (1,), 0.07)
+
+
+def test_a_process_without_images_has_no_rows(photos):
+    """Of five images and four processes, the last one."""
+    none = photos.train.rows(torch.arange(0))
+    for views in neighbours.in_parts(data.evaluation_views(none, **photos.view(data.EVAL_CROP))):
+        assert models.embed(nn.Flatten(), views).shape == (0, 3072)
+
+
 def test_a_bank_is_embedded_in_parts(photos, monkeypatch):
-    """One part is whole, and is not copied."""
     bank, queries = photos.train.rows(torch.arange(0, 2000, 4)), photos.test
     of = nn.Flatten(), bank, queries, photos.view(data.EVAL_CROP), processes.start()
     whole = nearest_neighbours(*of)
-    assert next(neighbours.parts_of_bank(bank)) is bank
-    monkeypatch.setattr(neighbours, "BANK_IN_TILE", 150)
-    assert [len(part.labels) for part in neighbours.parts_of_bank(bank)] == [150, 150, 150, 50]
+    monkeypatch.setattr(neighbours, "BATCHES_IN_PART", 2)
+    monkeypatch.setattr(data.evaluation_views, "__defaults__", (90,))  # images in a batch
+    embedded, embed = [], models.embed
+
+    def spy(encoder, views):
+        embedded.append(embed(encoder, views))
+        return embedded[-1]
+
+    monkeypatch.setattr(models, "embed", spy)
     assert nearest_neighbours(*of) == whole
+    assert [len(features) for features in embedded] == [500, 180, 180, 140]  # the queries, then the bank
 
 
 def test_online_vote_is_dinos(photos):

@@ -42,8 +42,12 @@ METHODS = (
 NORMED = ["--epochs", "7", "--lr", "8", "--eval_every", "7", "--save_every", "2steps"]
 
 
-# Rows of a bank, of a part of it, queries and k: halves that differ, a half below k, one that is empty, k beyond all.
-SEARCHES = ((41, 7, 30, 5), (41, 100, 5, 30), (1, 1, 3, 1), (5, 2, 700, 9))
+SEARCHES = (  # rows of a bank, rows in a part of it, queries, k
+    (41, 7, 30, 5),  # 21 and 20 rows
+    (41, 100, 5, 30),  # k is beyond the rows of a process
+    (1, 1, 3, 1),  # the second process has none
+    (5, 2, 700, 9),  # k is beyond all rows
+)
 
 
 class Lost(BaseException):
@@ -56,22 +60,25 @@ def call(stage, *words):
     stage(*[flags.pop("ckpt")] if "ckpt" in flags else (), **flags)
 
 
-def near(n, part, m, k):
-    """The k rows of a bank of n that are nearest to m queries; of several processes each has a share of the bank."""
+def nearest_of_random_rows(n, rows_in_part, m, k):
+    """The k rows of a bank of n that are nearest to m queries; of several processes each has a part of the bank."""
     generator = torch.Generator().manual_seed(0)
     bank, queries = (torch.randn(rows, 6, generator=generator, dtype=torch.float64) for rows in (n, m))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbours, "BANK_IN_TILE", part)
-        parts = neighbours.parts_of_bank(data.Split(bank, torch.zeros(n)))
-        return neighbours.nearest(queries, (split.images for split in parts), k)
+    mine = processes.own_part(data.Split(bank, torch.zeros(n)))
+    return neighbours.nearest(queries, mine.images.split(rows_in_part), n, k)
 
 
 @contextlib.contextmanager
 def results_of(owner, name):
     """Collect what a function returns while it is called."""
     function, results = getattr(owner, name), []
+
+    def kept(*args):
+        results.append(function(*args))
+        return results[-1]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, lambda *args: results.append(function(*args)) or results[-1])
+        patch.setattr(owner, name, kept)
         yield results
 
 
@@ -115,7 +122,7 @@ def one_of_two(rank, port, folder, place):
     with results_of(models, "embed") as embedded:
         call(knn_eval, "judged/ckpt.safetensors", "--k", 5)
     Path(f"embedded{rank}").write_text(json.dumps([len(features) for features in embedded]))
-    torch.save([near(*sizes) for sizes in SEARCHES], f"near{rank}")
+    torch.save([nearest_of_random_rows(*sizes) for sizes in SEARCHES], f"near{rank}")
     call(linear_eval, "judged/ckpt.safetensors", "--epochs", 3, "--batch_size", 19)
     Path(f"loads{rank}").write_text(json.dumps(loads))
 
@@ -297,7 +304,10 @@ def test_gradients_lie_in_buckets_and_buffers_are_not_sent(two):
 
 
 def test_each_process_embeds_half_of_bank_and_queries(two):
-    """Of 18 queries and a bank of 48, for the network, the untrained one and pixels; `geometry` embeds the rest."""
+    """Of 18 queries and a bank of 48; then `geometry` embeds all 18 in each process, and their 36 views.
+
+    First for the network, then for the untrained one, then for pixels.
+    """
     for rank in (0, 1):
         assert json.loads((two / f"embedded{rank}").read_text()) == [9, 24, 18, 36] * 3
 
@@ -306,7 +316,7 @@ def test_each_process_embeds_half_of_bank_and_queries(two):
 def test_the_nearest_of_all_processes_banks_are_those_of_one(two, search):
     (cosines, rows), theirs = (torch.load(two / f"near{rank}")[search] for rank in (0, 1))
     assert torch.equal(cosines, theirs[0]) and torch.equal(rows, theirs[1])
-    expected_cosines, expected_rows = near(*SEARCHES[search])
+    expected_cosines, expected_rows = nearest_of_random_rows(*SEARCHES[search])
     torch.testing.assert_close(cosines, expected_cosines)
     assert torch.equal(rows, expected_rows)
 

@@ -74,7 +74,7 @@ VIEWS = (  # pixels before and after, images on a CPU, probability of blur
     (256, 224, 20, 1.0),
 )
 IMAGES_ON_GPU = 1024
-MOST_STEPS = 400  # of L-BFGS
+MOST_STEPS = 400  # of L-BFGS, at most
 PHOTOGRAPHS = ("astronaut", "coffee", "retina", "hubble_deep_field")  # large ones that ship inside scikit-image
 
 
@@ -688,7 +688,7 @@ def random_rows(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def linear(accelerator: Accelerator) -> Iterator[Contest]:
     """The linear probe on cached features; L-BFGS gets the steps that it needs to be as good, to the next doubling.
 
-    It may never be: from MOST_STEPS on it gets no more.
+    It gets at most MOST_STEPS, even if it is not as good then; the row shows its accuracy.
     """
     train, test = features(accelerator)
     encoder = SimpleNamespace(num_features=train.images.shape[1])

@@ -62,6 +62,8 @@ def neighbours(run: str, dataset: str | None = None, data_dir: str | None = None
 def find(ckpt: str, dataset: str | None, data_dir: str | None) -> Sheet:
     """Find the nearest training pictures of some queries. dataset, data_dir: None = as in training."""
     accelerator = processes.start()
+    if accelerator.num_processes > 1:
+        raise InputError(f"neighbours: {accelerator.num_processes} processes would do the same; launch one")
     flags = judging.shared_flags(dataset=dataset, data_dir=data_dir)
     judged = judging.open_judged(accelerator, ckpt, flags, without_classes=True)
     bank, test = judged.images.train, judged.images.test
@@ -73,10 +75,10 @@ def find(ckpt: str, dataset: str | None, data_dir: str | None) -> Sheet:
     bank_features = features_of(judged.encoder, bank, judged.view, accelerator, "train")
     query_features = features_of(judged.encoder, queries, judged.view, accelerator, "queries")
     if query_split is bank:
-        cosines, rows = nearest(query_features, [bank_features], NEIGHBOURS + 1)
+        cosines, rows = nearest(query_features, [bank_features], len(bank.labels), NEIGHBOURS + 1)
         cosines, rows = without_queries(cosines.cpu(), rows.cpu(), query_rows)
     else:
-        cosines, rows = nearest(query_features, [bank_features], NEIGHBOURS)
+        cosines, rows = nearest(query_features, [bank_features], len(bank.labels), NEIGHBOURS)
     neighbour_pictures = bank.rows(rows.cpu().flatten())
     title = title_of(judged, *rows.shape)
     return Sheet(title, queries, neighbour_pictures, cosines.cpu(), judged.images.classes, judged.view)

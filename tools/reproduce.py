@@ -44,7 +44,7 @@ PLAN = [
     *[f"{CIRCLE} {method}" for method in ("--method simclr", "", "--reg uniform", "--reg mhe")],  # Figure 3
     *[f"{CIRCLE} --norm none {reg}" for reg in ("", "--reg mhe --reg_on encoder,projector")],  # Figure 7
 ]
-SMALL = "--recipe folder --model test_resnet --stem stride2 --epochs 20 --eval_every 5"  # as in docs/results.md
+SMALL = "--recipe folder --model test_resnet --stem stride2 --epochs 20 --eval_every 5"
 CPU_PLAN = [
     *[f"{SMALL} {method} --seed {seed}" for seed in (0, 1, 2) for method in FIVE],
     *[f"{SMALL} {method} --accumulate 8" for method in ("", "--reg amhe")],  # Figure 8
@@ -116,9 +116,9 @@ def as_typed(words: str) -> dict[str, str]:
 
 
 def name_of(words: str) -> str:
-    """Name the folder of a run by its flags, less those that all runs on a CPU share."""
-    own = words.removeprefix(SMALL)
-    parts = [f"{name}-{value}" for name, value in as_typed(own).items()]
+    """Name the folder of a run by its flags; SMALL is "cpu"."""
+    parts = ["cpu"] if words.startswith(SMALL) else []
+    parts += [f"{name}-{value}" for name, value in as_typed(words.removeprefix(SMALL)).items()]
     return "-".join(parts).replace(",", "+")
 
 
