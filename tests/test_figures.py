@@ -345,6 +345,10 @@ def test_neighbours_of_pictures_in_files_and_without_classes(drawn, trained, fol
         ("energy silent", "no run has energies of blocks"),
         ("batch run silent", "batch: not all runs have been judged"),
         ("batch run", "batch: takes runs that differ in --accumulate"),
+        (
+            "knn run --out knn.png",
+            "--out knn.png: takes a folder; the files in it have names of their own, such as knn.png",
+        ),
         ("knn run --out run/metrics.jsonl", "--out run/metrics.jsonl: cannot be written"),
         ("knn run run", "run and run have the same settings and seed; name one"),
         ("dynamics run chord", "energies by the angle at s = 2 and by the chord at s = 2 do not compare"),
