@@ -17,6 +17,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch import Tensor
+from tqdm import tqdm
 
 from harness.errors import InputError
 from harness.log import is_main
@@ -132,9 +133,9 @@ def first_alone(accelerator: Accelerator) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Print a text on standard error, once for all processes."""
+    """Print a text on standard error, once for all processes, on a line of its own if a bar is shown."""
     if is_main():
-        print(text, file=sys.stderr)
+        tqdm.write(text, file=sys.stderr)
 
 
 def end() -> None:

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import Accelerator
+from tqdm import tqdm
 
 import data
 import models
-from harness import checkpoint, cli, neighbours, pictures, processes
+from harness import checkpoint, cli, neighbours, pictures, processes, streams
 from harness.errors import InputError
 from harness.files import CKPT, ENCODER, LOG
 from harness.probes import refuse_faults
@@ -297,6 +298,13 @@ def test_evaluations_are_those_of_one_process(two, command, folder):
     for mine, row in zip(knn + probe, theirs):
         assert mine.pop("loss", 0) == pytest.approx(row.pop("loss", 0), rel=1e-4)
         assert mine == row
+
+
+def test_what_is_said_beside_a_bar_has_a_line_of_its_own(capsys):
+    with streams.guarded(), tqdm(total=2, file=sys.stderr) as bar:
+        bar.update()
+        processes.say("WARNING: this")
+    assert "\rWARNING: this\n" in capsys.readouterr().err
 
 
 def test_gradients_lie_in_buckets_and_buffers_are_not_sent(two):

@@ -123,6 +123,16 @@ def test_a_run_whose_log_has_no_epochs_is_not_done(tmp_path):
     assert reproduce.stages_done(tmp_path, {"dataset": "photos"}) == set()
 
 
+def test_without_a_precision_no_run_takes_itself_for_launched(typed, shell, folder, monkeypatch):
+    """A launched one takes all cores, although OMP_NUM_THREADS says 1."""
+    monkeypatch.setitem(reproduce.PLANS, "cpu", ["--epochs 100", "--epochs 100 --reg uniform"])
+    words = ["--plan", "cpu", "--dataset", folder, "--trial", "--folder", "r", "--results", "out"]
+    assert shell(reproduce.reproduce, *words)[0] == 0
+    assert len(typed) == 8 and all(how == {} for *_, how in typed)
+    rows = Path("out/table.md").read_text().splitlines()
+    assert [row.split(" | ")[0].strip("| ") for row in rows[2:4]] == ["BYOL", "BYOL + uniformity"]  # as in the list
+
+
 @pytest.mark.parametrize("plan, runs", [("gpu", 29), ("cpu", 19)])
 def test_every_run_of_a_list_is_one_of_pretrain(plan, runs):
     """Its flags exist and go together, and no two runs share a folder."""

@@ -67,7 +67,9 @@ def reproduce(
     trial: Annotated[bool, "runs of 1 to 3 epochs of a tiny network, to see that the list runs through"] = False,
 ):
     """Do what is left of the list of runs."""
-    environment = {"ACCELERATE_MIXED_PRECISION": precision}
+    environment = {}
+    if precision != "no":  # the variable also says that a launcher has set the number of threads
+        environment["ACCELERATE_MIXED_PRECISION"] = precision
     if compile:
         environment["ACCELERATE_DYNAMO_BACKEND"] = "INDUCTOR"
     failed = []
@@ -88,7 +90,7 @@ def reproduce(
                     raise InputError(f"the list stops at {failed[-1]}, for the reason above")
                 break
         if not commands.keys() <= done:
-            exit_code = collect(Path(folder), Path(results))
+            exit_code = collect(Path(folder), Path(results), runs)
             if exit_code:
                 failed.append(f"{results}/table.md (exit code {exit_code})")
     if failed:
@@ -198,10 +200,15 @@ def run_child(command: list[str], environment: dict[str, str]) -> int:
     return exit_code
 
 
-def collect(folder: Path, results: Path) -> int:
-    """Copy the logs of all runs that have an epoch behind them, and make their table; its exit code."""
+def collect(folder: Path, results: Path, runs: list[str]) -> int:
+    """Copy the logs of all runs that have an epoch behind them, and make their table; its exit code.
+
+    Runs of the list come first, in its order.
+    """
+    listed = [folder / name_of(words) / LOG for words in runs]
+    others = sorted(set(folder.glob(f"*/{LOG}")) - set(listed))
     copies = []
-    for log in sorted(folder.glob(f"*/{LOG}")):
+    for log in listed + others:
         with contextlib.suppress(InputError):
             if any("loss" in row for row in read_log(log.parent).rows):
                 copy = results / log.parent.name / LOG
