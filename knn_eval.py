@@ -83,7 +83,7 @@ def vote(
     bank: its features in parts (n_i, d), in order; of several processes each has its own, see `nearest`. queries (m, d)
     are features, too, of any length. bank_labels (n,), of all parts, and labels (m,) are classes from 0. k is clipped
     to n. Of classes with equal votes the lower comes first; a class without a vote is a miss. Each process counts the
-    votes of a share of the queries. ValueError if the parts together have not n rows.
+    votes of a share of the queries. ValueError unless the parts together have n rows.
     """
     classes = int(max(bank_labels.max(), labels.max())) + 1
     clipped = [min(neighbours, len(bank_labels)) for neighbours in k]

@@ -197,17 +197,15 @@ def embed_in_shares(embed: Callable, split, accelerator: Accelerator) -> Tensor:
 
 
 def own_part(split):
-    """Return the images of a Split that are this process's alone; the last processes may have fewer, or none.
+    """Return the images of a Split that are this process's alone: one fewer in the last processes, or none.
 
-    `share` fills these up to equal numbers, as a gather needs them.
+    `share` makes these equally many, as a gather needs them.
     """
     if not are_several():
         return split
-    n = len(split.labels)
-    per_process = -(-n // dist.get_world_size())  # rounded up
-    first = min(dist.get_rank() * per_process, n)
-    last = min(first + per_process, n)
-    return split.rows(torch.arange(first, last, device=split.labels.device))
+    rows = torch.arange(len(split.labels), device=split.labels.device)
+    parts = rows.tensor_split(dist.get_world_size())
+    return split.rows(parts[dist.get_rank()])
 
 
 def share(n: int, rank: int, world: int) -> Tensor:

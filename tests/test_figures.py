@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ import data
 import models
 from harness import cli
 from harness.checkpoint import load_encoder
+from harness.errors import InputError
 from harness.log import read_log as read
 from harness.probes import representations
 from harness.settings import resolve_images, resolve_recipe
@@ -312,6 +314,13 @@ def test_a_query_is_no_neighbour_of_its_own():
     kept_cosines, kept_rows = without_queries(cosines, rows, torch.tensor([5, 6, 7]))
     assert kept_rows.tolist() == [[1, 2], [1, 3], [1, 2]]
     torch.testing.assert_close(kept_cosines, torch.tensor([[0.9, 0.8], [1.0, 0.5], [1.0, 1.0]]))
+
+
+def test_neighbours_are_found_by_one_process(trained, monkeypatch):
+    """Each of several has the whole bank, and would count it once more."""
+    monkeypatch.setattr("harness.processes.start", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(InputError, match="neighbours: 2 processes would do the same; launch one"):
+        neighbours(str(trained))
 
 
 def test_neighbours_of_pictures_in_files_and_without_classes(drawn, trained, folder, tmp_path, monkeypatch):

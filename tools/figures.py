@@ -56,7 +56,7 @@ DASHES = (
 STYLES = list(zip(COLOURS, DASHES)) * 9
 GRID_SIDE = 113  # points on each side of the grid on which a density is drawn
 EXTENT = 1.4  # the grid spans -1.4 ... 1.4 in both directions
-FILES = (".png", ".svg", ".pdf", ".jpg", ".md", ".csv")  # how the name of a file ends, which --out is not
+FILE_ENDINGS = (".png", ".svg", ".pdf", ".jpg", ".md", ".csv")  # an --out that ends so is meant as a file
 
 
 def figures(
@@ -71,7 +71,7 @@ def figures(
 ):
     """Draw a figure, or make a table, of run folders."""
     refuse_idle_arguments(name, runs, dataset, data_dir)
-    if Path(out).suffix in FILES:
+    if Path(out).suffix in FILE_ENDINGS:
         raise InputError(f"--out {out}: takes a folder; the files in it have names of their own, such as {name}.png")
     if name == "paper":
         print(*paper.markdown(), sep="\n")

@@ -118,7 +118,7 @@ def as_typed(words: str) -> dict[str, str]:
 
 
 def name_of(words: str) -> str:
-    """Name the folder of a run by its flags; SMALL is "cpu"."""
+    """Name the folder of a run by its flags, with "cpu" for those of SMALL."""
     parts = ["cpu"] if words.startswith(SMALL) else []
     parts += [f"{name}-{value}" for name, value in as_typed(words.removeprefix(SMALL)).items()]
     return "-".join(parts).replace(",", "+")
