@@ -48,7 +48,7 @@ def nearest(queries: Tensor, bank: Iterable[Tensor], n: int, k: int) -> tuple[Te
             cosines, rows = _best(torch.cat([cosines, values], 1), torch.cat([rows, places], 1), k)
             rows_seen += len(vectors)
         del part, vectors  # before the next ones are made
-    counts = processes.gather(torch.tensor([rows_seen], device=rows.device)).tolist()  # of each process
+    counts = processes.gather(torch.tensor([rows_seen]).to(rows.device)).tolist()  # of each process
     if sum(counts) != n:
         raise ValueError(f"the bank has {sum(counts)} rows in its parts, not {n}")
     if processes.are_several():
