@@ -67,6 +67,17 @@ def whole(folder, tmp_path_factory):
     return out
 
 
+def writers():
+    """The threads that write a state."""
+    return [thread for thread in threading.enumerate() if thread.name == "writer"]
+
+
+def wait_for_saves():
+    """Return when the last state, which is written while the next step is computed, is whole."""
+    for writer in writers():
+        writer.join()
+
+
 def last_save(step):
     """The last step before this one that a checkpoint was written at: two after the last, and each epoch's third."""
     return max(k for k in (0, 2, 3, 5, 6, 8) if k < step)
@@ -199,6 +210,8 @@ def test_a_second_ctrl_c_does_not_wait_for_the_file(command, folder, whole, tmp_
 
     def stopping(optimizer, closure=None):
         step(optimizer, closure)
+        if len(steps) == 3:
+            wait_for_saves()
         steps.append(1)
         if len(steps) == 4:
             os.kill(os.getpid(), signal.SIGINT)
@@ -214,7 +227,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_file(command, folder, whole, tmp_
         patch.setattr(os, "fsync", slow)
         code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
         names = files_of(tmp_path / "run").keys()
-        (writer,) = (thread for thread in threading.enumerate() if thread.name == "writer")
+        (writer,) = writers()
         end.set()
         writer.join()
     assert code == 130 and err.splitlines()[-1] == "pretrain.py: interrupted"
@@ -504,6 +517,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(command, folder, whole, tmp_path)
 
     def filling(optimizer, closure=None):
         step(optimizer, closure)
+        if len(steps) == 3:
+            wait_for_saves()
         steps.append(1)
         if len(steps) == 4:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
