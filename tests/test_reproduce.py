@@ -68,7 +68,7 @@ def test_list_goes_on_where_it_stopped(typed, shell, folder, tmp_path, monkeypat
     monkeypatch.setitem(reproduce.PLANS, "gpu", reproduce.PLANS["gpu"][::2])
     code, _, err = shell(reproduce.reproduce, *words)
     assert code == 0 and stages(typed) == ["linear_eval", "figures"]
-    assert err.splitlines()[-1] == "all 2 runs are done; out/table.md is their table"
+    assert err.splitlines()[-1] == "all 2 runs are done; out/table.md is the table of all there are"
 
     typed.clear()
     code, _, err = shell(reproduce.reproduce, *(word for word in words if word != "--trial"))
@@ -131,6 +131,30 @@ def test_without_a_precision_no_run_takes_itself_for_launched(typed, shell, fold
     assert len(typed) == 8 and all(how == {} for *_, how in typed)
     rows = Path("out/table.md").read_text().splitlines()
     assert [row.split(" | ")[0].strip("| ") for row in rows[2:4]] == ["BYOL", "BYOL + uniformity"]  # as in the list
+
+
+def test_parts_share_the_list_out(typed, shell, folder, monkeypatch):
+    """Two of two do each run once; the last table has both."""
+    monkeypatch.setitem(reproduce.PLANS, "cpu", [f"--epochs 100 --reg {reg}" for reg in ("none", "mhe", "uniform")])
+    words = ["--plan", "cpu", "--dataset", folder, "--trial", "--folder", "r", "--results", "out"]
+    code, _, err = shell(reproduce.reproduce, *words, "--part", "2/2")
+    assert code == 0 and stages(typed) == ["pretrain", "knn_eval", "linear_eval", "figures"]
+    assert "[2 of 3] python" in err and "--reg=mhe" in typed[0][1]
+    assert err.splitlines()[-1] == "part 2/2 is done, 1 of 3 runs; out/table.md is the table of all there are"
+    typed.clear()
+    assert shell(reproduce.reproduce, *words, "--part", "1/2")[0] == 0
+    assert len(typed) == 8 and not any("--reg=mhe" in words for name, words, _ in typed if name == "pretrain")
+    assert Path("out/table.md").read_text().count("| BYOL") == 3
+    typed.clear()
+    assert shell(reproduce.reproduce, *words)[0] == 0 and typed == []
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "2", "1/2/3", "a/b", "1/", "½/2", "1/30"])
+def test_a_part_is_two_numbers(shell, part):
+    code, _, err = shell(reproduce.reproduce, "--part", part)
+    assert code == 2
+    expected = "the number of a part and how many parts there are, at most 29, as 2/4"
+    assert err == f"reproduce.py: --part {part}: expected {expected}\n"
 
 
 @pytest.mark.parametrize("plan, runs", [("gpu", 29), ("cpu", 19)])

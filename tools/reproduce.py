@@ -4,6 +4,7 @@
     python -m tools.reproduce --plan cpu --dataset path/to/pictures     # 20 epochs of a small network a run
     python -m tools.reproduce --dataset path/to/pictures --precision bf16
     python -m tools.reproduce --dataset path/to/pictures --trial --folder runs/trial --results runs/trial/table
+    CUDA_VISIBLE_DEVICES=1 python -m tools.reproduce --part 2/4         # and the other three parts beside it
 
 Runs come in the order in which they tell most. Each command is printed before it starts. What is done is not done
 again, and a run that was stopped goes on: stop it at any time, and give the same command. After each run, `results`
@@ -14,6 +15,7 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -60,21 +62,24 @@ def reproduce(
     dataset: Annotated[str, "as in pretrain.py; a copy of CIFAR-10 as a folder of pictures will do"] = "cifar10",
     data_dir: Annotated[str, "as in pretrain.py"] = "data",
     plan: Annotated[Literal[*PLANS], "the paper's setting, or one for two cores"] = "gpu",
+    part: Annotated[str, "2/4: only the second of four parts, for four processes side by side"] = "1/1",
     folder: Annotated[str, "the folder of the run folders"] = "runs/cifar10",
     results: Annotated[str, "the folder that logs and table are copied to"] = "results/cifar10",
     precision: Annotated[Literal["no", "bf16", "fp16"], "of pre-training, as accelerate's --mixed_precision"] = "no",
     compile: Annotated[bool, "pre-train as with accelerate launch --dynamo_backend inductor"] = False,
     trial: Annotated[bool, "runs of 1 to 3 epochs of a tiny network, to see that the list runs through"] = False,
 ):
-    """Do what is left of the list of runs."""
+    """Do what is left of the list of runs, or of a part of it."""
+    runs = PLANS[plan]
+    first, parts = part_of(part, len(runs))
+    own = list(enumerate(runs, 1))[first - 1 :: parts]  # so that each part begins with what tells most
     environment = {}
     if precision != "no":  # the variable also says that a launcher has set the number of threads
         environment["ACCELERATE_MIXED_PRECISION"] = precision
     if compile:
         environment["ACCELERATE_DYNAMO_BACKEND"] = "INDUCTOR"
     failed = []
-    runs = PLANS[plan]
-    for number, words in enumerate(runs, 1):
+    for number, words in own:
         flags = flags_of(words, dataset, data_dir, trial)
         run = Path(folder, name_of(words))
         done = stages_done(run, flags)
@@ -95,7 +100,17 @@ def reproduce(
                 failed.append(f"{results}/table.md (exit code {exit_code})")
     if failed:
         raise InputError(f"failed, and tried again by the same command: {', '.join(failed)}")
-    print(f"all {len(runs)} runs are done; {results}/table.md is their table", file=sys.stderr)
+    end = f"all {len(runs)} runs are done" if parts == 1 else f"part {part} is done, {len(own)} of {len(runs)} runs"
+    print(f"{end}; {results}/table.md is the table of all there are", file=sys.stderr)
+
+
+def part_of(part: str, runs: int) -> tuple[int, int]:
+    """Return the numbers of a --part, 1 <= first <= second <= the number of runs. InputError for anything else."""
+    match = re.fullmatch(r"([1-9][0-9]{0,3})/([1-9][0-9]{0,3})", part)
+    if not match or not int(match[1]) <= int(match[2]) <= runs:
+        expected = f"the number of a part and how many parts there are, at most {runs}, as 2/4"
+        raise InputError(f"--part {part[:40]}: expected {expected}")
+    return int(match[1]), int(match[2])
 
 
 def flags_of(words: str, dataset: str, data_dir: str, trial: bool) -> dict[str, str]:
