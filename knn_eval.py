@@ -3,9 +3,8 @@
     python knn_eval.py runs/photos-amhe/ckpt.safetensors
 
 The training set is the bank, the test set is classified. Features are the encoder's pooled output, compared by cosine;
-each of the k nearest votes for its class with weight exp(cosine / temperature), as in Wu et al. (2018) and DINO. One
-row is printed for each encoder and k. The floors are the same vote on an untrained network, which is that of the run
-before its first step, and on the pixels of the view.
+each of the k nearest votes for its class with weight exp(cosine / temperature), as in Wu et al. (2018) and DINO. A
+row is printed for each encoder and k. The floors are the same vote on random weights and on the pixels of the view.
 """
 
 from collections.abc import Iterable

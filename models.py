@@ -98,15 +98,14 @@ class Method(nn.Module):
     has_predictor = False  # q, on top of g
     has_target = False  # moving averages of f and g, Section 3.3
     has_bottleneck = False  # the predictor's hidden layer has out_dim / 4 neurons, and BatchNorm ends the projector
-    # and loss(z, p, t, temperature), of the outputs of `forward` of all processes
+    # It also defines loss(z, p, t, temperature); these are outputs of `forward`, gathered from all processes.
 
     def __init__(self, name: str, stem: str, norm: str, hidden_dim: int, out_dim: int, predictor="mlp", queue=0):
         super().__init__()
         self.encoder = build_encoder(name, stem, norm)
         self.projector = mlp(self.encoder.num_features, hidden_dim, out_dim, norm, self.has_bottleneck)
         if self.has_predictor and predictor == "mlp":
-            width = max(1, out_dim // 4) if self.has_bottleneck else hidden_dim
-            self.predictor = mlp(out_dim, width, out_dim, norm)
+            self.predictor = mlp(out_dim, self.predictor_width(hidden_dim, out_dim), out_dim, norm)
         if self.has_target:
             copies = OrderedDict(encoder=copy.deepcopy(self.encoder), projector=copy.deepcopy(self.projector))
             self.target = nn.Sequential(copies)
@@ -126,6 +125,11 @@ class Method(nn.Module):
         if self.training:
             norms.count_batches(self)
         return z.chunk(2), p.chunk(2), t.chunk(2)
+
+    @classmethod
+    def predictor_width(cls, hidden_dim: int, out_dim: int) -> int:
+        """Width of the predictor's hidden layer, for these widths of the projector."""
+        return max(1, out_dim // 4) if cls.has_bottleneck else hidden_dim
 
     @torch.no_grad()
     def update_target(self, tau: float) -> None:
@@ -184,7 +188,7 @@ class MoCo(Method):
         super().__init__(name, stem, norm, hidden_dim, out_dim)
         self.register_buffer("queue", unit(torch.randn(queue, out_dim)))
         self.register_buffer("oldest", torch.tensor(0))  # the row of the queue that is replaced next
-        self.keys = []  # of this step
+        self.keys = []  # t of all micro-batches of this step, for update_target
 
     def loss(self, z, p, t, temperature=0.2):
         self.keys += t
@@ -230,8 +234,7 @@ METHODS = {"byol": BYOL, "simclr": SimCLR, "simsiam": SimSiam, "moco": MoCo, "ba
 def neurons(network: Method, parts: Iterable[str]) -> Layers:
     """Return {layer: weight} of the layers in `parts`, see `regularizers.layers_of`; each row of a weight is a neuron.
 
-    parts: any of encoder, projector, predictor, or layers of these: predictor.out. InputError for a grouped
-    convolution.
+    parts: encoder, projector, predictor, or layers of these: predictor.out. InputError for a grouped convolution.
     """
     weights = {}
     for part in parts:

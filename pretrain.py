@@ -86,7 +86,7 @@ def pretrain(
     reg: Annotated[Literal["none", "mhe", "amhe", "uniform"], "energy by chord or angle, or uniformity"] = "none",
     s: Annotated[float, ">= 0", "power of the energy; 0 is logarithmic"] = 2.0,
     weight: Annotated[float, ">= 0", "lambda of the regularizer"] | None = None,
-    reg_on: Annotated[tuple[Literal[*PARTS], ...], "of mhe and amhe; None = the heads, but no 2-d layers"]
+    reg_on: Annotated[tuple[Literal[*PARTS], ...], "of mhe and amhe; None = the heads, but no neurons below 3-d"]
     | None = None,
     temperature: Annotated[float, "> 0", "of simclr and moco"] | None = None,
     epochs: Annotated[int, ">= 1", "length of the training"] | None = None,
@@ -133,7 +133,7 @@ def pretrain(
 
     with run:  # a signal ends the run between two steps, with its state saved
         if run.wants_floors():
-            run.log_scores(run.start, nearest_neighbours(training.network.encoder, *run.judged_on))
+            run.log_scores(run.initial_name, nearest_neighbours(training.network.encoder, *run.judged_on))
             run.log_scores("pixels", nearest_neighbours(nn.Flatten(), *run.judged_on))
         for _ in run.epochs():
             for crops, u in run.micro_batches():
@@ -230,8 +230,8 @@ def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p:
     """Compute the loss and its terms, unweighted, of the outputs of a network, (b, out_dim) a view.
 
     The loss is Eq. 7 with an energy, Eq. 4 with uniformity. alignment and std of the normalised projections are for the
-    log; std is 1 / sqrt(out_dim) if they fill the sphere, 0 if they collapse. Of the micro-batches of a step the last
-    alone gets layers, and multiplies their energy by the number of micro-batches: its mean over these is the energy.
+    log; std is 1 / sqrt(out_dim) if they fill the sphere, 0 if they collapse. As energies need no images, only the last
+    micro-batch of a step gets layers; their energy counts `accumulate` times there, since the terms are averaged.
     """
     z, p, t = map(processes.gather_views, (z, p, t))
     z1, z2 = z

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-Layers = dict[str, Tensor]  # a weight, or an energy, for each layer by its name
+Layers = dict[str, Tensor]  # the weight of each layer, by the layer's name
 ZERO = 1e-12  # a row of at most this length has no direction; torch.nn.functional.normalize uses the same bound
 
 
@@ -83,14 +83,12 @@ def mhe(weight: Tensor, s: float = 2) -> Tensor:
 
 
 def amhe(weight: Tensor, s: float = 2) -> Tensor:
-    """Angular hyperspherical energy of a layer, Eq. A.3 / (N (N - 1)): `mhe` with the angle arccos(w_i . w_j), in
-    radians, in place of the chord.
-    """
+    """Angular hyperspherical energy, Eq. A.3 / (N (N - 1)): `mhe` of angles arccos(w_i . w_j), radians, not of chords."""
     return _energies([weight], s, angular=True)[0]
 
 
-def energy_of(network: nn.Module | Layers, s: float = 2, angular: bool = True, half_space: bool = False) -> Layers:
-    """`amhe`, or `mhe` if not angular, of each layer, {layer: energy}, of a network or of weights {layer: weight}.
+def energy_of(network: nn.Module | Layers, s: float = 2, angular: bool = True, half_space: bool = False) -> dict:
+    """Energy of each layer, {layer: scalar}: `amhe`, or `mhe` if not angular. A network may be {layer: weight}, too.
 
     half_space: for each neuron w, -w is a neuron, too, so that opposite ones repel as equal ones do, as in wy1iu/MHE.
     `layers_of` says which layers a network has. ValueError if it has none, for a weight below 2-d, or for s < 0.
@@ -147,8 +145,8 @@ def riesz(z: Tensor, s: float) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """Rows of x (n, d) projected to the unit sphere, in fp32 or float64; a zero row stays zero, with gradient 0."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = x.detach().abs().amax(1, keepdim=True).clamp_min(1e15)
-    x = x / (scale / 1e15)  # which is 1 but for long rows: the square of 1e19 would overflow
+    longest = x.detach().abs().amax(1, keepdim=True).clamp_min(1e15)
+    x = x / (longest / 1e15)  # by 1, but for rows whose squares overflow, as that of 1e19 does
     return x * _inverse_norm(x)
 
 
@@ -230,9 +228,9 @@ def _sweep(weight, s, angular, want_grad, exact=False):
     for (i, j), peak in zip(blocks, peaks):
         cosine = w[i] @ w[j].T
         if exact and angular:
-            cosine += is_zero[i] * is_zero[j].T
+            cosine += is_zero[i] * is_zero[j].T  # between two zero rows: angle 0
         elif exact:
-            cosine += (is_zero[i] + is_zero[j].T) / 2
+            cosine += (is_zero[i] + is_zero[j].T) / 2  # beside a zero row: chord 1; between two: chord 0
         if i == j:
             cosine.fill_diagonal_(0)  # i = j is not a pair; its terms become zero below
         torch.aminmax(cosine, out=tuple(peak))
@@ -260,18 +258,17 @@ def _sweep(weight, s, angular, want_grad, exact=False):
 
 
 def _potential(cosine, s, angular, want_slope):
-    """f_s(z) and its derivative by the cosine, for cosines, which are overwritten."""
+    """f_s(z) and f'(c) = s f / bend, or 1 / bend for s = 0, where bend = z |dc / dz|; cosines c are overwritten."""
     if angular:
         angle = cosine.arccos()
         value = riesz(angle, s)
     else:
-        bend = cosine.mul_(-2).add_(2)  # |w_i - w_j|^2
+        bend = cosine.mul_(-2).add_(2)  # z^2 = |w_i - w_j|^2
         value = riesz(bend, s / 2)
         if s == 0:
             value.div_(2)
     if not want_slope:
         return value, None
-    # bend = z |dc / dz|, so that the slope f'(c) is s f / bend, or 1 / bend for s = 0
     if angular:
         square_of_sine = torch.addcmul(cosine.new_ones(()), cosine, cosine, value=-1, out=cosine)
         bend = angle.mul_(square_of_sine.sqrt_())

@@ -23,7 +23,8 @@ COLLAPSED_EPOCHS = 3  # in a row, before it is a warning
 FLOORS_UP_TO = 10_000  # images in the largest bank for which the floors of a k-NN are judged unasked
 FLOORS_MEMORY = 2**31  # bytes of pixels, likewise
 LOW_RANK = 2  # features of a lower effective rank differ in little more than one direction
-CURES = "a smaller --lr, --optimizer sgd, a --tau and --tau_end further from 1, or --reg uniform"
+TO_SPREAD = "try a smaller --lr, a --tau nearer 1, a longer --warmup, or --reg uniform"  # features or projections
+TO_LEARN = "try a smaller --lr, --optimizer sgd, a --tau and --tau_end further from 1, or --reg uniform"  # measured
 REVIVE = "No step will revive it; start another run with a smaller --lr, or with --norm bn"
 DEAD = 1e-4  # below this part, all projections are one point: the network is dead
 DEAD_G2 = 1 - 1e-5  # above this G2, all features are one point
@@ -130,12 +131,13 @@ def floors_are_cheap(bank: data.Split, queries: data.Split, size: int) -> bool:
 
 
 def poor_features(top1: float, floors: dict[str, float], rank: float) -> str:
-    """Say what is wrong with features that a vote judges below a floor, or that differ in one direction alone."""
+    """Say what is wrong with features that a vote judges below a floor, or that lie along a line, and the cures."""
     if rank < LOW_RANK:
-        return f"collapse? the effective rank of the features is {rank:.2f}: they differ in one direction alone"
+        spread = f"the effective rank of the features is {rank:.2f}: they differ in one direction alone"
+        return f"collapse? {spread}; {TO_SPREAD}"
     higher = [f"{of} {floor:g}" for of, floor in floors.items() if top1 < floor]
     if higher:
-        return f"the k-NN accuracy, {top1:g} %, lies below its floors: {', '.join(higher)}"
+        return f"the k-NN accuracy, {top1:g} %, lies below its floors: {', '.join(higher)}; {TO_LEARN}"
     return ""
 
 
@@ -194,7 +196,6 @@ def warn_of_collapse(share: float, collapsed_epochs: int) -> int:
     if collapsed_epochs >= COLLAPSED_EPOCHS:
         processes.say(
             f"WARNING: collapse? For {collapsed_epochs} epochs all projections have been nearly one point, "
-            f"std {share:.1e} of a full sphere's. "
-            "Try a smaller --lr, a --tau nearer 1, a longer --warmup, or --reg uniform"
+            f"std {share:.1e} of a full sphere's; {TO_SPREAD}"
         )
     return collapsed_epochs

@@ -40,9 +40,8 @@ def start(accumulate: int | None = None, tracker: str = "none", folder: Path | N
     """Return an Accelerator for processes that see each other and share a CPU's cores.
 
     accumulate: micro-batches of a step, where there are steps. tracker: what gets the log's numbers, and may write to
-    the folder. InputError for three kinds of launchers: if its processes do not see each other, each would take itself
-    for the one that writes; if it divides a network among processes, none has whole weights; and a precision may be
-    one that the device does not have.
+    the folder. InputError if the launcher's processes do not see each other (each would write), if it divides a network
+    among them, or if the device lacks its precision.
     """
     _refuse_division()
     if accumulate:
@@ -197,9 +196,9 @@ def embed_in_shares(embed: Callable, split, accelerator: Accelerator) -> Tensor:
 
 
 def own_part(split):
-    """Return the images of a Split that are this process's alone: one fewer in the last processes, or none.
+    """Return this process's part of a Split. No image is in two parts, so the last may be one shorter, or empty.
 
-    `share` makes these equally many, as a gather needs them.
+    `share` repeats images, so that all parts are equally long, as a gather needs them.
     """
     if not are_several():
         return split

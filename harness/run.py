@@ -6,7 +6,8 @@
 
 A state is the tensors and the description of ckpt.safetensors. Tensors without a slash in their name are the network's.
 The order of the images and their views are functions of (seed, epoch, step), so that a run that goes on ends in the
-bits of a run that never stopped. `Run` is the one object with state; of networks it knows only the training.
+bits of a run that never stopped. `Run` is the one object with state; of the
+method it knows only the `Training` that `restore` is given.
 """
 
 import os
@@ -191,9 +192,9 @@ class Run:
             self.stop(caught)
 
     def means(self) -> dict[str, float]:
-        """Return the terms' means over the epoch's steps and the processes. InputError if a number is not finite.
+        """Return the terms' means over the epoch's steps and the processes, and set `images_per_s`.
 
-        A network whose projections were all the same is marked as dead.
+        InputError if a number is not finite. A network whose projections were all the same is marked as dead.
         """
         # Before judging, whose loaders fork: a child must not inherit locks that the thread holds. And before the row
         # of a second epoch: `refuse_lost_checkpoint` takes it for a proof that there was a checkpoint.
@@ -233,7 +234,7 @@ class Run:
         self.collapsed_epochs = probes.warn_of_collapse(share, self.collapsed_epochs)
 
     @property
-    def start(self) -> str:
+    def initial_name(self) -> str:
         """What the rows of the network before its first step are called."""
         return "init" if self.cfg.init else "untrained"
 
@@ -247,12 +248,12 @@ class Run:
         if self.log_file is None or self.has_warned or 3 * self.step < self.steps:
             return
         latest = {row["of"]: row for row in read_rows(self.folder) if "of" in row}
-        floors = {of: latest[of]["top1"] for of in (self.start, "pixels") if of in latest}
+        floors = {of: latest[of]["top1"] for of in (self.initial_name, "pixels") if of in latest}
         fault = probes.poor_features(latest["online"]["top1"], floors, latest["representations"]["rank"])
         if fault:
             self.has_warned = True
             self.log(of="warning", text=fault)
-            processes.say(f"WARNING: {fault}; try {probes.CURES}")
+            processes.say(f"WARNING: {fault}")
 
     def judges_now(self) -> bool:
         """Whether the encoder is judged after this epoch: each `eval_every` epochs, and after the last."""

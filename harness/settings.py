@@ -220,7 +220,7 @@ def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
         values["queue"] = 0
     values["reg_on"] = [part for part in parts_of(flags) if part in values["reg_on"]]
     if flags["reg_on"] is None:
-        values["reg_on"] = without_narrow_layers(values["reg_on"], values["hidden_dim"], values["out_dim"])
+        values["reg_on"] = without_narrow_layers(values["reg_on"], values)
     if values["warmup"] >= epochs:
         raise InputError(f"--warmup {values['warmup']}: must be shorter than the training, {epochs} epochs")
     if values["batch_size"]:
@@ -240,7 +240,7 @@ def batch_size_for(n: int) -> int:
     return min(max(power, 32), 512, n)
 
 
-def without_narrow_layers(parts: list[str], hidden_dim: int, out_dim: int) -> list[str]:
+def without_narrow_layers(parts: list[str], values: dict) -> list[str]:
     """Replace a head that has a narrow layer by its other layers.
 
     On a circle 4,096 neurons lie 1.5e-3 apart at best: at s = 2 their energy is 340 at least and 10,000 at random. It
@@ -248,15 +248,19 @@ def without_narrow_layers(parts: list[str], hidden_dim: int, out_dim: int) -> li
     """
     kept = []
     for part in parts:
-        layers = head_layers(part, hidden_dim, out_dim)
+        layers = head_layers(part, values)
         wide = [name for name, weight in layers.items() if not is_narrow(weight)]
         kept += [part] if len(wide) == len(layers) else wide
     return kept
 
 
-def head_layers(part: str, hidden_dim: int, out_dim: int) -> dict[str, Tensor]:
+def head_layers(part: str, values: dict) -> dict[str, Tensor]:
     """Return the layers of a head, without memory; the width of the encoder's features is left open."""
-    in_dim = out_dim if part == "predictor" else NARROW
+    hidden_dim, out_dim = values["hidden_dim"], values["out_dim"]
+    in_dim = NARROW
+    if part == "predictor":
+        in_dim = out_dim
+        hidden_dim = models.METHODS[values["method"]].predictor_width(hidden_dim, out_dim)
     with torch.device("meta"):
         head = models.mlp(in_dim, hidden_dim, out_dim)
     return models.neurons(SimpleNamespace(**{part: head}), [part])
@@ -355,10 +359,11 @@ def left_out(cfg: Settings, flags: dict) -> list[str]:
     """Name the narrow layers that have no energy because --reg_on does not name their network."""
     if cfg.term != "energy" or flags["reg_on"] is not None:
         return []
-    heads = parts_of(asdict(cfg))[1:]
+    values = asdict(cfg)
+    heads = parts_of(values)[1:]
     narrow = {}
     for head in heads:
-        layers = head_layers(head, cfg.hidden_dim, cfg.out_dim)
+        layers = head_layers(head, values)
         narrow |= {name: weight for name, weight in layers.items() if is_narrow(weight)}
     if not narrow:
         return []

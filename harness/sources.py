@@ -1,7 +1,7 @@
 """Where data sets come from: the embedded photographs, torchvision's sets, and folders of pictures.
 
-Each source returns the names of the classes and a `Split` for training and for testing. What is known of the sets that
-have a name, and which source a name asks for, stands in data.py.
+Each source returns the names of the classes and a `Split` for training and for testing. `_read` chooses the source
+by the name; what is known of the sets that have one, FACTS, stands in data.py.
 """
 
 import contextlib

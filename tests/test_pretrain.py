@@ -400,6 +400,8 @@ PREDICTOR = {"predictor.hidden", "predictor.out"}
         ({"out_dim": 2, "reg_on": ("predictor",)}, PREDICTOR, ""),
         ({"out_dim": 2, "method": "simclr"}, PROJECTOR, ""),
         ({"out_dim": 3}, PROJECTOR | PREDICTOR, ""),
+        ({"out_dim": 8, "method": "simsiam"}, PROJECTOR | {"predictor.hidden"}, "predictor.out (8 x 2)"),
+        ({"out_dim": 12, "method": "simsiam"}, PROJECTOR | PREDICTOR, ""),
         (
             {"out_dim": 1, "hidden_dim": 2},
             {"projector.hidden"},

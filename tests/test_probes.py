@@ -104,9 +104,9 @@ def test_an_encoder_that_sees_nothing_is_aligned_and_one_point(photos):
     [
         (50, 20.0, ""),
         (40, 20.0, ""),  # equal to a floor is not below it
-        (35, 20.0, "the k-NN accuracy, 35 %, lies below its floors: pixels 40"),
-        (20, 20.0, "the k-NN accuracy, 20 %, lies below its floors: untrained 30, pixels 40"),
-        (50, 1.2, "collapse? the effective rank of the features is 1.20"),
+        (35, 20.0, "the k-NN accuracy, 35 %, lies below its floors: pixels 40; try a smaller --lr, --optimizer sgd"),
+        (20, 20.0, "the k-NN accuracy, 20 %, lies below its floors: untrained 30, pixels 40; try"),
+        (50, 1.2, "collapse? the effective rank of the features is 1.20: they differ in one direction alone; try a sm"),
     ],
 )
 def test_poor_features_are_named(top1, rank, fault):
@@ -143,8 +143,8 @@ def test_a_run_below_its_floors_warns_once(command, folder, monkeypatch):
     code, rows, err = command(pretrain, "--dataset", folder, *flags, "--epochs", 6, "--eval_every", 1, "--out", "run")
     warnings = [row for row in rows if row.get("of") == "warning"]
     assert code == 0 and [row["epoch"] for row in warnings] == [2]
-    assert warnings[0]["text"] == "the k-NN accuracy, 30 %, lies below its floors: pixels 60"
-    assert err.count("WARNING: the k-NN accuracy, 30 %, lies below its floors: pixels 60; try a smaller --lr") == 1
+    text = f"the k-NN accuracy, 30 %, lies below its floors: pixels 60; {probes.TO_LEARN}"
+    assert warnings[0]["text"] == text and err.count(f"WARNING: {text}\n") == 1
 
 
 @pytest.mark.parametrize(

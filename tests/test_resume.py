@@ -559,7 +559,7 @@ def test_a_fault_is_told_by_step_terms_and_norms(command, folder, tmp_path, monk
 def test_collapse_is_a_loud_warning(command, folder, monkeypatch):
     monkeypatch.setattr("pretrain.unit", lambda x: x * 0)
     code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
-    assert code == 0 and err.count("WARNING: collapse? For 3 epochs") == 1 and "Try a smaller --lr" in err
+    assert code == 0 and err.count("WARNING: collapse? For 3 epochs") == 1 and "; try a smaller --lr" in err
 
 
 def test_a_dead_network_is_called_dead(command, folder, monkeypatch):
