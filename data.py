@@ -201,14 +201,14 @@ def batches(
     device = split.labels.device
     if isinstance(split.images, Tensor):
         for rows, u in plan():
-            rows = rows.to(device, non_blocking=True)
+            rows = augment.to_device(rows, device)
             crops = augment.crop_views(split.images[rows], u, size)
             yield crops, split.labels[rows], u
         return
     read_ahead, now = itertools.tee(plan())  # the loader reads ahead; `now` follows its results
     for (rows, u), crops in zip(now, pictures.crops(split.images, size, read_ahead, device)):
-        labels = split.labels[rows.to(device, non_blocking=True)]
-        yield crops.to(device, non_blocking=True).transpose(0, 1), labels, u
+        labels = split.labels[augment.to_device(rows, device)]
+        yield augment.to_device(crops, device).transpose(0, 1), labels, u
 
 
 def evaluation_views(
@@ -229,7 +229,7 @@ def evaluation_views(
             yield normalise(x.clamp_(0, 1), mean, std)
         return
     for x in pictures.centres(split.images, size, crop, batch_size, device):
-        yield normalise(x.to(device, non_blocking=True), mean, std)
+        yield normalise(augment.to_device(x, device), mean, std)
 
 
 def _generator(*key) -> torch.Generator:

@@ -219,9 +219,9 @@ def train_step(training: Training, crops: Tensor, u: Tensor, lr: float, tau: flo
         norms = gradient_norms(training.network, accelerator)
         training.optimizer.step()
         training.optimizer.zero_grad()
-    is_step = accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped
-    if is_step and training.network.has_target:
-        training.network.update_target(tau)
+    if accelerator.sync_gradients and training.network.has_target:
+        was_skipped = accelerator.optimizer_step_was_skipped  # by fp16's scaler: the weights are what they were
+        training.network.update_target(1 if was_skipped else tau)
     return {name: term.detach() for name, term in terms.items()}, norms
 
 

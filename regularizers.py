@@ -83,7 +83,7 @@ def mhe(weight: Tensor, s: float = 2) -> Tensor:
 
 
 def amhe(weight: Tensor, s: float = 2) -> Tensor:
-    """Angular hyperspherical energy, Eq. A.3 / (N (N - 1)): `mhe` of angles arccos(w_i . w_j), radians, not of chords."""
+    """Angular hyperspherical energy, Eq. A.3 / (N (N - 1)): `mhe` of angles arccos(w_i . w_j), radians, for chords."""
     return _energies([weight], s, angular=True)[0]
 
 

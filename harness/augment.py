@@ -57,10 +57,18 @@ def normalise(x: Tensor, mean: tuple, std: tuple) -> Tensor:
     return x.sub(_per_channel(tuple(mean), x.device)).div_(_per_channel(tuple(std), x.device))
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Return x (...) on a device, and do not wait for CUDA to copy it.
+
+    On MPS the memory of a temporary x could be taken again before it is copied (pytorch/pytorch issue 139550).
+    """
+    return x.to(device, non_blocking=device.type == "cuda")
+
+
 @functools.cache  # each is copied to a GPU once
 def _per_channel(values: tuple, device: torch.device) -> Tensor:
     """Return one number for each channel of images, (3, 1, 1)."""
-    column = torch.tensor(values).to(device, non_blocking=True)
+    column = to_device(torch.tensor(values), device)
     return column[:, None, None]
 
 
@@ -76,8 +84,8 @@ def change(x: Tensor, changes: list[Change]) -> None:
         rows.append(is_changed.nonzero()[:, 0])
         numbers.append(number[rows[-1]])
     lengths = [len(changed_rows) for changed_rows in rows]
-    rows = torch.cat(rows).to(x.device, non_blocking=True)
-    numbers = torch.cat(numbers).to(x.device, non_blocking=True)
+    rows = to_device(torch.cat(rows), x.device)
+    numbers = to_device(torch.cat(numbers), x.device)
     parts = zip(changes, rows.split(lengths), numbers[:, None, None, None].split(lengths))
     for (operation, _, _), changed_rows, number in parts:
         if len(changed_rows) > 0:
@@ -120,7 +128,7 @@ def _crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
     height, width = images.shape[2:]
     draws = named_draws(u)
     boxes = crop_boxes(draws["area"], draws["aspect"], draws["corner"], height, width)
-    boxes_and_flips = torch.column_stack([boxes, draws["flip"]]).to(images.device, non_blocking=True)  # in one copy
+    boxes_and_flips = to_device(torch.column_stack([boxes, draws["flip"]]), images.device)  # in one copy
     top, left, box_height, box_width, flip = boxes_and_flips.unbind(1)
     w_y = _resampling(top, box_height, size, height)
     w_x = _resampling(left, box_width, size, width) / 255

@@ -108,11 +108,12 @@ class _AllProcesses(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var = ctx.saved_tensors
         scale = torch.ones_like(mean[0]) if weight is None else weight
+        inverse_std = (var + ctx.eps).rsqrt()
         of_views = []
-        for view, grad_view, view_mean, view_var in zip(x.chunk(2), grad.chunk(2), mean, var):
-            of_views.append(
+        for view, grad_view, *statistics in zip(x.chunk(2), grad.chunk(2), mean, var, mean, inverse_std):
+            of_views.append(  # the CPU takes mean and var, CUDA mean and inverse_std
                 torch.ops.aten.native_batch_norm_backward(
-                    grad_view, view, scale, view_mean, view_var, None, None, False, ctx.eps, [True, True, True]
+                    grad_view, view, scale, *statistics, False, ctx.eps, [True, True, True]
                 )
             )
         of_x, of_weight, of_bias = zip(*of_views)  # as if the statistics did not depend on x
@@ -121,7 +122,6 @@ class _AllProcesses(torch.autograd.Function):
         mean_of_weight, mean_of_bias = (sums / ctx.count).to(mean.dtype).chunk(2)  # (2, c) each
 
         # What the statistics add: -scale / std (mean_of_bias + (x - mean) / std mean_of_weight), linear in x.
-        inverse_std = (var + ctx.eps).rsqrt()
         slope = -scale * inverse_std.square() * mean_of_weight
         offset = -scale * inverse_std * mean_of_bias - slope * mean
         grad_x = torch.empty_like(x)

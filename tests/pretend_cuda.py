@@ -7,9 +7,10 @@
     seen.waits      # where the host would have waited for the device: {"_local_scalar_dense at test.py:4": 1}
     seen.launches   # the operations that would have been launched, views aside: {"rand": 1, "mm": 1, "sum": 1}
 
-An operation on tensors of both devices raises RuntimeError, as on CUDA. The values are those of the CPU; times mean
-nothing. Not seen here: CUDA's own kernels, memory, streams, NCCL, and the casts of autocast. An operation of the
-"foreach" family counts as one launch; CUDA makes a few of it.
+An operation on tensors of both devices raises RuntimeError, as on CUDA, and so does the backward of BatchNorm without
+the statistics that CUDA's wants. The values are those of the CPU; times mean nothing. Not seen here: CUDA's own
+kernels, memory, streams, NCCL, and the casts of autocast. An operation of the "foreach" family counts as one launch;
+CUDA makes a few of it.
 """
 
 import collections
@@ -108,6 +109,8 @@ class PretendCuda(TorchDispatchMode):
             return func(*args, **kwargs)
         makes_cuda = bool(on_cuda) if wanted is None else wanted.type == "cuda"
         self._refuse_both_devices(func, tensors, on_cuda)
+        if on_cuda and func.overloadpacket is aten.native_batch_norm_backward and None in args[5:7]:
+            raise RuntimeError("save_mean should always be defined")  # as CUDA says; the CPU takes None
         self._count_waits(func.overloadpacket, tensors, on_cuda, makes_cuda, args, kwargs)
         if not func.is_view and func.overloadpacket not in FREE:
             self.launches[func.overloadpacket.__name__] += 1

@@ -1,6 +1,7 @@
 """What a step, the judges and the files do on a GPU, as far as a machine without one can see: tests/pretend_cuda.py."""
 
 import contextlib
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 import data
 import models
-from harness import augment, probes, run
+from harness import augment, norms, probes, run
 from knn_eval import nearest_neighbours
 from linear_eval import feature_batches
 from pretrain import Lars, Training, parameter_groups, train_step
@@ -112,6 +113,59 @@ def test_a_step_waits_for_its_energies_alone(method, reg):
             terms, norms = train_step(training, crops, u, lr=0.1, tau=0.99)
         assert sum(seen.waits.values()) == (2 if TERMS[reg] == "energy" else 0), seen.waits  # of two steps
         assert all(isinstance(x, OnCuda) for x in (*terms.values(), *norms.values()))
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (8, 4, 5, 5)])
+def test_the_norm_of_several_processes_waits_for_nothing(shape, monkeypatch):
+    """Two with the same images have the numbers of one. CUDA's backward wants statistics that the CPU's does not."""
+    x, grad = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    results = {}
+    for world in (1, 2):
+        norm = models.ViewNorm(4)
+        monkeypatch.setattr(norms.dist, "is_initialized", lambda world=world: world > 1)
+        monkeypatch.setattr(norms.dist, "get_world_size", lambda: 2)
+        monkeypatch.setattr(norms.dist, "all_reduce", lambda sums: sums.mul_(2))
+        with PretendCuda() as seen:
+            norm.to("cuda:0")
+            ours = x.to("cuda:0").requires_grad_()
+            to_backpropagate = grad.to("cuda:0")
+            seen.waits.clear()
+            y = norm(ours)
+            y.backward(to_backpropagate)
+            assert not seen.waits
+            results[world] = [t.cpu().detach() for t in (y, ours.grad, norm.weight.grad, norm.bias.grad)]
+    compare = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    for one, two in zip(results[1], results[2]):
+        compare(one, two)
+
+
+def test_a_step_that_the_scaler_skips_leaves_the_target():
+    """In fp16. MoCo's queue gets its keys, which would otherwise wait, outside of any checkpoint, for the next step."""
+    with PretendCuda():
+        training = training_of("moco")
+        training.accelerator.optimizer_step_was_skipped = True
+        target = [p.cpu().clone() for p in training.network.target.parameters()]
+        queue = training.network.queue.cpu().clone()
+        for p in training.network.encoder.parameters():
+            p.data.add_(1)
+        crops, _, u = next(batches_on_cuda())
+        train_step(training, crops, u, lr=0.1, tau=0.5)
+        same = [torch.equal(p.cpu(), q) for p, q in zip(training.network.target.parameters(), target)]
+        assert all(same) and training.network.keys == []
+        assert not torch.equal(training.network.queue.cpu(), queue)
+
+
+def test_only_cuda_is_not_waited_for():
+    """The memory of a temporary could be taken again before MPS has copied it."""
+    asked = {}
+
+    class Asking(SimpleNamespace):
+        def to(self, device, non_blocking):
+            asked[device.type] = non_blocking
+
+    for device in ("cpu", "mps", "cuda"):
+        augment.to_device(Asking(), torch.device(device))
+    assert asked == {"cpu": False, "mps": False, "cuda": True}
 
 
 def test_the_micro_batches_of_a_step_wait_once_for_its_energies():
