@@ -22,7 +22,7 @@ from harness.errors import InputError
 from harness.files import weights_file
 from harness.foreign import adopt
 from harness.log import contents, log_of, other_data, same_place
-from harness.sources import MAKERS, Channels, by_class
+from harness.sources import IN_DATA_DIR, MAKERS, Channels, by_class, has_no_data_dir
 
 FOREIGN_FLAGS = ("stem", "prefix", "mean", "std")  # of a file of another project alone: a run's file says all this
 DEFAULT_DATA_DIR = "data"
@@ -234,13 +234,16 @@ def open_images(
     settings = description["settings"]
     name = dataset or settings["dataset"]
     skip_broken = skip_broken or settings.get("skip_broken", False)
+    if data_dir and has_no_data_dir(name):
+        raise InputError(f"--data_dir {data_dir}: has no effect with --dataset {name}")
     pretraining = without_classes and name not in data.FACTS  # of a named set it would read more images
     try:
         images = data.load(name, data_dir or place_of(name, settings["data_dir"]), pretraining, skip_broken)
     except InputError as e:
         if dataset:
             raise
-        hint = "the checkpoint was trained on it; --dataset or --data_dir say where it is now"
+        flag = "data_dir" if name in IN_DATA_DIR else "dataset"
+        hint = f"the checkpoint was trained on it; --{flag} says where it is now"
         raise InputError(f"{e}; {hint}") from e
     own_view = images.view(data.EVAL_CROP)
     view = dict(description.get("view") or own_view)

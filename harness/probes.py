@@ -14,6 +14,7 @@ import models
 from harness import processes
 from harness.errors import InputError
 from harness.files import CKPT
+from harness.settings import Settings
 from regularizers import alignment, mhe, uniformity
 
 PROBED_IMAGES = 256
@@ -23,8 +24,18 @@ COLLAPSED_EPOCHS = 3  # in a row, before it is a warning
 FLOORS_UP_TO = 10_000  # images in the largest bank for which the floors of a k-NN are judged unasked
 FLOORS_MEMORY = 2**31  # bytes of pixels, likewise
 LOW_RANK = 2  # features of a lower effective rank differ in little more than one direction
-TO_SPREAD = "try a smaller --lr, a --tau nearer 1, a longer --warmup, or --reg uniform"  # features or projections
-TO_LEARN = "try a smaller --lr, --optimizer sgd, a --tau and --tau_end further from 1, or --reg uniform"  # measured
+SPREADING = {  # features or projections, by flag
+    "lr": "a smaller --lr",
+    "tau": "a --tau nearer 1",
+    "warmup": "a longer --warmup",
+    "reg": "--reg uniform",
+}
+LEARNING = {  # as docs/results.md found it
+    "lr": "a smaller --lr",
+    "optimizer": "--optimizer sgd",
+    "tau": "a --tau and --tau_end further from 1",
+    "reg": "--reg uniform",
+}
 REVIVE = "No step will revive it; start another run with a smaller --lr, or with --norm bn"
 DEAD = 1e-4  # below this part, all projections are one point: the network is dead
 DEAD_G2 = 1 - 1e-5  # above this G2, all features are one point
@@ -130,15 +141,23 @@ def floors_are_cheap(bank: data.Split, queries: data.Split, size: int) -> bool:
     return len(bank.labels) <= FLOORS_UP_TO and bytes_of_pixels <= FLOORS_MEMORY
 
 
-def poor_features(top1: float, floors: dict[str, float], rank: float) -> str:
+def poor_features(top1: float, floors: dict[str, float], rank: float, cfg: Settings) -> str:
     """Say what is wrong with features that a vote judges below a floor, or that lie along a line, and the cures."""
     if rank < LOW_RANK:
         spread = f"the effective rank of the features is {rank:.2f}: they differ in one direction alone"
-        return f"collapse? {spread}; {TO_SPREAD}"
+        return f"collapse? {spread}; {advice(SPREADING, cfg)}"
     higher = [f"{of} {floor:g}" for of, floor in floors.items() if top1 < floor]
     if higher:
-        return f"the k-NN accuracy, {top1:g} %, lies below its floors: {', '.join(higher)}; {TO_LEARN}"
+        return f"the k-NN accuracy, {top1:g} %, lies below its floors: {', '.join(higher)}; {advice(LEARNING, cfg)}"
     return ""
+
+
+def advice(cures: dict[str, str], cfg: Settings) -> str:
+    """Say what to try, of cures by flag: those that the method has, and that are not in force."""
+    idle = {name for method in models.METHODS.values() for name in method.flags} - {*models.METHODS[cfg.method].flags}
+    in_force = {flag for flag, value in (("reg", "uniform"), ("optimizer", "sgd")) if getattr(cfg, flag) == value}
+    *others, last = [text for flag, text in cures.items() if flag not in idle | in_force]
+    return f"try {', '.join(others)}{' or ' if others else ''}{last}"
 
 
 def gradient_norms(network: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
@@ -185,17 +204,20 @@ def refuse_faults(numbers: dict[str, Tensor], network: nn.Module, folder: Path, 
     raise InputError(f"step {step}: not finite: {listed}; {kept}; a smaller --lr or --weight may help")
 
 
-def warn_of_collapse(share: float, collapsed_epochs: int) -> int:
-    """Count the epochs in a row in which projections were nearly one point, and warn from the third on.
+def collapsed_epochs(share: float, before: int) -> int:
+    """Count the epochs in a row in which projections were nearly one point, from their number before this epoch.
 
-    share: the projections' standard deviation as a share of a full sphere's. A dead network is a warning at once.
+    share: the projections' standard deviation as a share of a full sphere's.
     """
+    return before + 1 if share < COLLAPSED else 0
+
+
+def warn_of_collapse(share: float, epochs: int, cfg: Settings) -> None:
+    """Warn of a dead network at once, and of a collapse in the third of its `epochs` and later; share: see above."""
     if share < DEAD:
         processes.say(f"WARNING: dead network: all projections have been the same. {REVIVE}")
-    collapsed_epochs = collapsed_epochs + 1 if share < COLLAPSED else 0
-    if collapsed_epochs >= COLLAPSED_EPOCHS:
+    if epochs >= COLLAPSED_EPOCHS:
         processes.say(
-            f"WARNING: collapse? For {collapsed_epochs} epochs all projections have been nearly one point, "
-            f"std {share:.1e} of a full sphere's; {TO_SPREAD}"
+            f"WARNING: collapse? For {epochs} epochs all projections have been nearly one point, "
+            f"std {share:.1e} of a full sphere's; {advice(SPREADING, cfg)}"
         )
-    return collapsed_epochs

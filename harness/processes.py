@@ -61,6 +61,7 @@ def start(accumulate: int | None = None, tracker: str = "none", folder: Path | N
         )
     except (ValueError, ImportError) as e:  # a precision that the device, or what is installed, does not have
         raise InputError(f"accelerate launch: {e}") from e
+    torch.set_float32_matmul_precision("highest")  # with --dynamo_backend Accelerate sets TF32
     _refuse_precision(accelerator)
     _refuse_strangers(accelerator)
     # The launcher gives each process on a CPU one thread, and says so in OMP_NUM_THREADS, unless it is told not to:

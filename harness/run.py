@@ -114,6 +114,11 @@ class Run:
         if self.lock is None:
             return
         self.log_file = start_log(self.folder, self.description, self.whole_epochs, self.step, self.accelerator)
+        for row in self._rows():
+            if row.get("of") == "warning":
+                self.has_warned = True
+            if "loss" in row:
+                self.collapsed_epochs = probes.collapsed_epochs(self._share(row["std"]), self.collapsed_epochs)
         if self.step < self.steps:
             settings = {name: str(x) for name, x in asdict(self.cfg).items()}
             self.accelerator.init_trackers("pretrain", settings)
@@ -202,7 +207,7 @@ class Run:
         row = {}
         for name, total in self.sums.items():
             row[name] = self.accelerator.reduce(total, "mean").item() / self.steps_per_epoch
-        if row["std"] * self.cfg.out_dim**0.5 < probes.DEAD:
+        if self._share(row["std"]) < probes.DEAD:
             row["dead"] = True
         seconds = time.perf_counter() - self._started
         images = (self.step - self._first_step) * self.cfg.batch_size
@@ -230,8 +235,17 @@ class Run:
 
     def warn_of_collapse(self, std: float) -> None:
         """Warn if the projections have been nearly one point for some epochs; `std` as the log has it."""
-        share = std * self.cfg.out_dim**0.5  # 1 where they fill the sphere
-        self.collapsed_epochs = probes.warn_of_collapse(share, self.collapsed_epochs)
+        share = self._share(std)
+        self.collapsed_epochs = probes.collapsed_epochs(share, self.collapsed_epochs)
+        probes.warn_of_collapse(share, self.collapsed_epochs, self.cfg)
+
+    def _share(self, std: float) -> float:
+        """The projections' standard deviation as a share of a full sphere's."""
+        return std * self.cfg.out_dim**0.5
+
+    def _rows(self) -> list[dict]:
+        """The rows of the run's log that are its own, not a judge's."""
+        return [row for row in read_rows(self.folder) if row["stage"] == "pretrain"]
 
     @property
     def initial_name(self) -> str:
@@ -247,9 +261,9 @@ class Run:
         """Warn once, and log it, if a third of the run has brought features that are worse than none."""
         if self.log_file is None or self.has_warned or 3 * self.step < self.steps:
             return
-        latest = {row["of"]: row for row in read_rows(self.folder) if "of" in row}
+        latest = {row["of"]: row for row in self._rows() if "of" in row}
         floors = {of: latest[of]["top1"] for of in (self.initial_name, "pixels") if of in latest}
-        fault = probes.poor_features(latest["online"]["top1"], floors, latest["representations"]["rank"])
+        fault = probes.poor_features(latest["online"]["top1"], floors, latest["representations"]["rank"], self.cfg)
         if fault:
             self.has_warned = True
             self.log(of="warning", text=fault)

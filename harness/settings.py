@@ -26,6 +26,7 @@ from harness import augment, pictures, processes, saving
 from harness.errors import InputError
 from harness.files import CKPT, EARLIER_ENCODER, RUN_FILES, WEIGHTS, run_folder, weights_file
 from harness.initial import refuse_unfit_weights
+from harness.sources import has_no_data_dir
 
 NOT_SETTINGS = ("out", "save_every", "resume", "tracker", "workers")  # flags that change nothing in what a run computes
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what --weight weighs
@@ -153,6 +154,10 @@ def refuse_idle_flags(flags: dict, defaults: dict) -> None:
     idle_beside |= {name: "method" for name in sorted(of_methods - {*own})}
     if flags["model"] == "alexnet":
         idle_beside["stem"] = "model"
+    if has_no_data_dir(flags["dataset"]):
+        idle_beside["data_dir"] = "dataset"
+    if flags["dataset"] in data.FACTS and flags["dataset"] != "imagenet":  # no files of pictures
+        idle_beside["skip_broken"] = "dataset"
     for name, other in idle_beside.items():
         if flags[name] != defaults[name]:
             raise InputError(f"--{name} {flags[name]}: has no effect with --{other} {flags[other]}")
@@ -196,8 +201,12 @@ def resolve(flags: dict, recipes: Mapping, accelerator: Accelerator) -> tuple[Se
     if flags["holdout"]:
         images = data.hold_out(images)
     if not values["batch_size"]:
-        values["batch_size"] = batch_size_for(len(images.pretraining.labels))
-        refuse_uneven_batch(values["batch_size"], flags["accumulate"], accelerator.num_processes)
+        n = len(images.pretraining.labels)
+        shares = flags["accumulate"] * accelerator.num_processes
+        if n < 2 * shares:
+            need = f"a batch takes two for each micro-batch of each process, {2 * shares}"
+            raise InputError(f"dataset {flags['dataset']}: has {n} images to train on; {need}")
+        values["batch_size"] = batch_size_for(n, shares)
     return resolve_images(values, flags, images), images
 
 
@@ -234,10 +243,15 @@ def parts_of(flags: dict) -> list[str]:
     return ["encoder", "projector", "predictor"] if has_predictor else ["encoder", "projector"]
 
 
-def batch_size_for(n: int) -> int:
-    """Return the largest power of two of which n images make 128 batches, but at least 32, or n, and at most 512."""
+def batch_size_for(n: int, shares: int) -> int:
+    """Return the largest power of two of which n images make 128 batches, but at least 32, or n, and at most 512.
+
+    It is rounded down to a multiple of the shares that a batch falls into, micro-batches times processes, each of which
+    has two images at least.
+    """
     power = 2 ** int(math.log2(max(1, n / 128)))
-    return min(max(power, 32), 512, n)
+    batch_size = min(max(power, 32), 512, n)
+    return max(batch_size // shares, 2) * shares
 
 
 def without_narrow_layers(parts: list[str], values: dict) -> list[str]:

@@ -9,6 +9,7 @@ import difflib
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from torchvision import datasets
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from harness import pictures, processes
+from harness import files, pictures, processes
 from harness.errors import InputError
 from harness.pictures import Files
 from harness.surveys import Kept
@@ -43,6 +44,7 @@ PHOTOGRAPHS = (
     "retina",
 )
 MAKERS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}
+IN_DATA_DIR = (*MAKERS, "imagenet")
 FORMS = {"cifar10": "python", "cifar100": "python", "stl10": "binary"}  # of several that their authors offer
 MEMORY = 2**30  # bytes of pictures of a folder, up to which they are kept in memory
 NO_CLASS = -1  # the label of an image without a class
@@ -112,6 +114,11 @@ def read(
         mean, std = pixel_statistics(train.images)
         own_facts = {**own_facts, "mean": mean, "std": std}
     return classes, train, test, unlabeled, own_facts
+
+
+def has_no_data_dir(name: str) -> bool:
+    """Whether a data set is certain to lie elsewhere: it is embedded, or a folder."""
+    return name not in IN_DATA_DIR and (name == "photos" or os.path.isdir(os.path.expanduser(name)))
 
 
 def _read(name: str, data_dir: str, facts: dict[str, dict], pretraining: bool, skip_broken: bool) -> tuple:
@@ -204,9 +211,11 @@ def torchvision_set(name: str, data_dir: str, unlabeled: bool) -> tuple[Classes,
 def _downloaded(name: str, root: Path, parts: list[dict]) -> list[datasets.VisionDataset]:
     """Return parts of a set, read or downloaded; where neither can be done, folders made for it are removed again."""
     maker = MAKERS[name]
+    with contextlib.suppress(OSError, RuntimeError):  # it is not there, or not whole
+        return [maker(root, **part) for part in parts]
     missing_folders = [place for place in (root, *root.parents) if not os.path.exists(place)]
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is for rows
+        with contextlib.redirect_stdout(sys.stderr), _downloading(name, root):  # standard output is for rows
             return [maker(root, download=True, **part) for part in parts]
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
@@ -216,6 +225,25 @@ def _downloaded(name: str, root: Path, parts: list[dict]) -> list[datasets.Visio
             f"dataset {name}: cannot be read from or downloaded to {root} ({e}); put its {FORMS[name]} version at "
             f"{root / maker.base_folder}, or take the embedded set, --dataset photos"
         ) from e
+
+
+@contextlib.contextmanager
+def _downloading(name: str, root: Path) -> Iterator[None]:
+    """Let one command at a time download to a folder: two would write the same file."""
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / ".download.lock"
+    with open(path, "w") as file:
+        try:
+            files.lock(file, wait=False)
+        except BlockingIOError:
+            processes.say(f"dataset {name}: another command downloads to {root}; waiting for it")
+            files.lock(file, wait=True)
+        except OSError:  # there are no locks
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _split_of(stored: datasets.VisionDataset) -> Split:

@@ -1,6 +1,7 @@
 """Small real data: patches of the embedded photographs, written as a folder of PNG files."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import data
 from harness import cli
 from pretrain import pretrain
 
+os.environ["ACCELERATE_USE_CPU"] = "true"  # a GPU may round otherwise each time; read when an Accelerator is made
 ROOT = Path(__file__).parent.parent
 SMALL = "--recipe cifar10-300 --model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16".split()
 SMALL += "--batch_size 16 --epochs 2 --eval_every 1 --lr 8".split()

@@ -6,6 +6,9 @@ import math
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -129,6 +132,47 @@ def test_cifar_in_its_format_on_disk(name, monkeypatch, tmp_path):
         (0.4914, 0.4822, 0.4465) if name == "cifar10" else (rows[:5].reshape(20, 3, -1) / 255).mean((0, 2)).tolist()
     )
     assert read.mean == pytest.approx(pixels, abs=1e-4) and read.blur_p == read.solarise_p == (0, 0)
+
+
+DOWNLOADING = """
+import sys, time
+from pathlib import Path
+from harness import sources
+
+def maker(root, train, download=False):
+    root = Path(root)
+    if (root / "whole").exists():
+        return
+    if not download:
+        raise RuntimeError("Dataset not found or corrupted")
+    (root / "part").touch(exist_ok=False)  # an OSError where two write
+    time.sleep(0.5)
+    (root / "part").rename(root / "whole")
+
+maker.base_folder = "whole"
+sources.MAKERS["cifar10"] = maker
+print("ready", flush=True)
+sys.stdin.readline()
+sources._downloaded("cifar10", Path(sys.argv[1]), [{"train": True}, {"train": False}])
+"""
+
+
+def test_one_command_downloads_and_another_waits(tmp_path):
+    """Two that torchvision's maker would let write the same file."""
+    commands = []
+    for _ in range(2):
+        words = [sys.executable, "-c", DOWNLOADING, str(tmp_path / "data")]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        commands.append(subprocess.Popen(words, cwd=Path(__file__).parent.parent, text=True, **pipes))
+    for command in commands:
+        assert command.stdout.readline() == "ready\n"
+    for command in commands:
+        command.stdin.write("go\n")
+        command.stdin.flush()
+    told = [command.communicate(timeout=60)[1] for command in commands]
+    assert [command.returncode for command in commands] == [0, 0], told
+    assert sum("dataset cifar10: another command downloads to" in err for err in told) == 1
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["whole"]
 
 
 def test_a_cifar_file_with_a_wrong_checksum_is_refused(monkeypatch, tmp_path):

@@ -249,6 +249,13 @@ def test_circle_from_real_runs(command, drawn, folder, tmp_path):
     code, lines, err = drawn("circle", "simclr", "byol")
     assert code == 0 and lines == ["figures/circle.png", "figures/circle.svg"]
     assert err == f"dataset {folder}: 3 classes, 48 pictures to train on, 18 to judge by; left out: nothing\n"
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    next((broken / "test").rglob("*.png")).write_bytes(b"no picture")
+    assert command(pretrain, "--dataset", broken, *flags, "--skip_broken", "--out", "skipping")[0] == 0
+    code, lines, err = drawn("circle", "skipping")
+    assert code == 0 and lines == ["figures/circle.png", "figures/circle.svg"], err
+    assert drawn("neighbours", "skipping")[0] == drawn("neighbours", "byol", "--dataset", broken)[0] == 0
     write_run(tmp_path / "wide")
     code, lines, err = drawn("circle", "wide")
     assert code == 2 and lines == []

@@ -589,8 +589,10 @@ def test_a_set_that_is_not_the_trainings_is_told(command, crowd, picture, tmp_pa
     crowd.rename(tmp_path / "moved")
     code, rows, err = command(knn_eval, "run/ckpt.safetensors", "--k", 3)
     assert code == 2 and rows == [] and err.count("\n") == 1
-    assert "the checkpoint was trained on it; --dataset or --data_dir say where it is now" in err
+    assert "the checkpoint was trained on it; --dataset says where it is now" in err
     assert command(knn_eval, "run/ckpt.safetensors", "--k", 3, "--dataset", "moved")[0] == 0
+    code, rows, err = command(knn_eval, "run/ckpt.safetensors", "--dataset", "moved", "--data_dir", "moved")
+    assert code == 2 and rows == [] and "--data_dir moved: has no effect with --dataset moved" in err
 
 
 def test_of_several_processes_one_names_what_is_skipped(monkeypatch, capsys, tmp_path):

@@ -1,7 +1,9 @@
 """What is measured beside the loss: effective rank, the floors of a run, and the warning of poor features."""
 
 import dataclasses
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import scipy.integrate
@@ -15,6 +17,8 @@ from harness import probes, settings
 from knn_eval import knn_eval
 from pretrain import pretrain
 from regularizers import uniformity
+
+CFG = SimpleNamespace(method="byol", reg="none", optimizer="lars")
 
 
 def test_effective_rank_has_its_closed_forms():
@@ -110,8 +114,21 @@ def test_an_encoder_that_sees_nothing_is_aligned_and_one_point(photos):
     ],
 )
 def test_poor_features_are_named(top1, rank, fault):
-    told = probes.poor_features(top1, {"untrained": 30, "pixels": 40}, rank)
+    told = probes.poor_features(top1, {"untrained": 30, "pixels": 40}, rank, CFG)
     assert told.startswith(fault) and bool(told) == bool(fault)
+
+
+@pytest.mark.parametrize(
+    "changed, told",
+    [
+        ({}, "try a smaller --lr, --optimizer sgd, a --tau and --tau_end further from 1 or --reg uniform"),
+        ({"optimizer": "sgd", "reg": "uniform"}, "try a smaller --lr or a --tau and --tau_end further from 1"),
+        ({"method": "simclr", "optimizer": "sgd", "reg": "uniform"}, "try a smaller --lr"),
+    ],
+)
+def test_advice_is_of_flags_that_have_an_effect(changed, told):
+    cfg = SimpleNamespace(**vars(CFG) | changed)
+    assert probes.advice(probes.LEARNING, cfg) == told
 
 
 def test_floors_of_a_run_are_those_of_knn_eval(command, trained):
@@ -143,15 +160,89 @@ def test_a_run_below_its_floors_warns_once(command, folder, monkeypatch):
     code, rows, err = command(pretrain, "--dataset", folder, *flags, "--epochs", 6, "--eval_every", 1, "--out", "run")
     warnings = [row for row in rows if row.get("of") == "warning"]
     assert code == 0 and [row["epoch"] for row in warnings] == [2]
-    text = f"the k-NN accuracy, 30 %, lies below its floors: pixels 60; {probes.TO_LEARN}"
+    cures = "try a smaller --lr, a --tau and --tau_end further from 1 or --reg uniform"
+    text = f"the k-NN accuracy, 30 %, lies below its floors: pixels 60; {cures}"
     assert warnings[0]["text"] == text and err.count(f"WARNING: {text}\n") == 1
 
 
+@pytest.fixture
+def poor_run(command, folder, monkeypatch):
+    """A run of six epochs whose features are worse than pixels; `at_vote` is called with the number of each vote."""
+
+    def run(at_vote):
+        votes = []
+
+        def vote(encoder, *_):
+            votes.append(1)
+            at_vote(len(votes))
+            return {20: {"top1": 60.0 if isinstance(encoder, nn.Flatten) else 30.0, "top5": 90.0}}
+
+        monkeypatch.setattr("pretrain.nearest_neighbours", vote)
+        flags = "--model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 16 --lr 0.1".split()
+        flags += "--epochs 6 --eval_every 1 --save_every 1steps --out run".split()
+        return command(pretrain, "--dataset", folder, *flags)
+
+    return run
+
+
+def interrupt_at(number):
+    def at_vote(votes):
+        if votes == number:
+            raise KeyboardInterrupt
+
+    return at_vote
+
+
+def test_a_run_that_goes_on_does_not_warn_again(poor_run, tmp_path):
+    """Its rows are those of a run that never stopped."""
+    code, _, err = poor_run(interrupt_at(7))  # two floors, four epochs, and the fifth
+    assert code == 130 and err.count("WARNING: ") == 1
+    code, _, err = poor_run(lambda _: None)
+    assert code == 0 and "goes on after" in err and "WARNING: " not in err
+    warnings = [row for row in rows_of(tmp_path / "run") if row.get("of") == "warning"]
+    assert [row["epoch"] for row in warnings] == [2]
+
+
+def test_the_epochs_of_a_collapse_are_counted_over_a_stop(poor_run, monkeypatch):
+    monkeypatch.setattr("pretrain.unit", lambda x: x * 0)
+    code, _, err = poor_run(interrupt_at(5))  # in the third epoch
+    assert code == 130 and err.count("WARNING: collapse? For 3 epochs") == 1
+    code, _, err = poor_run(lambda _: None)  # the third once more
+    assert code == 0 and [err.count(f"WARNING: collapse? For {n} epochs") for n in (1, 3, 4, 6)] == [0, 1, 1, 1]
+
+
+def test_the_rows_of_a_judge_are_no_floors(poor_run, tmp_path):
+    """Of a run that is still going on; it may have judged another set, or with other k."""
+
+    def judge(votes):
+        if votes == 4:  # before the second epoch is looked at
+            row = {"stage": "knn_eval", "of": "pixels", "top1": 99.0, "trained_epochs": 1}
+            with open(tmp_path / "run" / "metrics.jsonl", "a") as log:
+                log.write(json.dumps(row) + "\n")
+
+    code, rows, _ = poor_run(judge)
+    (warning,) = (row["text"] for row in rows if row.get("of") == "warning")
+    assert code == 0 and "lies below its floors: pixels 60; " in warning
+
+
 @pytest.mark.parametrize(
-    "n, batch_size", [(5, 5), (31, 31), (100, 32), (5000, 32), (8192, 64), (50_000, 256), (10**6, 512)]
+    "n, shares, batch_size",
+    [
+        *[(5, 1, 5), (31, 1, 31), (100, 1, 32), (5000, 1, 32), (8192, 1, 64), (50_000, 1, 256), (10**6, 1, 512)],
+        *[(25, 2, 24), (4, 2, 4), (50_000, 12, 252), (50_000, 300, 600)],
+    ],
 )
-def test_the_batch_of_a_folder_follows_its_size(n, batch_size):
-    assert settings.batch_size_for(n) == batch_size
+def test_the_batch_of_a_folder_follows_its_size(n, shares, batch_size):
+    """It is a multiple of the shares it falls into."""
+    assert settings.batch_size_for(n, shares) == batch_size
+
+
+def test_a_folder_may_be_too_small_for_its_shares(command, folder, tmp_path):
+    code, rows, err = command(pretrain, "--dataset", folder, "--accumulate", 25, "--out", tmp_path / "run")
+    need = "a batch takes two for each micro-batch of each process, 50"
+    assert code == 2 and rows == []
+    assert err.splitlines()[-1] == f"pretrain.py: dataset {folder}: has 48 images to train on; {need}"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_takes_the_recipe_folder(command, folder):
@@ -160,5 +251,5 @@ def test_a_folder_takes_the_recipe_folder(command, folder):
     in_force = rows[0]["settings"]
     assert code == 0 and "recipe folder: batch_size 32, optimizer sgd, " in err
     assert (in_force["recipe"], in_force["batch_size"], in_force["optimizer"]) == ("folder", 32, "sgd")
-    code, _, err = command(pretrain, "--dataset", folder, *flags, "--accumulate", 3, "--out", "other")
-    assert code == 2 and "--batch_size 32: must be a multiple of 3, and at least twice that" in err
+    code, rows, _ = command(pretrain, "--dataset", folder, *flags, "--accumulate", 3, "--out", "other")
+    assert code == 0 and rows[0]["settings"]["batch_size"] == 30

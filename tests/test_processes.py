@@ -246,6 +246,13 @@ def one_that_waits(rank, port, place):
     os._exit(0)
 
 
+def test_fp32_is_fp32():
+    """Accelerate sets TF32 with --dynamo_backend."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    processes.start()
+    assert not torch.backends.cuda.matmul.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+
+
 def test_a_download_may_take_longer_than_a_collective(tmp_path):
     mp.spawn(one_that_waits, (free_port(), tmp_path), nprocs=2)
     assert {path.name for path in tmp_path.iterdir()} == {"downloaded", "seen True", "given up True"}

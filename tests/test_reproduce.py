@@ -123,6 +123,13 @@ def test_a_run_whose_log_has_no_epochs_is_not_done(tmp_path):
     assert reproduce.stages_done(tmp_path, {"dataset": "photos"}) == set()
 
 
+def test_a_run_stays_done_where_its_set_has_moved():
+    defaults = {name: flag.default for name, flag in inspect.signature(pretrain).parameters.items()}
+    settings = defaults | {"dataset": "cifar10", "data_dir": "there", "epochs": 3}
+    assert reproduce.has_settings(settings, {"dataset": "cifar10", "data_dir": "here", "epochs": "3"})
+    assert not reproduce.has_settings(settings, {"dataset": "cifar100", "data_dir": "there", "epochs": "3"})
+
+
 def test_without_a_precision_no_run_takes_itself_for_launched(typed, shell, folder, monkeypatch):
     """A launched one takes all cores, although OMP_NUM_THREADS says 1."""
     monkeypatch.setitem(reproduce.PLANS, "cpu", ["--epochs 100", "--epochs 100 --reg uniform"])

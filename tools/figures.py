@@ -274,7 +274,9 @@ def circle(runs: list[RunLog], data_dir: str | None = None):
     loaded = [load_network(run.folder / CKPT) for run in runs]
     first = loaded[0][1]
     settings = first["settings"]
-    images = data.load(settings["dataset"], data_dir or place_of(settings["dataset"], settings["data_dir"]))
+    name = settings["dataset"]
+    place = data_dir or place_of(name, settings["data_dir"])
+    images = data.load(name, place, skip_broken=settings.get("skip_broken", False))
     torch.manual_seed(settings["seed"])
     untrained = build_described("checkpoint", settings)
     columns = [("untrained\n", untrained, first["view"])]

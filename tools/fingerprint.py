@@ -70,7 +70,7 @@ def start(flags: str, run: Path, kill_in_epoch: int | None = None) -> None:
 
 def python(script: str, words: list[str], folder: Path) -> subprocess.Popen:
     """Start a stage as a process on one thread, with its standard output to read."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, str(ROOT / script), *words]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
 

@@ -177,6 +177,7 @@ def has_settings(settings: dict, flags: dict[str, str]) -> bool:
     parameters = inspect.signature(pretrain).parameters
     wanted = {name: value for name, value in cli.defaults(pretrain).items() if name not in NOT_SETTINGS}
     wanted |= cli.read([f"--{name}={value}" for name, value in flags.items()], parameters)
+    del wanted["data_dir"]  # the set may have moved
     for name, value in wanted.items():
         if value is not None and settings.get(name) != json.loads(json.dumps(value)):
             return False

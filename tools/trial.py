@@ -8,6 +8,7 @@ in the tensors and, but for the clock's, in the rows of that run. Prints one lin
 """
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -65,7 +66,8 @@ def trial(
 def train(run: Path) -> subprocess.Popen:
     """Start, or go on with, a run in a process."""
     command = [sys.executable, str(ROOT / "pretrain.py"), *FLAGS.split(), "--out", str(run)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}  # a GPU may round otherwise each time
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def ending(run: Path) -> tuple:
