@@ -23,7 +23,7 @@ from harness.errors import InputError
 from harness.sources import Split
 
 # ---- Data sets -------------------------------------------------------------------------------------------------------
-# size: side of the views in pixels, Appendix B.5. stem: Appendix B.1. holdout: images of each class that `hold_out`
+# size: side of the views in pixels, Appendix B.5. stem: Appendix B.1. holdout: images of a class that `hold_out`
 # takes from the training set, Appendix B.4; None = IMAGENET_HOLDOUT of all. mean, std: of the training pixels in
 # [0, 1]; None = computed when the set is read. blur_p, solarise_p: probabilities in the first and the second view;
 # Appendix B.5.2 uses neither; ImageNet's are BYOL's, Appendix B.3.
@@ -56,7 +56,7 @@ class Dataset:
     stem: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    holdout: int | None  # images of each class
+    holdout: float | None  # images of each class, on average
     blur_p: tuple[float, float] = (0.0, 0.0)
     solarise_p: tuple[float, float] = (0.0, 0.0)
 
@@ -87,8 +87,7 @@ def hold_out(dataset: Dataset) -> Dataset:
     if dataset.holdout is None:
         held = order[-IMAGENET_HOLDOUT:]
     else:
-        rows, place_in_class = sources.by_class(labels, order)
-        held = rows[place_in_class < dataset.holdout]
+        held = sources.held_out(labels, order, dataset.holdout)
     is_held = torch.zeros(len(labels), dtype=torch.bool)
     is_held[held] = True
     kept = (~is_held).nonzero()[:, 0]

@@ -44,7 +44,10 @@ def refuse_unfit_weights(flags: dict) -> None:
     except InputError as e:
         raise InputError(f"--init: {e}") from e
     if checkpoint.is_ours(header):
-        settings = checkpoint.parse_description(header).get("settings", {})
+        description = checkpoint.parse_description(header)
+        if description.get("holds") not in ("encoder", "checkpoint"):
+            raise InputError(f"--init {flags['init']}: holds {description.get('holds')}, not an encoder")
+        settings = description.get("settings", {})
         return refuse_other_encoder(path, settings, flags)
     if flags["norm"] == "none":
         raise InputError(f"--norm none: {path} is of another project, whose encoders have BatchNorm; take --norm bn")

@@ -300,7 +300,7 @@ def with_labels(images: data.Dataset, part: float) -> data.Dataset:
     kept = rows[place_in_class < wanted[labels[rows]]]
     train = images.train.rows(kept.sort().values)
     per_class = images.holdout or data.IMAGENET_HOLDOUT / len(images.classes)
-    return replace(images, train=train, holdout=max(1, round(part * per_class)))
+    return replace(images, train=train, holdout=part * per_class)
 
 
 # ---- Scores ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode
@@ -46,6 +46,16 @@ FORMATS = (
     "TIFF",
     "WEBP",
 )
+TURNS = {  # what makes a picture upright, by its orientation in EXIF
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+WHITE_IS_ZERO = 0  # of a TIFF's tag 262
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "System Volume Information")
 # Grey pictures of 16 bits a pixel often hold the 10, 12 or 14 bits of a camera.
 BITS = (8, 10, 12, 14, 16)
@@ -216,7 +226,8 @@ def opened(path: str) -> Iterator[Image.Image]:
     """Yield a picture of which the header is read. InputError for whatever goes wrong with it in here."""
     try:
         # Not Image.open(path): Pillow would map plain TIFFs into memory, and mix up the rows of those that are turned.
-        with open(path, "rb") as file, Image.open(file) as picture:
+        # Only the formats above, whatever the file is called.
+        with open(path, "rb") as file, Image.open(file, formats=_opened_formats()) as picture:
             if picture.mode == "F":
                 raise ValueError("fractions, of an unknown range; save it with 8 or 16 bits")
             if picture.mode == "I" and picture.format not in ("PNG", "PPM"):  # which have 16 bits, though some as "I"
@@ -225,6 +236,13 @@ def opened(path: str) -> Iterator[Image.Image]:
     except Exception as e:  # Pillow raises errors of many types on broken files
         reason = " ".join(str(e).split())
         raise InputError(f"{path}: not a picture that can be read ({reason})") from e
+
+
+@functools.cache
+def _opened_formats() -> list[str]:
+    """Return those of FORMATS that this Pillow opens, in its order; MPO is opened as JPEG."""
+    Image.init()
+    return [name for name in Image.ID if name in FORMATS and name in Image.OPEN]
 
 
 def read(path: str, white: int | None = None) -> Tensor:
@@ -291,8 +309,10 @@ def _deep(picture: Image.Image) -> tuple[np.ndarray, int | None, int]:
     That is 65535 of a format which says what its white is, and which Pillow scales by that.
     """
     key = picture.info.get("transparency")
-    ImageOps.exif_transpose(picture, in_place=True)
-    grey = np.asarray(picture)
+    grey = np.asarray(_upright(picture))
+    if picture.format == "TIFF" and picture.tag_v2.get(262) == WHITE_IS_ZERO:
+        (bits,) = picture.tag_v2.get(258, (16,))
+        grey = 2**bits - 1 - grey  # as Pillow does where there are 8 bits
     if picture.format in ("PPM", "JPEG2000"):
         return grey, key, 2**16 - 1
     opaque = grey if key is None else grey[grey != key]
@@ -312,7 +332,7 @@ def _on_white(picture: Image.Image) -> tuple[Image.Image, bool]:
     """Return a picture as RGB, upright, on a white ground, and whether any of that is seen."""
     if "transparency" in picture.info:
         picture.info["transparency"] = _key_of_8_bits(picture)
-    ImageOps.exif_transpose(picture, in_place=True)
+    picture = _upright(picture)
     if not picture.has_transparency_data:
         return picture if picture.mode == "RGB" else picture.convert("RGB"), False
     if picture.mode == "La":
@@ -323,6 +343,16 @@ def _on_white(picture: Image.Image) -> tuple[Image.Image, bool]:
     ground = Image.new("RGB", picture.size, "white")
     ground.paste(picture, mask=alpha)
     return ground, alpha.getextrema()[0] < 255
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Return a picture turned as its EXIF says.
+
+    Not ImageOps.exif_transpose, which also writes the EXIF anew, and fails where one of its tags is of another type.
+    """
+    picture.load()
+    turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _key_of_8_bits(picture: Image.Image) -> int | bytes | tuple[int, ...]:

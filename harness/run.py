@@ -72,7 +72,7 @@ class Run:
         in_files = not isinstance(images.test.images, Tensor)
         self.timm_config = checkpoint.timm_config(asdict(cfg), self.view, in_files)
         self.description = {"settings": asdict(cfg), "view": self.view, "data": contents(images, cfg.holdout)}
-        self.description |= {"steps": steps, **provenance()}
+        self.description |= {"images": len(images.pretraining.labels), "steps": steps, **provenance()}
         self.whole_epochs, self.step = position(self.description, self._stored, folder)
         agreed = {**asdict(cfg), "save_every": flags["save_every"], "view": self.view}
         processes.agree(accelerator, **agreed, steps=steps, step=self.step)

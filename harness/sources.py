@@ -77,6 +77,14 @@ def by_class(labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     return sorted_rows, place_in_class
 
 
+def held_out(labels: Tensor, order: Tensor, images_per_class: float) -> Tensor:
+    """Return the first images of each class in the order (n,): so many on average, and the same part of each class."""
+    rows, place_in_class = by_class(labels, order)
+    counts = labels.bincount().double()
+    wanted = (images_per_class * counts / counts.mean()).round().clamp_min(1)
+    return rows[place_in_class < wanted[labels[rows]]]
+
+
 def pixel_statistics(images: Tensor) -> tuple[Channels, Channels]:
     """Return mean and standard deviation of each channel of uint8 images (n, 3, h, w), as parts of 255, to 4 digits."""
     values = torch.arange(256, dtype=torch.float64) / 255
@@ -378,13 +386,12 @@ def _white(surveys: np.ndarray) -> int:
 def _facts(layout: Layout, side: int, mean: Channels, std: Channels) -> dict:
     """Return what data.FACTS holds of a named set, for a folder: `side` is that of its pictures, the shorter one."""
     images_per_class = len(layout.train.labels) / max(1, len(layout.classes))
-    tenth_of_a_class = round(images_per_class / 10)
     return {
         "size": min(side, 224),
         "stem": "cifar" if side <= 32 else "imagenet",
         "mean": mean,
         "std": std,
-        "holdout": max(1, tenth_of_a_class),
+        "holdout": images_per_class / 10,
     }
 
 

@@ -22,7 +22,7 @@ from harness.files import write_whole
 from harness.pictures import SURVEY, looks, survey, workers
 
 FILE = ".surveys.safetensors"
-MEANING = {"surveys": "1"}  # another number where `survey` would give other numbers for the same file
+MEANING = {"surveys": "2"}  # another number where `survey` would give other numbers for the same file
 COLUMNS = SURVEY.itemsize // 8  # whole numbers of 8 bytes
 PICTURES_A_WORKER = 64  # at least: a worker takes as long to start as to read some
 GONE = (-1, -1)
@@ -48,7 +48,9 @@ class Kept:
     def __enter__(self) -> "Kept":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
+        if error:  # perhaps before all parts of the folder were surveyed: what is stored of the others stays
+            self._keep_others()
         if self.has_new:
             self._save()
 
@@ -88,6 +90,15 @@ class Kept:
             rows[is_there[is_same]] = candidates[is_same]
             is_known[is_there[is_same]] = True
         return is_known
+
+    def _keep_others(self) -> None:
+        """Keep what is stored of pictures that have not been surveyed again."""
+        known = set(self.names)
+        for row_by_name, stored in self.stored:
+            others = {name: row for name, row in row_by_name.items() if name not in known}
+            self.names += others
+            self.rows.append(stored[list(others.values())].reshape(-1, 2 + COLUMNS))
+            known |= others.keys()
 
     def _save(self) -> None:
         """Write what is known to the first place that can be written to, if any can."""

@@ -281,6 +281,13 @@ def test_hold_out_is_of_the_training_set(photos):
         data.hold_out(last)  # 10,009 images are more than all
 
 
+def test_hold_out_of_unequal_classes_is_a_tenth_of_each():
+    labels = torch.tensor([0] * 3000 + [1] * 100 + [2] * 4)
+    split = data.Split(torch.arange(len(labels)), labels)
+    dataset = data.Dataset(("a", "b", "c"), split, split, split, 32, "cifar", (0,), (1,), holdout=len(labels) / 3 / 10)
+    assert data.hold_out(dataset).test.labels.bincount().tolist() == [300, 10, 1]
+
+
 def test_hold_out_of_many_classes_takes_the_same_images():
     """The size of ImageNet's training set: 1.28 million in 1,000 classes took 40 s."""
     n = 1_281_167

@@ -17,7 +17,7 @@ import models
 from harness import checkpoint, judging
 from knn_eval import knn_eval
 from linear_eval import linear_eval
-from tools.export import CITATION, export
+from tools.export import CITATION, data_line, export, without_paths
 
 
 @pytest.fixture
@@ -78,8 +78,9 @@ def test_the_lines_of_the_card_load_the_encoder(shell, run_of, tmp_path, changes
 
 
 def test_the_folder_is_timms_and_ours(shell, command, folder, trained, tmp_path):
-    command(linear_eval, trained / "ckpt.safetensors", "--epochs", 2, "--batch_size", 16)
+    command(linear_eval, trained / "ckpt.safetensors", "--batch_size", 16)
     _, judged, _ = command(knn_eval, trained, "--k", 20)
+    command(knn_eval, trained, "--k", 20, "--labels", 0.5)  # whose floors are others
     code, lines, err = shell(export, trained, "--to", "deep/er/out", "--license", "cc-by-nc-4.0")
     out = tmp_path / "deep" / "er" / "out"
     assert code == 0 and "licence of the weights: cc-by-nc-4.0 (--license)" in lines[0], err
@@ -100,7 +101,7 @@ def test_the_folder_is_timms_and_ours(shell, command, folder, trained, tmp_path)
         ("weighted vote of the 20 nearest neighbours", by["trained"]),
         ("the same vote on a random network", by["untrained"]),
         ("the same vote on the pixels", by["pixels"]),
-        ("2 epochs of SGD, batch 16, rate 0.2 per 256 images", linear),
+        ("80 epochs of SGD, batch 16, rate 0.2 per 256 images", linear),
     ):
         (line,) = [line for line in text.splitlines() if protocol in line]
         assert line.endswith(f"| {row['top1']:.1f} | {row['top5']:.1f} |")
@@ -147,6 +148,21 @@ def test_settings_of_the_views_are_shown_where_they_are_no_default(shell, run_of
     card = (tmp_path / "out" / "README.md").read_text()
     shown = [line for line in card.splitlines() if line.startswith(tuple(f"| {name} |" for name in names))]
     assert shown == ["| jitter | 0.5 |", "| blur_p | [0.1, 0.1] in the first and the second view |"]
+
+
+def test_the_card_counts_the_images_that_were_trained_on():
+    """Of STL-10 100,000 without labels, and not the 5,000 that judges learn from."""
+    facts = {"train": 5000, "test": 8000, "classes": ["cat", "dog"]}
+    description = {"settings": {"dataset": "stl10"}, "data": facts}
+    assert "(5000 training images, 2 classes" in data_line(description)  # of an earlier version
+    assert "(100000 training images, 2 classes" in data_line(description | {"images": 100_000})
+
+
+def test_a_command_keeps_its_flags_without_their_paths():
+    words = "pretrain.py --init=/home/me/x.pth --data-dir=/home/me/sets --out /home/me/run --lr=1/2"
+    description = {"settings": {"dataset": "photos", "data_dir": "data"}, "command": words}
+    shown = without_paths(description)["command"]
+    assert shown == "pretrain.py --init=x.pth --data-dir=sets --out run --lr=2"
 
 
 def test_one_citation_everywhere():

@@ -38,6 +38,7 @@ from tools.figures import batch, dynamics, figures, gaussian_kde, knn, rank, von
 from tools.groups import groups
 from tools.neighbours import RIGHT, WRONG, draw_queries, find, neighbours, without_queries
 from tools.paper import is_row, paper_rows
+from tools.table import table
 
 SETTINGS = {"dataset": "photos", "data_dir": "data", "method": "byol", "norm": "bn", "reg": "none", "s": 2.0}
 SETTINGS |= {"weight": 0.0, "reg_on": ["projector", "predictor"], "batch_size": 64, "accumulate": 1, "out_dim": 256}
@@ -61,7 +62,9 @@ def write_run(folder, seed=0, scores=(60.0, 70.0), linear=None, **changes):
     rows += [{**judged, "k": 20, "top1": 3.0, "net": "target"}, {**judged, "k": 20, "top1": 4.0, "dataset": "another"}]
     rows += [{"stage": "linear_eval", "features": "cached", "top1": 5.0, **where}]
     probe = {"stage": "linear_eval", "features": "augmented", "top1": linear, **where}
-    rows += [probe] if linear is not None else []
+    probe |= {"epochs": 80, "weight_decay": 0.0, "lr": 0.2, "swept": False}
+    variants = [{**probe, "epochs": 1, "top1": 6.0}, {**probe, "lr": 5.0, "top1": 7.0}]
+    rows += [probe, *variants] if linear is not None else []
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -69,6 +72,20 @@ def write_run(folder, seed=0, scores=(60.0, 70.0), linear=None, **changes):
 @pytest.fixture
 def drawn(shell):
     return partial(shell, figures)
+
+
+def test_a_run_that_is_under_way_has_no_part_in_the_table(tmp_path):
+    finished = [read(write_run(tmp_path / f"run{seed}", seed, [50.0] * 3, epochs=3)) for seed in (0, 1)]
+    early = read(write_run(tmp_path / "early", 2, [50.0], epochs=3))
+    (row,) = table([*finished, early])
+    assert (row["uniformity"], row["uniformity n"], row["seeds"]) == (-2.5, 2, 3)
+
+
+def test_a_table_of_a_folder_whose_name_is_no_utf_8(drawn, tmp_path):
+    write_run(tmp_path / "run", dataset="pictures\udcff")
+    code, _, err = drawn("table", "run")
+    assert code == 0, err
+    assert "pictures\\udcff" in (tmp_path / "figures" / "table.md").read_text()
 
 
 def test_seeds_on_one_set_are_one_setting_wherever_it_lies(tmp_path):
@@ -369,6 +386,7 @@ def test_neighbours_of_pictures_in_files_and_without_classes(drawn, trained, fol
         ("knn run run", "run and run have the same settings and seed; name one"),
         ("dynamics run chord", "energies by the angle at s = 2 and by the chord at s = 2 do not compare"),
         ("knn run --data_dir x", "--data_dir x: has no effect on knn"),
+        ("views --dataset photos --data_dir x", "--data_dir x: has no effect on views of photos"),
         ("neighbours", "neighbours: takes one run folder, or a checkpoint in it"),
         ("neighbours run other", "neighbours: takes one run folder, or a checkpoint in it"),
         ("neighbours run", "py: run: "),

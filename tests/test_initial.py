@@ -134,9 +134,11 @@ def test_weights_that_do_not_fit_are_refused_before_the_data_are_read(command, t
     monkeypatch.setattr(data, "load", None)
     encoder, _ = load_encoder(trained / "ckpt.safetensors")
     torch.save(encoder.state_dict(), tmp_path / "theirs.pth")
+    checkpoint.save(tmp_path / "features.safetensors", {"features": torch.ones(3, 4)}, {"holds": "features"})
     reasons = {
         f"{trained} --model resnet18": "its encoder needs --model test_resnet; this run has resnet18",
         f"{trained} --model test_resnet --prefix x": "--prefix x: has no effect on",
+        "features.safetensors": "--init features.safetensors: holds features, not an encoder",
         "theirs.pth --model resnet18": "of its names belong to resnet18",
         "theirs.pth --model test_resnet --norm none": "--norm none: theirs.pth is of another project",
         "theirs.pth --model test_resnet --stem cifar": "take --model test_resnet --stem imagenet",

@@ -385,11 +385,7 @@ def lightly_epoch(accelerator: Accelerator, batch_size: int) -> Callable:
     parameters = [*online.parameters(), *predictor.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.06)
     criterion = NegativeCosineSimilarity()
-    transform = lightly_view(32, 0)
-
-    def pair(image: Image.Image) -> tuple[Tensor, Tensor]:
-        return transform(image), transform(image)
-
+    pair = functools.partial(_two_of, lightly_view(32, 0))
     images = pil(data.load("photos").train.images)
     pairs = _Made((pair, image) for image in images)
     in_workers = {"num_workers": processes.cores(), "persistent_workers": True}
@@ -416,6 +412,16 @@ class _Made(list):
     def __getitem__(self, row: int):
         make, x = super().__getitem__(row)
         return make(x)
+
+
+# What loaders call stands at the top of the module: where they do not fork, as on macOS, they pickle it.
+def _two_of(transform: Callable, image: Image.Image) -> tuple[Tensor, Tensor]:
+    return transform(image), transform(image)
+
+
+def _read_twice(transform: Callable, path: str) -> Tensor:
+    picture = v2.functional.pil_to_tensor(Image.open(path).convert("RGB"))
+    return torch.stack([transform(picture) for _ in range(2)])
 
 
 def start(accelerator: Accelerator) -> Iterator[Contest]:
@@ -571,13 +577,8 @@ def stream(accelerator: Accelerator) -> Iterator[Contest]:
             for crops, _, _ in data.batches(split, batch_size, size, seed=0, epochs=[1]):
                 assert crops.shape == (2, batch_size, 3, size, size)
 
-        def pair(path: str) -> Tensor:
-            picture = v2.functional.pil_to_tensor(Image.open(path).convert("RGB"))
-            views = [flip(crop(picture)) for _ in range(2)]
-            return torch.stack(views)
-
         def theirs() -> None:
-            pairs = _Made((pair, path) for path in paths)
+            pairs = _Made((functools.partial(_read_twice, v2.Compose([crop, flip])), path) for path in paths)
             loader = DataLoader(pairs, batch_size, shuffle=True, num_workers=processes.cores())
             for crops in loader:
                 assert crops.shape == (batch_size, 2, 3, size, size)

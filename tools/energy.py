@@ -25,7 +25,6 @@ from harness.errors import InputError
 from harness.files import weights_file
 from harness.formats import read_tensors
 from harness.log import emit
-from harness.neighbours import finest
 from regularizers import ZERO, energy_of, unit
 
 Shapes = dict[str, tuple[int, ...]]  # of weights (N, ...), by the names of their layers
@@ -67,7 +66,9 @@ def energy(
     if accelerator.num_processes > 1:
         raise InputError(f"{accelerator.num_processes} processes would do the same; launch one")
     layers = layers_of(files, prefix)
-    measured = partial(measured_layers, layers=layers, prefix=prefix, device=accelerator.device, s=s, angular=angular)
+    has_float64 = accelerator.device.type != "mps"
+    device = accelerator.device if has_float64 else torch.device("cpu")
+    measured = partial(measured_layers, layers=layers, prefix=prefix, device=device, s=s, angular=angular)
     write = begin_rows(files, layers, s, angular, json)
     rows = []
     with tqdm(total=len(files) * len(layers), unit="layer", disable=None) as bar:
@@ -200,7 +201,7 @@ def why_no_layer(name: str, tensor: Tensor) -> str:
 @torch.no_grad()
 def measure(weight: Tensor, s: float, angular: bool) -> Measured:
     """Return energy and closest pair of the neurons of a weight (N, ...). Rows of zeros have no direction: no part."""
-    rows = weight.flatten(1).to(finest(weight.device))
+    rows = weight.flatten(1).double()
     neurons = unit(rows)
     neurons = neurons[neurons.any(1)]
     energies = energy_of({"neurons": neurons}, s, angular)

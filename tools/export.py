@@ -32,7 +32,7 @@ LICENSE = "mit"  # that of this code; the weights are the user's to license
 SHOWN_SETTINGS = ["epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "hidden_dim", "out_dim", "seed"]
 UNITS = {"lr": " per 256 images", "warmup": " epochs", "blur_p": " in the first and the second view"}
 TEMPERATURE = 0.07  # of the vote in rows of pretrain.py, which do not name it
-PROTOCOL = ("split", "k", "temperature", "eval_crop", "dataset", "precision")  # columns of a vote
+PROTOCOL = ("split", "k", "temperature", "eval_crop", "dataset", "precision", "labels")  # columns of a vote
 FLOORS = {"untrained": "a random network", "init": "the weights that it began from", "pixels": "the pixels of the view"}
 CITATION = """@misc{durrant2022hyperspherically,
   title  = {Hyperspherically Regularized Networks for Self-Supervision},
@@ -178,7 +178,7 @@ def without_paths(description: dict) -> dict:
     for name in PLACES:
         if settings[name]:
             settings[name] = Path(settings[name]).name
-    words = [re.sub(r"^(--\w+=)?.*/(?=[^/])", r"\1", word) for word in shlex.split(description.get("command", ""))]
+    words = [re.sub(r"^(--[\w-]+=)?.*/(?=[^/])", r"\1", word) for word in shlex.split(description.get("command", ""))]
     return {**description, "settings": settings, "command": shlex.join(words)}
 
 
@@ -217,8 +217,9 @@ def data_line(description: dict) -> str:
     """Name the data of a training, and count them."""
     facts = description.get("data", {})  # not of runs of earlier versions
     counts = []
-    if "train" in facts:
-        counts.append(f"{facts['train']} training images")
+    images = description.get("images", facts.get("train"))
+    if images:
+        counts.append(f"{images} training images")
     if facts.get("classes"):
         counts.append(f"{len(facts['classes'])} classes, whose labels were not used")
     more = f" ({', '.join(counts)})" if counts else ""
@@ -344,7 +345,7 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], description: dict, te
         checkpoint.save(temporary / "model.safetensors", tensors, description)
         for name, text in texts.items():
             with write_whole(temporary / name) as file:
-                file.write(text.encode())
+                file.write(text.encode(errors="backslashreplace"))
         if folder.exists():
             folder.rmdir()  # it is empty
         temporary.rename(folder)

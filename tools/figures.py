@@ -31,6 +31,7 @@ from harness.errors import InputError
 from harness.files import CKPT, write_whole
 from harness.judging import place_of
 from harness.log import RunLog, other_data, read_log
+from harness.sources import has_no_data_dir
 from tools import paper
 from tools.groups import groups, mean_and_std, method_name
 from tools.table import write_table
@@ -113,6 +114,8 @@ def refuse_idle_arguments(name: str, runs: tuple[str, ...], dataset: str | None,
         raise InputError(f"{name}: takes {takes}")
     if data_dir and name not in ("circle", "views", "neighbours"):
         raise InputError(f"--data_dir {data_dir}: has no effect on {name}")
+    if data_dir and name == "views" and has_no_data_dir(dataset):
+        raise InputError(f"--data_dir {data_dir}: has no effect on views of {dataset}")
 
 
 def write(figure, stem: Path) -> None:

@@ -51,7 +51,8 @@ def table(runs: list[RunLog]) -> list[dict]:
 def columns(group: list[RunLog]) -> dict[str, list[float]]:
     """Collect the numbers of a group of seeds, without those that a run does not have.
 
-    A dead network has accuracies, but its projections have no uniformity or alignment.
+    A run that is still under way has none. A dead network has accuracies, but its projections have no uniformity or
+    alignment.
     """
     found = {
         "k-NN": [run.score("knn_eval") for run in group],
@@ -60,10 +61,16 @@ def columns(group: list[RunLog]) -> dict[str, list[float]]:
     for key in OF_EPOCHS:
         of_projections = key in OF_PROJECTIONS
         of = "representations" if key in OF_FEATURES else None
-        measured = [run for run in group if not (of_projections and is_dead(run))]
+        measured = [run for run in group if is_finished(run) and not (of_projections and is_dead(run))]
         series = [list(run.series(key, of).values()) for run in measured]
         found[key] = [values[-1] for values in series if values]
     return {key: [value for value in values if value is not None] for key, values in found.items()}
+
+
+def is_finished(run: RunLog) -> bool:
+    """Whether the log has the row of the last epoch."""
+    epochs = [row["epoch"] for row in run.rows if row["stage"] == "pretrain" and "loss" in row]
+    return bool(epochs) and epochs[-1] == run.settings["epochs"]
 
 
 def is_dead(run: RunLog) -> bool:
@@ -118,11 +125,11 @@ def write_table(runs: list[RunLog], folder: Path) -> None:
     except OSError as e:
         raise InputError(f"--out {folder}: cannot be written ({e.strerror})") from e
     with write_whole(folder / "table.md") as file:
-        file.write("".join(f"{line}\n" for line in lines).encode())
+        file.write("".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     with write_whole(folder / "table.csv") as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors="backslashreplace"))
     print(*lines, folder / "table.md", folder / "table.csv", sep="\n")
