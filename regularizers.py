@@ -145,8 +145,8 @@ def riesz(z: Tensor, s: float) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """Rows of x (n, d) projected to the unit sphere, in fp32 or float64; a zero row stays zero, with gradient 0."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    longest = x.detach().abs().amax(1, keepdim=True).clamp_min(1e15)
-    x = x / (longest / 1e15)  # by 1, but for rows whose squares overflow, as that of 1e19 does
+    largest = x.detach().abs().amax(1, keepdim=True).clamp_min(1e15)
+    x = x / (largest / 1e15)  # by 1, but for rows of larger numbers: the square of 1e20 overflows
     return x * _inverse_norm(x)
 
 

@@ -22,7 +22,7 @@ from harness.errors import InputError
 from harness.files import weights_file
 from harness.foreign import adopt
 from harness.log import contents, log_of, other_data, same_place
-from harness.sources import IN_DATA_DIR, MAKERS, Channels, by_class, has_no_data_dir
+from harness.sources import IN_DATA_DIR, MAKERS, Channels, by_class, has_no_data_dir, has_no_files
 
 FOREIGN_FLAGS = ("stem", "prefix", "mean", "std")  # of a file of another project alone: a run's file says all this
 DEFAULT_DATA_DIR = "data"
@@ -233,10 +233,12 @@ def open_images(
     """
     settings = description["settings"]
     name = dataset or settings["dataset"]
-    skip_broken = skip_broken or settings.get("skip_broken", False)
     if data_dir and has_no_data_dir(name):
         raise InputError(f"--data_dir {data_dir}: has no effect with --dataset {name}")
+    if skip_broken and has_no_files(name):
+        raise InputError(f"--skip_broken: has no effect with --dataset {name}")
     pretraining = without_classes and name not in data.FACTS  # of a named set it would read more images
+    skip_broken = skip_broken or settings.get("skip_broken", False)
     try:
         images = data.load(name, data_dir or place_of(name, settings["data_dir"]), pretraining, skip_broken)
     except InputError as e:

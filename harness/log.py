@@ -249,7 +249,7 @@ class RunLog:
         if stage == "knn_eval":
             wanted |= {"of": "trained", "k": 20, "temperature": 0.07}
         else:
-            wanted |= {"features": "augmented", "epochs": 80, "weight_decay": 0.0}
+            wanted |= {"features": "augmented", "epochs": 80, "weight_decay": 0.0}  # linear_eval's defaults
         row = self._last_row(wanted)
         if row is None and stage == "knn_eval":
             online = {"stage": "pretrain", "of": "online", "split": "test", "k": 20}
@@ -262,10 +262,10 @@ class RunLog:
         epochs, own_place = self.settings["epochs"], self.settings["dataset"]
         for row in reversed(self.rows):
             is_finished = row.get("trained_epochs", epochs) == epochs
-            rate_fits = row.get("swept") or row.get("lr", 0.2) == 0.2 or row["stage"] != "linear_eval"
+            is_other_rate = row["stage"] == "linear_eval" and not row.get("swept") and row.get("lr", 0.2) != 0.2
             in_fp32 = row.get("precision", "no") == "no"  # rows of old versions, all in fp32, do not say
             on_own_data = row.get("own_data", same_place(row.get("dataset", own_place), own_place))
-            fits = is_finished and in_fp32 and on_own_data and rate_fits
+            fits = is_finished and in_fp32 and on_own_data and not is_other_rate
             if fits and all(row.get(key) == value for key, value in wanted.items()):
                 return row
         return None

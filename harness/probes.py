@@ -14,7 +14,7 @@ import models
 from harness import processes
 from harness.errors import InputError
 from harness.files import CKPT
-from harness.settings import Settings
+from harness.settings import Settings, idle_flags
 from regularizers import alignment, mhe, uniformity
 
 PROBED_IMAGES = 256
@@ -26,7 +26,7 @@ FLOORS_MEMORY = 2**31  # bytes of pixels, likewise
 LOW_RANK = 2  # features of a lower effective rank differ in little more than one direction
 SPREADING = {  # features or projections, by flag
     "lr": "a smaller --lr",
-    "tau": "a --tau nearer 1",
+    "tau": "a --tau and --tau_end nearer 1",
     "warmup": "a longer --warmup",
     "reg": "--reg uniform",
 }
@@ -154,10 +154,9 @@ def poor_features(top1: float, floors: dict[str, float], rank: float, cfg: Setti
 
 def advice(cures: dict[str, str], cfg: Settings) -> str:
     """Say what to try, of cures by flag: those that the method has, and that are not in force."""
-    idle = {name for method in models.METHODS.values() for name in method.flags} - {*models.METHODS[cfg.method].flags}
     in_force = {flag for flag, value in (("reg", "uniform"), ("optimizer", "sgd")) if getattr(cfg, flag) == value}
-    *others, last = [text for flag, text in cures.items() if flag not in idle | in_force]
-    return f"try {', '.join(others)}{' or ' if others else ''}{last}"
+    left = [text for flag, text in cures.items() if flag not in in_force | idle_flags(cfg.method)]
+    return f"try {', or '.join(left)}"
 
 
 def gradient_norms(network: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
@@ -204,7 +203,7 @@ def refuse_faults(numbers: dict[str, Tensor], network: nn.Module, folder: Path, 
     raise InputError(f"step {step}: not finite: {listed}; {kept}; a smaller --lr or --weight may help")
 
 
-def collapsed_epochs(share: float, before: int) -> int:
+def count_collapsed(share: float, before: int) -> int:
     """Count the epochs in a row in which projections were nearly one point, from their number before this epoch.
 
     share: the projections' standard deviation as a share of a full sphere's.
@@ -213,7 +212,7 @@ def collapsed_epochs(share: float, before: int) -> int:
 
 
 def warn_of_collapse(share: float, epochs: int, cfg: Settings) -> None:
-    """Warn of a dead network at once, and of a collapse in the third of its `epochs` and later; share: see above."""
+    """Warn of a dead network at once, and of a collapse from its third epoch on; share as in `count_collapsed`."""
     if share < DEAD:
         processes.say(f"WARNING: dead network: all projections have been the same. {REVIVE}")
     if epochs >= COLLAPSED_EPOCHS:

@@ -6,8 +6,8 @@
 
 A state is the tensors and the description of ckpt.safetensors. Tensors without a slash in their name are the network's.
 The order of the images and their views are functions of (seed, epoch, step), so that a run that goes on ends in the
-bits of a run that never stopped. `Run` is the one object with state; of the
-method it knows only the `Training` that `restore` is given.
+bits of a run that never stopped. `Run` is the one object with state; of
+the method it knows only the `Training` that `restore` is given.
 """
 
 import os
@@ -118,7 +118,7 @@ class Run:
             if row.get("of") == "warning":
                 self.has_warned = True
             if "loss" in row:
-                self.collapsed_epochs = probes.collapsed_epochs(self._share(row["std"]), self.collapsed_epochs)
+                self.collapsed_epochs = probes.count_collapsed(self._share(row["std"]), self.collapsed_epochs)
         if self.step < self.steps:
             settings = {name: str(x) for name, x in asdict(self.cfg).items()}
             self.accelerator.init_trackers("pretrain", settings)
@@ -236,7 +236,7 @@ class Run:
     def warn_of_collapse(self, std: float) -> None:
         """Warn if the projections have been nearly one point for some epochs; `std` as the log has it."""
         share = self._share(std)
-        self.collapsed_epochs = probes.collapsed_epochs(share, self.collapsed_epochs)
+        self.collapsed_epochs = probes.count_collapsed(share, self.collapsed_epochs)
         probes.warn_of_collapse(share, self.collapsed_epochs, self.cfg)
 
     def _share(self, std: float) -> float:
@@ -435,9 +435,13 @@ def position(description: dict, stored: dict | None, folder: Path) -> tuple[int,
     if faults and not new_data:
         advice = "take what it was, or name another folder"
         raise InputError(f"--out {folder}: holds a run with other settings, {', '.join(faults)}; {advice}")
-    steps, stored_steps = description["steps"], stored["steps"]
-    if steps != stored_steps:
-        new_data.append(f"steps {steps} (it was {stored_steps})")
+    settings = description["settings"]
+    if settings["holdout"] and settings["dataset"] not in data.FACTS and "images" not in stored:
+        new_data.append("a hold-out that an earlier version drew in another way")
+    for name in ("images", "steps"):
+        now, before = description[name], stored.get(name, description[name])
+        if now != before:
+            new_data.append(f"{name} {now} (it was {before})")
     if new_data:
         raise InputError(f"--out {folder}: holds a run on other images, {', '.join(new_data)}; name another folder")
     return stored["epoch"], stored["step"]

@@ -26,7 +26,7 @@ from harness import augment, pictures, processes, saving
 from harness.errors import InputError
 from harness.files import CKPT, EARLIER_ENCODER, RUN_FILES, WEIGHTS, run_folder, weights_file
 from harness.initial import refuse_unfit_weights
-from harness.sources import has_no_data_dir
+from harness.sources import has_no_data_dir, has_no_files
 
 NOT_SETTINGS = ("out", "save_every", "resume", "tracker", "workers")  # flags that change nothing in what a run computes
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what --weight weighs
@@ -95,7 +95,7 @@ class Settings:
 def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
     """Return the run folder. InputError for whatever can be seen to be wrong before a file is read."""
     folder = Path(flags["out"] or Path("runs", run_name(flags, defaults))).expanduser()
-    refuse_idle_flags(flags, defaults)
+    refuse_idle_flags(flags, defaults, is_new=not os.path.exists(folder / CKPT))
     saving.interval(flags["save_every"])  # raises InputError for another spelling
     if "predictor" in (flags["reg_on"] or ()) and "predictor" not in parts_of(flags):
         raise InputError(f"--reg_on predictor: {flags['method']} has none here; take encoder, projector or both")
@@ -141,22 +141,26 @@ def name_of_weights(path: str) -> str:
     return file.name.partition(".")[0]
 
 
-def refuse_idle_flags(flags: dict, defaults: dict) -> None:
-    """Raise InputError for a flag that has no effect beside another."""
+def idle_flags(method: str) -> set[str]:
+    """Name the flags of other methods, which have no effect on this one."""
+    of_methods = {name for other in models.METHODS.values() for name in other.flags}
+    return of_methods - {*models.METHODS[method].flags}
+
+
+def refuse_idle_flags(flags: dict, defaults: dict, is_new: bool) -> None:
+    """Raise InputError for a flag that has no effect beside another. Earlier runs may have two of these, and go on."""
     term = TERMS[flags["reg"]]
     idle_beside = {}
     if term != "energy":
         idle_beside |= {"s": "reg", "reg_on": "reg"}
     if term is None:
         idle_beside["weight"] = "reg"
-    of_methods = {name for method in models.METHODS.values() for name in method.flags}
-    own = models.METHODS[flags["method"]].flags
-    idle_beside |= {name: "method" for name in sorted(of_methods - {*own})}
+    idle_beside |= {name: "method" for name in sorted(idle_flags(flags["method"]))}
     if flags["model"] == "alexnet":
         idle_beside["stem"] = "model"
-    if has_no_data_dir(flags["dataset"]):
+    if is_new and has_no_data_dir(flags["dataset"]):
         idle_beside["data_dir"] = "dataset"
-    if flags["dataset"] in data.FACTS and flags["dataset"] != "imagenet":  # no files of pictures
+    if is_new and has_no_files(flags["dataset"]):
         idle_beside["skip_broken"] = "dataset"
     for name, other in idle_beside.items():
         if flags[name] != defaults[name]:
@@ -202,11 +206,12 @@ def resolve(flags: dict, recipes: Mapping, accelerator: Accelerator) -> tuple[Se
         images = data.hold_out(images)
     if not values["batch_size"]:
         n = len(images.pretraining.labels)
-        shares = flags["accumulate"] * accelerator.num_processes
-        if n < 2 * shares:
-            need = f"a batch takes two for each micro-batch of each process, {2 * shares}"
-            raise InputError(f"dataset {flags['dataset']}: has {n} images to train on; {need}")
-        values["batch_size"] = batch_size_for(n, shares)
+        accumulate, world = flags["accumulate"], accelerator.num_processes
+        if n < 2 * accumulate * world:
+            need = f"a batch takes two for each micro-batch of each process, {2 * accumulate * world}"
+            raise InputError(f"dataset {flags['dataset']}: has {n} images to train on; {need}; take fewer of these")
+        values["batch_size"] = batch_size_for(n, accumulate)
+        refuse_uneven_batch(values["batch_size"], accumulate, world)
     return resolve_images(values, flags, images), images
 
 
@@ -243,15 +248,15 @@ def parts_of(flags: dict) -> list[str]:
     return ["encoder", "projector", "predictor"] if has_predictor else ["encoder", "projector"]
 
 
-def batch_size_for(n: int, shares: int) -> int:
+def batch_size_for(n: int, micro_batches: int) -> int:
     """Return the largest power of two of which n images make 128 batches, but at least 32, or n, and at most 512.
 
-    It is rounded down to a multiple of the shares that a batch falls into, micro-batches times processes, each of which
-    has two images at least.
+    It is rounded down to equal micro-batches, or up to two images in each. It does not depend on the processes: a run
+    may go on with another number of them.
     """
     power = 2 ** int(math.log2(max(1, n / 128)))
     batch_size = min(max(power, 32), 512, n)
-    return max(batch_size // shares, 2) * shares
+    return max(batch_size // micro_batches, 2) * micro_batches
 
 
 def without_narrow_layers(parts: list[str], values: dict) -> list[str]:

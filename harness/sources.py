@@ -45,6 +45,7 @@ PHOTOGRAPHS = (
 )
 MAKERS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}
 IN_DATA_DIR = (*MAKERS, "imagenet")
+DOWNLOAD_LOCK = ".download.lock"
 FORMS = {"cifar10": "python", "cifar100": "python", "stl10": "binary"}  # of several that their authors offer
 MEMORY = 2**30  # bytes of pictures of a folder, up to which they are kept in memory
 NO_CLASS = -1  # the label of an image without a class
@@ -127,6 +128,11 @@ def read(
 def has_no_data_dir(name: str) -> bool:
     """Whether a data set is certain to lie elsewhere: it is embedded, or a folder."""
     return name not in IN_DATA_DIR and (name == "photos" or os.path.isdir(os.path.expanduser(name)))
+
+
+def has_no_files(name: str) -> bool:
+    """Whether a data set has no file for each picture."""
+    return name == "photos" or name in MAKERS
 
 
 def _read(name: str, data_dir: str, facts: dict[str, dict], pretraining: bool, skip_broken: bool) -> tuple:
@@ -227,6 +233,8 @@ def _downloaded(name: str, root: Path, parts: list[dict]) -> list[datasets.Visio
             return [maker(root, download=True, **part) for part in parts]
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
+            if root in missing_folders:
+                (root / DOWNLOAD_LOCK).unlink(missing_ok=True)
             for place in missing_folders:
                 place.rmdir()
         raise InputError(
@@ -237,10 +245,9 @@ def _downloaded(name: str, root: Path, parts: list[dict]) -> list[datasets.Visio
 
 @contextlib.contextmanager
 def _downloading(name: str, root: Path) -> Iterator[None]:
-    """Let one command at a time download to a folder: two would write the same file."""
+    """Let one command at a time download to a folder: two would write the same file. The lock's file stays."""
     root.mkdir(parents=True, exist_ok=True)
-    path = root / ".download.lock"
-    with open(path, "w") as file:
+    with open(root / DOWNLOAD_LOCK, "w") as file:
         try:
             files.lock(file, wait=False)
         except BlockingIOError:
@@ -248,10 +255,7 @@ def _downloading(name: str, root: Path) -> Iterator[None]:
             files.lock(file, wait=True)
         except OSError:  # there are no locks
             pass
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        yield
 
 
 def _split_of(stored: datasets.VisionDataset) -> Split:

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import PIL.Image
@@ -146,33 +147,30 @@ def maker(root, train, download=False):
     if not download:
         raise RuntimeError("Dataset not found or corrupted")
     (root / "part").touch(exist_ok=False)  # an OSError where two write
-    time.sleep(0.5)
+    while not (root.parent / "proceed").exists():
+        time.sleep(0.01)
     (root / "part").rename(root / "whole")
 
 maker.base_folder = "whole"
 sources.MAKERS["cifar10"] = maker
-print("ready", flush=True)
-sys.stdin.readline()
 sources._downloaded("cifar10", Path(sys.argv[1]), [{"train": True}, {"train": False}])
 """
 
 
 def test_one_command_downloads_and_another_waits(tmp_path):
     """Two that torchvision's maker would let write the same file."""
-    commands = []
-    for _ in range(2):
-        words = [sys.executable, "-c", DOWNLOADING, str(tmp_path / "data")]
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        commands.append(subprocess.Popen(words, cwd=Path(__file__).parent.parent, text=True, **pipes))
-    for command in commands:
-        assert command.stdout.readline() == "ready\n"
-    for command in commands:
-        command.stdin.write("go\n")
-        command.stdin.flush()
-    told = [command.communicate(timeout=60)[1] for command in commands]
-    assert [command.returncode for command in commands] == [0, 0], told
-    assert sum("dataset cifar10: another command downloads to" in err for err in told) == 1
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["whole"]
+    words = [sys.executable, "-c", DOWNLOADING, str(tmp_path / "data")]
+    pipes = {"stderr": subprocess.PIPE, "text": True, "cwd": Path(__file__).parent.parent}
+    first = subprocess.Popen(words, **pipes)
+    while first.poll() is None and not (tmp_path / "data" / "part").exists():
+        time.sleep(0.01)
+    second = subprocess.Popen(words, **pipes)
+    line = second.stderr.readline()
+    (tmp_path / "proceed").touch()
+    told = [command.communicate(timeout=60)[1] for command in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), told
+    assert line == f"dataset cifar10: another command downloads to {tmp_path / 'data'}; waiting for it\n"
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"whole", ".download.lock"}
 
 
 def test_a_cifar_file_with_a_wrong_checksum_is_refused(monkeypatch, tmp_path):

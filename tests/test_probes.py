@@ -108,7 +108,7 @@ def test_an_encoder_that_sees_nothing_is_aligned_and_one_point(photos):
     [
         (50, 20.0, ""),
         (40, 20.0, ""),  # equal to a floor is not below it
-        (35, 20.0, "the k-NN accuracy, 35 %, lies below its floors: pixels 40; try a smaller --lr, --optimizer sgd"),
+        (35, 20.0, "the k-NN accuracy, 35 %, lies below its floors: pixels 40; try a smaller --lr, or --optimizer sgd"),
         (20, 20.0, "the k-NN accuracy, 20 %, lies below its floors: untrained 30, pixels 40; try"),
         (50, 1.2, "collapse? the effective rank of the features is 1.20: they differ in one direction alone; try a sm"),
     ],
@@ -121,8 +121,8 @@ def test_poor_features_are_named(top1, rank, fault):
 @pytest.mark.parametrize(
     "changed, told",
     [
-        ({}, "try a smaller --lr, --optimizer sgd, a --tau and --tau_end further from 1 or --reg uniform"),
-        ({"optimizer": "sgd", "reg": "uniform"}, "try a smaller --lr or a --tau and --tau_end further from 1"),
+        ({}, "try a smaller --lr, or --optimizer sgd, or a --tau and --tau_end further from 1, or --reg uniform"),
+        ({"optimizer": "sgd", "reg": "uniform"}, "try a smaller --lr, or a --tau and --tau_end further from 1"),
         ({"method": "simclr", "optimizer": "sgd", "reg": "uniform"}, "try a smaller --lr"),
     ],
 )
@@ -160,7 +160,7 @@ def test_a_run_below_its_floors_warns_once(command, folder, monkeypatch):
     code, rows, err = command(pretrain, "--dataset", folder, *flags, "--epochs", 6, "--eval_every", 1, "--out", "run")
     warnings = [row for row in rows if row.get("of") == "warning"]
     assert code == 0 and [row["epoch"] for row in warnings] == [2]
-    cures = "try a smaller --lr, a --tau and --tau_end further from 1 or --reg uniform"
+    cures = "try a smaller --lr, or a --tau and --tau_end further from 1, or --reg uniform"
     text = f"the k-NN accuracy, 30 %, lies below its floors: pixels 60; {cures}"
     assert warnings[0]["text"] == text and err.count(f"WARNING: {text}\n") == 1
 
@@ -194,7 +194,7 @@ def interrupt_at(number):
 
 
 def test_a_run_that_goes_on_does_not_warn_again(poor_run, tmp_path):
-    """Its rows are those of a run that never stopped."""
+    """Nor does its log have a second row of it."""
     code, _, err = poor_run(interrupt_at(7))  # two floors, four epochs, and the fifth
     assert code == 130 and err.count("WARNING: ") == 1
     code, _, err = poor_run(lambda _: None)
@@ -226,20 +226,20 @@ def test_the_rows_of_a_judge_are_no_floors(poor_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "n, shares, batch_size",
+    "n, micro_batches, batch_size",
     [
         *[(5, 1, 5), (31, 1, 31), (100, 1, 32), (5000, 1, 32), (8192, 1, 64), (50_000, 1, 256), (10**6, 1, 512)],
-        *[(25, 2, 24), (4, 2, 4), (50_000, 12, 252), (50_000, 300, 600)],
+        *[(25, 2, 24), (4, 2, 4), (50_000, 12, 252), (50_000, 300, 600)],  # two images in each micro-batch at least
     ],
 )
-def test_the_batch_of_a_folder_follows_its_size(n, shares, batch_size):
-    """It is a multiple of the shares it falls into."""
-    assert settings.batch_size_for(n, shares) == batch_size
+def test_the_batch_of_a_folder_follows_its_size(n, micro_batches, batch_size):
+    """It falls into equal micro-batches."""
+    assert settings.batch_size_for(n, micro_batches) == batch_size
 
 
 def test_a_folder_may_be_too_small_for_its_shares(command, folder, tmp_path):
     code, rows, err = command(pretrain, "--dataset", folder, "--accumulate", 25, "--out", tmp_path / "run")
-    need = "a batch takes two for each micro-batch of each process, 50"
+    need = "a batch takes two for each micro-batch of each process, 50; take fewer of these"
     assert code == 2 and rows == []
     assert err.splitlines()[-1] == f"pretrain.py: dataset {folder}: has 48 images to train on; {need}"
     assert not (tmp_path / "run").exists()

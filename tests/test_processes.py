@@ -246,9 +246,15 @@ def one_that_waits(rank, port, place):
     os._exit(0)
 
 
-def test_fp32_is_fp32():
+def test_fp32_is_fp32(monkeypatch):
     """Accelerate sets TF32 with --dynamo_backend."""
-    torch.backends.cuda.matmul.allow_tf32 = True
+    make = processes.Accelerator
+
+    def with_tf32(*args, **kwargs):
+        torch.backends.cuda.matmul.allow_tf32 = True
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(processes, "Accelerator", with_tf32)
     processes.start()
     assert not torch.backends.cuda.matmul.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
 
@@ -407,7 +413,8 @@ def test_weights_that_are_not_finite_in_one_process_end_all(two):
 def test_processes_that_do_not_see_each_other_are_refused(
     command, folder, monkeypatch, two, tmp_path, stage, name, said, line
 ):
-    """torchrun, without ACCELERATE_USE_CPU, on a machine without a GPU; variables that a launcher has left behind."""
+    """torchrun on a machine without a GPU; variables that a launcher has left behind."""
+    processes.start()  # before: an Accelerator that is told to use the CPU would want more variables
     monkeypatch.setenv(name, said)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     monkeypatch.setattr(cli, "leave", sys.exit)

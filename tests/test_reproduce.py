@@ -120,7 +120,7 @@ def test_a_run_whose_log_has_no_epochs_is_not_done(tmp_path):
     row = {"stage": "pretrain", "settings": settings}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     checkpoint.save(tmp_path / "ckpt.safetensors", {"x": torch.ones(1)}, {"epoch": 1})
-    assert reproduce.stages_done(tmp_path, {"dataset": "photos"}) == set()
+    assert reproduce.stages_done(tmp_path, {"dataset": "photos"}, trial=False) == set()
 
 
 def test_a_run_stays_done_where_its_set_has_moved():

@@ -20,8 +20,9 @@ import torch
 
 import models
 from harness import checkpoint, cli, files, settings
+from harness.errors import InputError
 from harness.log import emit, other_data, read_log, rewind
-from harness.run import claim, commit_of
+from harness.run import claim, commit_of, position
 from knn_eval import knn_eval
 from linear_eval import linear_eval
 from pretrain import Lars, pretrain
@@ -235,6 +236,18 @@ def test_a_second_ctrl_c_does_not_wait_for_the_file(command, folder, whole, tmp_
     assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 3
     assert command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")[0] == 0
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_hold_out_of_an_earlier_version_is_of_other_images(command, folder, tmp_path):
+    """It took as many of each class; today's images would be judged on some that the run was trained on."""
+    assert command(pretrain, "--dataset", folder, *FLAGS, "--holdout", "--out", "run")[0] == 0
+    _, description = checkpoint.load(tmp_path / "run" / "ckpt.safetensors")
+    assert description["images"] == 42
+    stored = {name: x for name, x in description.items() if name != "images"}
+    with pytest.raises(InputError, match="other images, a hold-out that an earlier version drew in another way"):
+        position(description, stored, Path("run"))
+    with pytest.raises(InputError, match=r"other images, images 42 \(it was 41\)"):
+        position(description, {**description, "images": 41}, Path("run"))
 
 
 def test_a_checkpoint_may_be_older_than_the_log(command, folder, whole, tmp_path, monkeypatch):

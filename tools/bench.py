@@ -414,7 +414,7 @@ class _Made(list):
         return make(x)
 
 
-# What loaders call stands at the top of the module: where they do not fork, as on macOS, they pickle it.
+# What loaders call stands at module level: where they do not fork, as on macOS, they pickle it.
 def _two_of(transform: Callable, image: Image.Image) -> tuple[Tensor, Tensor]:
     return transform(image), transform(image)
 

@@ -25,6 +25,7 @@ from harness.errors import InputError
 from harness.files import weights_file
 from harness.formats import read_tensors
 from harness.log import emit
+from harness.neighbours import finest
 from regularizers import ZERO, energy_of, unit
 
 Shapes = dict[str, tuple[int, ...]]  # of weights (N, ...), by the names of their layers
@@ -66,7 +67,7 @@ def energy(
     if accelerator.num_processes > 1:
         raise InputError(f"{accelerator.num_processes} processes would do the same; launch one")
     layers = layers_of(files, prefix)
-    has_float64 = accelerator.device.type != "mps"
+    has_float64 = finest(accelerator.device) == torch.float64
     device = accelerator.device if has_float64 else torch.device("cpu")
     measured = partial(measured_layers, layers=layers, prefix=prefix, device=device, s=s, angular=angular)
     write = begin_rows(files, layers, s, angular, json)

@@ -278,6 +278,8 @@ def circle(runs: list[RunLog], data_dir: str | None = None):
     first = loaded[0][1]
     settings = first["settings"]
     name = settings["dataset"]
+    if data_dir and has_no_data_dir(name):
+        raise InputError(f"--data_dir {data_dir}: has no effect on a circle of {name}")
     place = data_dir or place_of(name, settings["data_dir"])
     images = data.load(name, place, skip_broken=settings.get("skip_broken", False))
     torch.manual_seed(settings["seed"])

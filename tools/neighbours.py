@@ -64,7 +64,8 @@ def find(ckpt: str, dataset: str | None, data_dir: str | None) -> Sheet:
     accelerator = processes.start()
     if accelerator.num_processes > 1:
         raise InputError(f"neighbours: {accelerator.num_processes} processes would do the same; launch one")
-    flags = judging.shared_flags(dataset=dataset, data_dir=data_dir, skip_broken=True)
+    is_folder = dataset is not None and dataset not in data.FACTS
+    flags = judging.shared_flags(dataset=dataset, data_dir=data_dir, skip_broken=is_folder)
     judged = judging.open_judged(accelerator, ckpt, flags, without_classes=True)
     bank, test = judged.images.train, judged.images.test
     if len(bank.labels) < 2:
