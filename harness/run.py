@@ -6,8 +6,8 @@
 
 A state is the tensors and the description of ckpt.safetensors. Tensors without a slash in their name are the network's.
 The order of the images and their views are functions of (seed, epoch, step), so that a run that goes on ends in the
-bits of a run that never stopped. `Run` is the one object with state; of
-the method it knows only the `Training` that `restore` is given.
+bits of a run that never stopped. `Run` is the one object with state; of the method it knows only the `Training` that
+`restore` is given.
 """
 
 import os

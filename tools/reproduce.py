@@ -167,7 +167,8 @@ def stages_done(run: Path, flags: dict[str, str], trial: bool) -> set[str]:
     done = {"pretrain"}
     if any(row["stage"] == "knn_eval" and row.get("trained_epochs") == epochs for row in log.rows):
         done.add("knn_eval")
-    if log.score("linear_eval") is not None or (trial and any(row["stage"] == "linear_eval" for row in log.rows)):
+    was_probed = any(row["stage"] == "linear_eval" and "top5" in row for row in log.rows)
+    if log.score("linear_eval") is not None or (trial and was_probed):  # a trial's is short, and no score
         done.add("linear_eval")
     return done
 
