@@ -98,7 +98,7 @@ class Method(nn.Module):
     has_predictor = False  # q, on top of g
     has_target = False  # moving averages of f and g, Section 3.3
     has_bottleneck = False  # the predictor's hidden layer has out_dim / 4 neurons, and BatchNorm ends the projector
-    # It also defines loss(z, p, t, temperature); these are outputs of `forward`, gathered from all processes.
+    # A subclass also defines loss(z, p, t, temperature), of outputs of `forward` gathered from all processes.
 
     def __init__(self, name: str, stem: str, norm: str, hidden_dim: int, out_dim: int, predictor="mlp", queue=0):
         super().__init__()

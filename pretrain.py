@@ -51,7 +51,7 @@ class Recipe:
 
 # Rates, batches, epochs, warm-up, tau and weight decay: Appendix B.2; it gives no decay for CIFAR and STL-10, which
 # have ImageNet's at 300 epochs. Lambda of energies: Appendix C.1, for ImageNet Section 4. The paper gives no
-# temperatures; these are SimCLR's. photos is ours: minutes, so few steps, want a large rate and a tau near 1.
+# temperatures; these are SimCLR's. photos is ours: its few steps need a large rate and a tau near 1.
 # folder is ours, too: docs/results.md has the runs in which LARS and a tau near 1 kept BYOL below raw pixels.
 RECIPES = {
     #                     epochs batch   lr   decay  warm-up  tau  lambda temp.

@@ -83,7 +83,7 @@ def mhe(weight: Tensor, s: float = 2) -> Tensor:
 
 
 def amhe(weight: Tensor, s: float = 2) -> Tensor:
-    """Angular hyperspherical energy, Eq. A.3 / (N (N - 1)): `mhe` of angles arccos(w_i . w_j), radians, for chords."""
+    """Angular hyperspherical energy: `mhe` by the angle arccos(w_i . w_j) in radians, Eq. A.3 / (N (N - 1))."""
     return _energies([weight], s, angular=True)[0]
 
 
@@ -146,7 +146,7 @@ def unit(x: Tensor) -> Tensor:
     """Rows of x (n, d) projected to the unit sphere, in fp32 or float64; a zero row stays zero, with gradient 0."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     largest = x.detach().abs().amax(1, keepdim=True).clamp_min(1e15)
-    x = x / (largest / 1e15)  # by 1, but for rows of larger numbers: the square of 1e20 overflows
+    x = x / (largest / 1e15)  # by 1, unless a row has larger numbers: the square of 1e20 overflows
     return x * _inverse_norm(x)
 
 

@@ -79,6 +79,21 @@ def wait_for_saves():
         writer.join()
 
 
+def acting_step(steps, at, act):
+    """Return a Lars.step that counts into `steps` and calls act() after step `at`, once the save before it is whole."""
+    step = Lars.step
+
+    def stepping(optimizer, closure=None):
+        step(optimizer, closure)
+        if len(steps) == at - 1:
+            wait_for_saves()
+        steps.append(1)
+        if len(steps) == at:
+            act()
+
+    return stepping
+
+
 def last_save(step):
     """The last step before this one that a checkpoint was written at: two after the last, and each epoch's third."""
     return max(k for k in (0, 2, 3, 5, 6, 8) if k < step)
@@ -207,24 +222,19 @@ def interruptible():
 
 def test_a_second_ctrl_c_does_not_wait_for_the_file(command, folder, whole, tmp_path, monkeypatch, interruptible):
     """The second comes while the state of step 4 is written; the file under way goes, that of step 3 stays."""
-    step, steps, fsync, end = Lars.step, [], os.fsync, threading.Event()
+    steps, fsync, end = [], os.fsync, threading.Event()
 
-    def stopping(optimizer, closure=None):
-        step(optimizer, closure)
-        if len(steps) == 3:
-            wait_for_saves()
-        steps.append(1)
-        if len(steps) == 4:
-            os.kill(os.getpid(), signal.SIGINT)
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
 
     def slow(descriptor):
         if len(steps) == 4:
-            os.kill(os.getpid(), signal.SIGINT)
+            interrupt()
             end.wait(60)
         fsync(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Lars, "step", stopping)
+        patch.setattr(Lars, "step", acting_step(steps, 4, interrupt))
         patch.setattr(os, "fsync", slow)
         code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
         names = files_of(tmp_path / "run").keys()
@@ -526,19 +536,13 @@ def test_a_checkpoint_that_is_gone_or_is_no_state_is_not_written_over(command, f
 
 def test_a_full_disk_keeps_the_last_checkpoint(command, folder, whole, tmp_path):
     """No file may grow beyond a limit, as on a disk that is full, from step 4 on."""
-    step, steps = Lars.step, []
+    steps, limits = [], resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def filling(optimizer, closure=None):
-        step(optimizer, closure)
-        if len(steps) == 3:
-            wait_for_saves()
-        steps.append(1)
-        if len(steps) == 4:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
 
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Lars, "step", filling)
+        patch.setattr(Lars, "step", acting_step(steps, 4, fill))
         try:
             code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
         finally:
