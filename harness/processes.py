@@ -118,11 +118,13 @@ def _refuse_strangers(accelerator: Accelerator) -> None:
 def first_alone(accelerator: Accelerator) -> Iterator[None]:
     """Let the first process do what is in the block, for as long as PATIENCE lasts, before the others do it.
 
-    All leave together: in what follows, the one that was done first would wait for the others with less patience.
+    All come together, so that one that has ended is missed now and not after PATIENCE. All leave together: in what
+    follows, the one that was done first would wait for the others with less patience.
     """
     if accelerator.num_processes == 1:
         yield
         return
+    wait_for_all(accelerator)
     group = dist.new_group(backend="gloo", timeout=PATIENCE)  # of its own: the timeout of a group is one for all
     if not is_main():
         dist.barrier(group)
@@ -130,6 +132,18 @@ def first_alone(accelerator: Accelerator) -> Iterator[None]:
     if is_main():
         dist.barrier(group)
     dist.barrier(group)
+    dist.destroy_process_group(group)
+
+
+def wait_for_all(accelerator: Accelerator) -> None:
+    """Wait until all processes are here.
+
+    Accelerate's own `wait_for_everyone` passes device_ids on CPUs, too. If the machine has a GPU, torch then looks for
+    one GPU a process, and raises "invalid device ordinal" where there are fewer.
+    """
+    if are_several():
+        on_gpu = accelerator.device.type == "cuda"
+        dist.barrier(device_ids=[accelerator.device.index] if on_gpu else None)
 
 
 def say(text: str) -> None:

@@ -62,7 +62,7 @@ class Run:
         self.folder, self.images, self.steps = folder, images, steps
         self.flags, self.accelerator = flags, accelerator
         self._initial = initial_encoder(cfg)  # before the claim: a file that does not fit leaves no folder behind
-        with accelerator.main_process_first():
+        with processes.first_alone(accelerator):
             self.lock = claim(folder) if accelerator.is_main_process else None
             self._tensors, self._stored = stored_state(folder)
         self.cfg = cfg = replace(cfg, init_digest=initial_digest(self._initial, cfg, self._stored))
@@ -314,7 +314,7 @@ class Run:
     def stop(self, caught: signal.Signals) -> None:
         """Raise Stopped, once the first process has written: the launcher ends all after the first that leaves."""
         self._writer.wait()
-        self.accelerator.wait_for_everyone()
+        processes.wait_for_all(self.accelerator)
         holds = f"{self.folder / CKPT} holds it, and the same command goes on"
         raise Stopped(f"{caught.name} after step {self.step} of {self.steps}; {holds}", 128 + caught)
 
@@ -351,7 +351,7 @@ class Run:
 
     def finish(self) -> None:
         """End the trackers, and name the checkpoint and the commands that judge it."""
-        self.accelerator.wait_for_everyone()
+        processes.wait_for_all(self.accelerator)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         if self.log_file is None:

@@ -103,6 +103,7 @@ def one_of_two(rank, port, folder, place):
     os.chdir(place)
     sys.argv, sys.stdout, sys.stderr = ["pretrain.py"], open(os.devnull, "w"), open(f"told{rank}", "w")  # noqa: SIM115
     torch.set_num_threads(1)
+    torch._C._get_accelerator = lambda: torch.device("cuda")  # as on a machine with a GPU, which they do not use
     load, loads = data.load, []
 
     def timed(*args, **flags):
@@ -225,7 +226,7 @@ def one_that_waits(rank, port, place):
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     os.environ.update({name: str(x) for name, x in world.items()})
-    processes.COLLECTIVE = timedelta(seconds=4)
+    processes.COLLECTIVE, processes.PATIENCE = timedelta(seconds=4), timedelta(seconds=30)
     accelerator = processes.start()
     dist.barrier()
     with processes.first_alone(accelerator):
@@ -236,7 +237,13 @@ def one_that_waits(rank, port, place):
             Path(place, f"seen {Path(place, 'downloaded').exists()}").touch()
     dist.barrier()
     if rank == 0:
-        time.sleep(8)
+        time.sleep(8)  # until the other one has ended
+        started = time.monotonic()
+        try:
+            with processes.first_alone(accelerator):
+                pass
+        except RuntimeError as e:
+            Path(place, f"missed {'gloo' in str(e) and time.monotonic() - started < 5}").touch()
         os._exit(0)
     started = time.monotonic()
     try:
@@ -261,7 +268,7 @@ def test_fp32_is_fp32(monkeypatch):
 
 def test_a_download_may_take_longer_than_a_collective(tmp_path):
     mp.spawn(one_that_waits, (free_port(), tmp_path), nprocs=2)
-    assert {path.name for path in tmp_path.iterdir()} == {"downloaded", "seen True", "given up True"}
+    assert {path.name for path in tmp_path.iterdir()} == {"downloaded", "seen True", "given up True", "missed True"}
 
 
 def rows_of(run):
