@@ -29,6 +29,8 @@ ALLOWED = {  # what a module of the project may import of the project
     **{name: {"models", "data", "regularizers"} | FIRST | SECOND for name in SECOND},
 }
 MODULES = {*PAGES, *FIRST, *SECOND}
+FSTRING_START = getattr(tokenize, "FSTRING_START", None)  # from Python 3.12 on; before, an f-string is one token
+FSTRING_END = getattr(tokenize, "FSTRING_END", None)
 
 
 def path_of(module):
@@ -56,11 +58,15 @@ def tokens_by_line(path):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and ast.get_docstring(node):
             docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    counts = {}
+    counts, depth = {}, 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         line = token.start[0]
-        if token.type not in silent and line not in docstrings:
+        if token.type == FSTRING_END:
+            depth -= 1
+        elif token.type not in silent and line not in docstrings and depth == 0:
             counts[line] = counts.get(line, 0) + 1
+        if token.type == FSTRING_START:
+            depth += 1
     return list(counts.values())
 
 

@@ -111,13 +111,24 @@ def test_what_is_transparent_is_white(picture, tmp_path):
     for name, (stored, arguments, meant) in cases.items():
         stored.save(tmp_path / name, **arguments)
         assert np.array_equal(read_array(tmp_path / name), meant), name
-    premultiplied = PIL.Image.merge("LA", (picture.convert("L"), mask)).convert("La")
-    PIL.Image.frombytes("LA", picture.size, premultiplied.tobytes()).save(tmp_path / "la.tiff")
-    content, entry = (tmp_path / "la.tiff").read_bytes(), struct.pack("<HHIH", 338, 3, 1, 2)  # ExtraSamples 2: as it is
+
+
+def test_premultiplied_grey_is_on_white(picture, tmp_path):
+    alpha = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (24, 1))
+    grey = picture.convert("L")
+    premultiplied = PIL.Image.merge("LA", (grey, PIL.Image.fromarray(alpha))).convert("La")
+    path = tmp_path / "la.tiff"
+    PIL.Image.frombytes("LA", picture.size, premultiplied.tobytes()).save(path)
+    content, entry = path.read_bytes(), struct.pack("<HHIH", 338, 3, 1, 2)  # ExtraSamples 2: as it is
     assert content.count(entry) == 1
-    (tmp_path / "la.tiff").write_bytes(content.replace(entry, struct.pack("<HHIH", 338, 3, 1, 1)))  # 1: premultiplied
-    assert PIL.Image.open(tmp_path / "la.tiff").mode == "La"
-    assert abs(read_array(tmp_path / "la.tiff") - on_white(grey_colours, alpha)).max() <= 1
+    path.write_bytes(content.replace(entry, struct.pack("<HHIH", 338, 3, 1, 1)))  # 1: premultiplied
+    try:
+        mode = PIL.Image.open(path).mode
+    except PIL.UnidentifiedImageError:
+        pytest.skip("this version of Pillow does not open premultiplied grey")
+    assert mode == "La"
+    expected = on_white(np.stack([np.asarray(grey)] * 3, 2), alpha)
+    assert abs(read_array(path) - expected).max() <= 1
 
 
 def png(width, depth, colour_type, row, key):

@@ -414,7 +414,12 @@ def test_second_derivatives_are_right_or_refused(f, angular):
         torch.autograd.functional.hessian(f, weight)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(f(weight.requires_grad_()), weight, create_graph=True)
-    second = torch.autograd.functional.hessian(lambda w: energy_by_definition(w, 2, angular), weight.detach())
+    try:
+        second = torch.autograd.functional.hessian(lambda w: energy_by_definition(w, 2, angular), weight.detach())
+    except NotImplementedError:
+        if angular:
+            raise
+        pytest.skip("this version of torch has no second derivative of cdist")
     step = 1e-5 * random(5, 4, dtype=torch.float64, seed=1)
     change = with_gradient(f, weight.detach() + step)[1] - with_gradient(f, weight.detach() - step)[1]
     torch.testing.assert_close(torch.einsum("abcd,cd->ab", second, 2 * step), change, rtol=1e-5, atol=1e-10)
