@@ -349,6 +349,10 @@ def hint(name: str, flags: Flags) -> str:
     alike = difflib.get_close_matches(name, flags, 1, cutoff=ALIKE)
     if alike and not meanings:
         return f"did you mean --{alike[0]}?"
+    own_words = {word: flag for flag, words in MEANT.items() if flag.lstrip("-") in flags for word in words.split()}
+    alike = difflib.get_close_matches(word, own_words, 1, cutoff=ALIKE)
+    if alike and not meanings:
+        return f"did you mean {own_words[alike[0]]}?"
     return f"known: {', '.join('--' + flag for flag in flags)}"
 
 

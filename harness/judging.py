@@ -127,7 +127,7 @@ def refuse_idle_flags(flags: dict) -> None:
         if flags[name] is not None and not model:
             raise InputError(f"--{name} {flags[name]}: has no effect without --model")
     if model and not flags["dataset"]:
-        raise InputError(f"--model {model}: takes --dataset, too; the file of another project does not say")
+        raise InputError(f"--model {model}: takes --dataset, too; leave out both for a file of this project")
     if model and net == "target":
         raise InputError(f"--net target: has no effect with --model {model}; --prefix picks one of several encoders")
     for name, other in (("mean", "std"), ("std", "mean")):

@@ -19,6 +19,8 @@ from tools.figures import figures
 
 PRETRAIN = {
     "--regg amhe": "--regg: no such flag; did you mean --reg?",
+    "--lerning_rate 0.1": "--lerning_rate: no such flag; did you mean --lr?",
+    "--reg uniform --reg_on encoder,projector": "--reg_on encoder,projector: has no effect with --reg uniform",
     "--reg amh": "--reg amh: expected none, mhe, amhe, uniform (did you mean amhe?)",
     "amhe": "amhe: a stray word; flags are given as --name value, see --help",
     "--reg": "--reg: expected none, mhe, amhe, uniform",
@@ -27,9 +29,9 @@ PRETRAIN = {
     "--reg amhe --s -1": "--s -1: expected a number >= 0",
     "--reg amhe --s nan": "--s nan: expected a number >= 0",
     "--reg amhe --s inf": "--s inf: expected a number >= 0",
-    "--reg uniform --s 1": "--s 1.0: has no effect with --reg uniform",
+    "--reg uniform --s 1": "--s 1: has no effect with --reg uniform",
     "--reg amhe --weight -1": "--weight -1: expected a number >= 0",
-    "--weight 1": "--weight 1.0: has no effect with --reg none",
+    "--weight 1": "--weight 1: has no effect with --reg none",
     "--reg amhe --reg_on target": "--reg_on target: expected values separated by commas, each once: encoder, projector",
     "--reg amhe --reg_on encoder,encoder": "--reg_on encoder,encoder: expected values separated by commas, each once",
     "--method simclr --reg_on predictor --reg mhe": "--reg_on predictor: simclr has none",

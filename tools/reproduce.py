@@ -64,7 +64,7 @@ def reproduce(
     plan: Annotated[Literal[*PLANS], "the paper's setting, or one for two cores"] = "gpu",
     part: Annotated[str, "2/4: only the second of four parts, for four processes side by side"] = "1/1",
     folder: Annotated[str, "the folder of the run folders"] = "runs/cifar10",
-    results: Annotated[str, "the folder that logs and table are copied to"] = "results/cifar10",
+    results: Annotated[str, "the folder that logs and table are copied to"] = "runs/cifar10-table",
     precision: Annotated[Literal["no", "bf16", "fp16"], "of pre-training, as accelerate's --mixed_precision"] = "no",
     compile: Annotated[bool, "pre-train as with accelerate launch --dynamo_backend inductor"] = False,
     trial: Annotated[bool, "runs of 1 to 3 epochs of a tiny network, to see that the list runs through"] = False,
