@@ -108,6 +108,7 @@ MEANT = {
     f"{LAUNCHER} --num_cpu_threads_per_process 2": "threads numthreads nthreads numcputhreadsperprocess",
 }
 ALIKE = 0.75  # difflib's ratio from which a flag is suggested: one wrong letter of four
+MUCH_ALIKE = 0.85  # the same for names of other projects, which are many
 DEAD_WORKER = (
     "as they do where memory, or shared memory (/dev/shm), is short: take a smaller --workers (0 = none), "
     "or give more (docker run --shm-size 8g)"
@@ -349,10 +350,10 @@ def hint(name: str, flags: Flags) -> str:
     alike = difflib.get_close_matches(name, flags, 1, cutoff=ALIKE)
     if alike and not meanings:
         return f"did you mean --{alike[0]}?"
-    own_words = {word: flag for flag, words in MEANT.items() if flag.lstrip("-") in flags for word in words.split()}
-    alike = difflib.get_close_matches(word, own_words, 1, cutoff=ALIKE)
+    elsewhere = {other: flag for flag, words in MEANT.items() if flag.lstrip("-") in flags for other in words.split()}
+    alike = difflib.get_close_matches(word, elsewhere, 1, cutoff=MUCH_ALIKE)
     if alike and not meanings:
-        return f"did you mean {own_words[alike[0]]}?"
+        return f"did you mean {elsewhere[alike[0]]}?"
     return f"known: {', '.join('--' + flag for flag in flags)}"
 
 

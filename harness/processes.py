@@ -118,8 +118,9 @@ def _refuse_strangers(accelerator: Accelerator) -> None:
 def first_alone(accelerator: Accelerator) -> Iterator[None]:
     """Let the first process do what is in the block, for as long as PATIENCE lasts, before the others do it.
 
-    All come together, so that one that has ended is missed now and not after PATIENCE. All leave together: in what
-    follows, the one that was done first would wait for the others with less patience.
+    All come together, so that one that has ended is missed after COLLECTIVE at most, by gloo at once, and not after
+    PATIENCE. All leave together: in what follows, the one that was done first would wait for the others with less
+    patience.
     """
     if accelerator.num_processes == 1:
         yield
@@ -132,7 +133,6 @@ def first_alone(accelerator: Accelerator) -> Iterator[None]:
     if is_main():
         dist.barrier(group)
     dist.barrier(group)
-    dist.destroy_process_group(group)
 
 
 def wait_for_all(accelerator: Accelerator) -> None:

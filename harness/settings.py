@@ -164,16 +164,14 @@ def refuse_idle_flags(flags: dict, defaults: dict, is_new: bool) -> None:
         idle_beside["skip_broken"] = "dataset"
     for name, other in idle_beside.items():
         if flags[name] != defaults[name]:
-            raise InputError(f"--{name} {as_typed(flags[name])}: has no effect with --{other} {flags[other]}")
+            raise InputError(f"--{name} {written(flags[name])}: has no effect with --{other} {flags[other]}")
     if flags["prefix"] and not flags["init"]:
         raise InputError(f"--prefix {flags['prefix']}: has no effect without --init")
 
 
-def as_typed(value) -> str:
+def written(value) -> str:
     """Write a flag's value as on a command line."""
-    if isinstance(value, tuple):
-        return ",".join(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return ",".join(value) if isinstance(value, tuple) else str(value).removesuffix(".0")
 
 
 def refuse_unwritable(folder: Path) -> None:
@@ -319,7 +317,8 @@ def resolve_images(values: dict, flags: dict, images: data.Dataset) -> Settings:
         source = "" if flags["batch_size"] else f" (recipe {values['recipe']})"
         raise InputError(f"--batch_size {batch_size}{source}: {dataset} has {n} images to train on; take fewer")
     if not images.classes and flags["eval_every"]:
-        raise InputError(f"--eval_every {flags['eval_every']}: {dataset} has no two classes to judge by; leave it out")
+        reason = f"{dataset} has fewer than two classes, so nothing can be judged; leave it out"
+        raise InputError(f"--eval_every {flags['eval_every']}: {reason}")
     if flags["blur_p"] and images.size < augment.SMALLEST_BLURRED:
         least = f"views of {images.size} pixels; they must have {augment.SMALLEST_BLURRED}"
         raise InputError(f"--blur_p {flags['blur_p']}: has no effect on {least}")

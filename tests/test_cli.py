@@ -174,10 +174,15 @@ def test_what_has_no_flag_is_said():
         assert hint(pretrain, word) == "did you mean --workers?"
 
 
-@pytest.mark.parametrize("word", "--step --lars --node --tag --aug --sched --amp --outputs --fp8".split())
+@pytest.mark.parametrize(
+    "word", "--step --lars --node --tag --aug --sched --amp --outputs --fp8 --drop --num_layers --patch".split()
+)
 def test_nothing_far_fetched_is_suggested(word):
     for stage in (pretrain, knn_eval, linear_eval):
-        for far in ("stem", "tau", "tracker", "warmup", "cached", "out_dim", "recipe", "s"):
+        for far in (
+            *("stem", "tau", "tracker", "warmup", "cached", "out_dim", "recipe", "s"),
+            *("eval_crop", "reg_on", "batch_size"),
+        ):
             assert hint(stage, word) != f"did you mean --{far}?"
 
 

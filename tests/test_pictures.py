@@ -370,7 +370,7 @@ def test_pictures_without_classes_train_and_are_not_judged(command, picture, tmp
     code, rows, err = command(knn_eval, "run/ckpt.safetensors")
     assert code == 2 and rows == [] and err.startswith("knn_eval.py: dataset heap: no folder heap/train; train/")
     for flags, why in (
-        (["--eval_every", 1], "--eval_every 1: heap has no two classes to judge by; leave it out"),
+        (["--eval_every", 1], "--eval_every 1: heap has fewer than two classes"),
         (["--holdout"], "holdout: the pictures have no classes, so nothing can be judged"),
     ):
         code, rows, err = command(pretrain, "--dataset", "heap", *TINY[:-1], "other", *flags)

@@ -164,6 +164,11 @@ def one_of_two(rank, port, folder, place):
     except InputError as e:
         Path(f"refused{rank}").write_text(str(e))
     dist.barrier()
+    if not torch.cuda.is_available():  # otherwise what Accelerate does may succeed
+        try:
+            dist.barrier(device_ids=[rank])
+        except RuntimeError as e:
+            Path(f"no-gpu{rank}").write_text(str(e))
     sys.stderr.flush()
     os._exit(0)
 
@@ -243,7 +248,7 @@ def one_that_waits(rank, port, place):
             with processes.first_alone(accelerator):
                 pass
         except RuntimeError as e:
-            Path(place, f"missed {'gloo' in str(e) and time.monotonic() - started < 5}").touch()
+            Path(place, f"missed {'gloo' in str(e) and time.monotonic() - started < 2}").touch()
         os._exit(0)
     started = time.monotonic()
     try:

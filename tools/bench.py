@@ -74,7 +74,7 @@ VIEWS = (  # pixels before and after, images on a CPU, probability of blur
     (256, 224, 20, 1.0),
 )
 IMAGES_ON_GPU = 1024
-STEPS_ON_GPU = 8  # timed together: a GPU is still at one when the next is launched
+STEPS_ON_GPU = 8  # timed together: a step is launched while the GPU computes the one before
 MOST_STEPS = 400  # of L-BFGS, at most
 PHOTOGRAPHS = ("astronaut", "coffee", "retina", "hubble_deep_field")  # large ones that ship inside scikit-image
 
@@ -321,7 +321,7 @@ def paper_flags(accelerator: Accelerator) -> dict:
 
 
 def as_in_a_run(accelerator: Accelerator, call: Callable) -> tuple[str, Callable]:
-    """Return what is timed, in words, and its call: on a GPU several steps, one launched while the last one runs."""
+    """Return what is timed, in words, and its call: on a GPU several steps, as in a run."""
     if not on_gpu(accelerator):
         return "step", call
 

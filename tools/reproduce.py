@@ -3,7 +3,7 @@
     python -m tools.reproduce --precision bf16                          # 100 to 300 epochs a run; wants a GPU
     python -m tools.reproduce --plan cpu --dataset path/to/pictures     # 20 epochs of a small network a run
     python -m tools.reproduce --dataset path/to/pictures --precision bf16
-    python -m tools.reproduce --dataset path/to/pictures --trial --folder runs/trial --results runs/trial/table
+    python -m tools.reproduce --dataset path/to/pictures --trial --folder runs/trial
     CUDA_VISIBLE_DEVICES=1 python -m tools.reproduce --part 2/4         # and the other three parts beside it
 
 Runs come in the order in which they tell most. Each command is printed before it starts. What is done is not done
@@ -64,13 +64,14 @@ def reproduce(
     plan: Annotated[Literal[*PLANS], "the paper's setting, or one for two cores"] = "gpu",
     part: Annotated[str, "2/4: only the second of four parts, for four processes side by side"] = "1/1",
     folder: Annotated[str, "the folder of the run folders"] = "runs/cifar10",
-    results: Annotated[str, "the folder that logs and table are copied to"] = "runs/cifar10-table",
+    results: Annotated[str, "the folder that logs and table are copied to; None = --folder and -table"] | None = None,
     precision: Annotated[Literal["no", "bf16", "fp16"], "of pre-training, as accelerate's --mixed_precision"] = "no",
     compile: Annotated[bool, "pre-train as with accelerate launch --dynamo_backend inductor"] = False,
     trial: Annotated[bool, "runs of 1 to 3 epochs of a tiny network, to see that the list runs through"] = False,
 ):
     """Do what is left of the list of runs, or of a part of it."""
     runs = PLANS[plan]
+    results = results or f"{folder.rstrip('/')}-table"
     first, parts = part_of(part, len(runs))
     own = list(enumerate(runs, 1))[first - 1 :: parts]  # so that each part begins with what tells most
     environment = {}
