@@ -332,6 +332,13 @@ def test_what_is_said_beside_a_bar_has_a_line_of_its_own(capsys):
     assert "\rWARNING: this\n" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there, Accelerate's wait may succeed")
+def test_processes_on_cpus_wait_without_a_gpu(two):
+    """Accelerate's own wait asks for one each, on a machine that has a GPU, as this one says it has."""
+    for rank in range(2):
+        assert (two / f"no-gpu{rank}").read_text()  # why it fails
+
+
 def test_gradients_lie_in_buckets_and_buffers_are_not_sent(two):
     assert [json.loads((two / f"ddp{rank}").read_text()) for rank in (0, 1)] == [[True, False]] * 2
 
