@@ -347,13 +347,15 @@ def hint(name: str, flags: Flags) -> str:
             return f"the launcher decides, before the name of the script: {meaning} {program()}"
         if set(re.findall(r"--(\w+)", meaning)) <= flags.keys():
             return f"did you mean {meaning}?" if meaning.startswith("--") else meaning
-    alike = difflib.get_close_matches(name, flags, 1, cutoff=ALIKE)
-    if alike and not meanings:
-        return f"did you mean --{alike[0]}?"
-    elsewhere = {other: flag for flag, words in MEANT.items() if flag.lstrip("-") in flags for other in words.split()}
-    alike = difflib.get_close_matches(word, elsewhere, 1, cutoff=MUCH_ALIKE)
-    if alike and not meanings:
-        return f"did you mean {elsewhere[alike[0]]}?"
+    if not meanings:
+        elsewhere = {}  # a flag of ours by its name in other projects
+        for meaning, words in MEANT.items():
+            if meaning.lstrip("-") in flags:
+                elsewhere |= dict.fromkeys(words.split(), meaning)
+        for alike in difflib.get_close_matches(name, flags, 1, cutoff=ALIKE):
+            return f"did you mean --{alike}?"
+        for alike in difflib.get_close_matches(word, elsewhere, 1, cutoff=MUCH_ALIKE):
+            return f"did you mean {elsewhere[alike]}?"
     return f"known: {', '.join('--' + flag for flag in flags)}"
 
 
