@@ -17,10 +17,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from harness import augment, pictures, processes, sources
-from harness.augment import DRAWS_PER_IMAGE, Change, named_draws, normalise
-from harness.errors import InputError
-from harness.sources import Split
+from lib import augment, pictures, processes, sources
+from lib.augment import DRAWS_PER_IMAGE, Change, named_draws, normalise
+from lib.errors import InputError
+from lib.sources import Split
 
 # ---- Data sets -------------------------------------------------------------------------------------------------------
 # size: side of the views in pixels, Appendix B.5. stem: Appendix B.1. holdout: images of a class that `hold_out`

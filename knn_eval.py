@@ -17,10 +17,11 @@ from torch import Tensor, nn
 import data
 import models
 from data import Split
-from harness import cli, judging, processes
-from harness.log import emit
-from harness.neighbours import finest, in_parts, nearest
-from harness.probes import floors_are_cheap, geometry
+from harness import judging
+from harness.measure import floors_are_cheap, geometry
+from lib import cli, processes
+from lib.log import emit
+from lib.nearest import finest, in_parts, nearest
 
 DEFAULT_K = (10, 20, 100, 200)
 QUERIES_AT_ONCE = 512  # queries in one chunk of the vote

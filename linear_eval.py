@@ -20,11 +20,12 @@ from tqdm import tqdm
 import data
 import models
 from data import Split
-from harness import cli, judging, processes
-from harness.augment import normalise
-from harness.errors import InputError
+from harness import judging
 from harness.judging import Judged, accuracy, rank_of
-from harness.log import emit
+from lib import cli, processes
+from lib.augment import normalise
+from lib.errors import InputError
+from lib.log import emit
 
 LR = 0.2  # per 256 images, Appendix D
 BATCH_SIZE = 100  # Appendix D

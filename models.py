@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from harness import encoders, norms
-from harness.errors import InputError
+from lib import encoders, norms
+from lib.errors import InputError
 from regularizers import Layers, alignment, info_nce, layers_of, unit
 
 Pair = tuple[Tensor, Tensor]  # a tensor for each view

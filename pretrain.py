@@ -20,11 +20,12 @@ from torch.optim import SGD
 
 import data
 import models
-from harness import cli, processes, settings
-from harness.probes import gradient_norms, representations
+from harness import settings
+from harness.measure import gradient_norms, representations
 from harness.run import Run
 from harness.settings import Settings
 from knn_eval import nearest_neighbours
+from lib import cli, processes
 from models import Pair
 from regularizers import Layers, alignment, energy_of, uniformity, unit
 

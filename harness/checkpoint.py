@@ -20,9 +20,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 import models
-from harness.errors import InputError
-from harness.files import CONFIG, EARLIER_ENCODER, ENCODER, WEIGHTS, write_whole
-from harness.formats import read_tensors
+from lib.errors import InputError
+from lib.files import CONFIG, EARLIER_ENCODER, ENCODER, WEIGHTS, write_whole
+from lib.tensors import read_tensors
 
 # What a reader of a description relies on. Its view is that of the images that its network was trained on.
 SETTING_KINDS = {"dataset": str, "data_dir": str, "seed": int}

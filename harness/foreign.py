@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harness import processes
 from harness.checkpoint import fill, is_ours
-from harness.errors import InputError
-from harness.formats import read_tensors
+from lib import processes
+from lib.errors import InputError
+from lib.tensors import read_tensors
 from models import build_encoder
 
 Names = dict[str, str]  # where a file holds the tensors of an encoder: its name there, by the encoder's name

@@ -11,21 +11,18 @@ goes on has its weights in its own checkpoint, so its file may be gone by then.
 """
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 import models
-from harness import checkpoint, processes
-from harness.errors import InputError
-from harness.files import weights_file
+from harness import checkpoint
 from harness.foreign import adopt, complete_copies
-from harness.formats import read_tensors
-from harness.log import same_place
-
-if TYPE_CHECKING:
-    from harness.settings import Settings  # which imports this file
+from lib import processes
+from lib.errors import InputError
+from lib.files import weights_file
+from lib.log import same_place
+from lib.tensors import read_tensors
 
 DIGITS = 16  # of a digest of 64, enough to tell files from each other
 
@@ -74,7 +71,7 @@ def refuse_other_encoder(path: str, of_file: dict, of_run: dict) -> None:
         raise InputError(f"--init {path}: its encoder needs {' '.join(needed)}; this run has {', '.join(given)}")
 
 
-def initial_encoder(cfg: "Settings") -> nn.Module | None:
+def initial_encoder(cfg) -> nn.Module | None:
     """Load the encoder that a run begins from; None without --init, or if its file is gone.
 
     InputError for a file that does not hold an encoder of the run's architecture, or holds several.
@@ -91,7 +88,7 @@ def initial_encoder(cfg: "Settings") -> nn.Module | None:
     return encoder
 
 
-def initial_digest(encoder: nn.Module | None, cfg: "Settings", stored: dict | None) -> str | None:
+def initial_digest(encoder: nn.Module | None, cfg, stored: dict | None) -> str | None:
     """Return the digest of the file's encoder, or the stored digest if the run goes on and the file is gone.
 
     stored: the description of the run's state, if it goes on. InputError for the missing file of a new run.

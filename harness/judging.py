@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 import data
 import models
-from harness import pictures, processes
 from harness.checkpoint import load_encoder
-from harness.errors import InputError
-from harness.files import weights_file
 from harness.foreign import adopt
-from harness.log import contents, log_of, other_data, same_place
-from harness.sources import IN_DATA_DIR, MAKERS, Channels, by_class, has_no_data_dir, has_no_files
+from lib import pictures, processes
+from lib.errors import InputError
+from lib.files import weights_file
+from lib.log import contents, log_of, other_data, same_place
+from lib.sources import IN_DATA_DIR, MAKERS, Channels, by_class, has_no_data_dir, has_no_files
 
 FOREIGN_FLAGS = ("stem", "prefix", "mean", "std")  # of a file of another project alone: a run's file says all this
 DEFAULT_DATA_DIR = "data"

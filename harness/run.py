@@ -30,11 +30,13 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import data
-from harness import checkpoint, files, probes, processes, saving
-from harness.errors import InputError, Stopped
-from harness.files import CKPT, EARLIER_ENCODER, ENCODER, LOG, RUN_FILES, WEIGHTS
+from harness import checkpoint, measure, saving
 from harness.initial import begin_from, initial_digest, initial_encoder
-from harness.log import (
+from harness.settings import Settings
+from lib import files, processes
+from lib.errors import InputError, Stopped
+from lib.files import CKPT, EARLIER_ENCODER, ENCODER, LOG, RUN_FILES, WEIGHTS
+from lib.log import (
     EARLIER,
     PLACES,
     as_json,
@@ -46,7 +48,6 @@ from harness.log import (
     rewind,
     same_place,
 )
-from harness.settings import Settings
 
 
 class Run:
@@ -118,7 +119,7 @@ class Run:
             if row.get("of") == "warning":
                 self.has_warned = True
             if "loss" in row:
-                self.collapsed_epochs = probes.count_collapsed(self._share(row["std"]), self.collapsed_epochs)
+                self.collapsed_epochs = measure.count_collapsed(self._share(row["std"]), self.collapsed_epochs)
         if self.step < self.steps:
             settings = {name: str(x) for name, x in asdict(self.cfg).items()}
             self.accelerator.init_trackers("pretrain", settings)
@@ -181,7 +182,7 @@ class Run:
     def after(self, terms: dict[str, Tensor], norms: dict[str, Tensor]) -> None:
         """Add the terms of a micro-batch to the sums; after a step, count it, and save or stop if that is due."""
         step = torch.full((), self.step, device=self.accelerator.device)
-        self.numbers = probes.first_fault(self.numbers, {"step": step, **terms, **norms})
+        self.numbers = measure.first_fault(self.numbers, {"step": step, **terms, **norms})
         for name, term in terms.items():
             self.sums[name] = self.sums.get(name, 0) + term / self.cfg.accumulate
         if not self.accelerator.sync_gradients:
@@ -207,12 +208,12 @@ class Run:
         row = {}
         for name, total in self.sums.items():
             row[name] = self.accelerator.reduce(total, "mean").item() / self.steps_per_epoch
-        if self._share(row["std"]) < probes.DEAD:
+        if self._share(row["std"]) < measure.DEAD:
             row["dead"] = True
         seconds = time.perf_counter() - self._started
         images = (self.step - self._first_step) * self.cfg.batch_size
         self.images_per_s = round(images / seconds, 1)
-        probes.refuse_faults(self.numbers, self.network, self.folder, self.accelerator)
+        measure.refuse_faults(self.numbers, self.network, self.folder, self.accelerator)
         return row
 
     def log(self, **columns) -> None:
@@ -236,8 +237,8 @@ class Run:
     def warn_of_collapse(self, std: float) -> None:
         """Warn if the projections have been nearly one point for some epochs; `std` as the log has it."""
         share = self._share(std)
-        self.collapsed_epochs = probes.count_collapsed(share, self.collapsed_epochs)
-        probes.warn_of_collapse(share, self.collapsed_epochs, self.cfg)
+        self.collapsed_epochs = measure.count_collapsed(share, self.collapsed_epochs)
+        measure.warn_of_collapse(share, self.collapsed_epochs, self.cfg)
 
     def _share(self, std: float) -> float:
         """The projections' standard deviation as a share of a full sphere's."""
@@ -255,7 +256,7 @@ class Run:
     def wants_floors(self) -> bool:
         """Whether the network and the pixels are judged now: before the first step, on a small bank."""
         is_judged = self.cfg.eval_every > 0
-        return self.step == 0 and is_judged and probes.floors_are_cheap(self.train, self.test, self.images.size)
+        return self.step == 0 and is_judged and measure.floors_are_cheap(self.train, self.test, self.images.size)
 
     def warn_of_poor_features(self) -> None:
         """Warn once, and log it, if a third of the run has brought features that are worse than none."""
@@ -263,7 +264,7 @@ class Run:
             return
         latest = {row["of"]: row for row in self._rows() if "of" in row}
         floors = {of: latest[of]["top1"] for of in (self.initial_name, "pixels") if of in latest}
-        fault = probes.poor_features(latest["online"]["top1"], floors, latest["representations"]["rank"], self.cfg)
+        fault = measure.poor_features(latest["online"]["top1"], floors, latest["representations"]["rank"], self.cfg)
         if fault:
             self.has_warned = True
             self.log(of="warning", text=fault)
@@ -293,7 +294,7 @@ class Run:
         InputError, with the last checkpoint as it was, if a number in it is not finite, or if the last save has failed.
         """
         self._writer.wait()  # before the copy: there is never more than one
-        probes.refuse_faults(self.numbers, self.network, self.folder, self.accelerator)
+        measure.refuse_faults(self.numbers, self.network, self.folder, self.accelerator)
         tensors = captured_state(self.network, self.optimizer, self.sums, self.accelerator)
         self._schedule.saved(self.step)
         if self.log_file is None:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from harness.errors import InputError
+from lib.errors import InputError
 
 SECONDS_BETWEEN_LOOKS = 5  # of several processes, for a signal or a save that is due: each look makes all of them wait
 

@@ -22,11 +22,12 @@ from torch import Tensor
 
 import data
 import models
-from harness import augment, pictures, processes, saving
-from harness.errors import InputError
-from harness.files import CKPT, EARLIER_ENCODER, RUN_FILES, WEIGHTS, run_folder, weights_file
+from harness import saving
 from harness.initial import refuse_unfit_weights
-from harness.sources import has_no_data_dir, has_no_files
+from lib import augment, pictures, processes
+from lib.errors import InputError
+from lib.files import CKPT, EARLIER_ENCODER, RUN_FILES, WEIGHTS, run_folder, weights_file
+from lib.sources import has_no_data_dir, has_no_files
 
 NOT_SETTINGS = ("out", "save_every", "resume", "tracker", "workers")  # flags that change nothing in what a run computes
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what --weight weighs

@@ -9,7 +9,7 @@ import pytest
 from torchvision.transforms.v2.functional import to_pil_image
 
 import data
-from harness import cli
+from lib import cli
 from pretrain import pretrain
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # a GPU may round otherwise each time; read when an Accelerator is made

@@ -6,8 +6,8 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
 from data import colour_changes, two_views
-from harness import augment
-from harness.augment import DRAWS_PER_IMAGE, crop_boxes, crop_flip, gaussian_blur, named_draws
+from lib import augment
+from lib.augment import DRAWS_PER_IMAGE, crop_boxes, crop_flip, gaussian_blur, named_draws
 
 BICUBIC = InterpolationMode.BICUBIC
 

@@ -13,8 +13,9 @@ from torchvision.transforms.v2 import functional as F
 
 import data
 import models
-from harness import checkpoint, judging, log, pictures
-from harness.errors import InputError
+from harness import checkpoint, judging
+from lib import log, pictures
+from lib.errors import InputError
 
 SETTINGS = {"method": "byol", "model": "resnet18", "stem": "imagenet", "norm": "bn", "hidden_dim": 16, "out_dim": 8}
 SETTINGS |= {"dataset": "photos", "data_dir": "data", "seed": 0}

@@ -12,10 +12,10 @@ from typing import Annotated, Literal
 
 import pytest
 
-from harness import cli
-from harness.errors import InputError
-from harness.log import emit, log_of
 from knn_eval import knn_eval
+from lib import cli
+from lib.errors import InputError
+from lib.log import emit, log_of
 from linear_eval import linear_eval
 from pretrain import pretrain
 from tools.figures import figures
@@ -238,7 +238,7 @@ def test_rows_go_to_standard_output_and_the_log(tmp_path, capsys):
 
 
 def test_a_reader_that_leaves_ends_the_stage_quietly():
-    script = "from harness import cli, log\n"
+    script = "from lib import cli, log\n"
     script += "def stage():\n    for i in range(9999): log.emit({'i': i})\n"
     script += "cli.run(stage)"
     done = subprocess.run(
@@ -247,11 +247,11 @@ def test_a_reader_that_leaves_ends_the_stage_quietly():
     assert done.stdout == '{"i": 0}\n' and done.stderr == ""
 
 
-ROWS = "from harness import cli, log\nimport sys, pathlib\ndef stage():\n    print('a message', file=sys.stderr)\n"
+ROWS = "from lib import cli, log\nimport sys, pathlib\ndef stage():\n    print('a message', file=sys.stderr)\n"
 ROWS += "    for i in range(3): log.emit({'i': i}, pathlib.Path('log'))\n"
-TABLE = "from harness import cli\ndef stage(): print('a \u00b1 b \u6771' + os.fsdecode(b'\\xff'))\nimport os\n"
-FAULT = "from harness import cli, errors\ndef stage(): raise errors.InputError('--s 1: \u6771')\n"
-LONG = "from harness import cli\ndef stage(): print('x' * 2**20)\n"
+TABLE = "from lib import cli\ndef stage(): print('a \u00b1 b \u6771' + os.fsdecode(b'\\xff'))\nimport os\n"
+FAULT = "from lib import cli, errors\ndef stage(): raise errors.InputError('--s 1: \u6771')\n"
+LONG = "from lib import cli\ndef stage(): print('x' * 2**20)\n"
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_streams_that_are_full_closed_or_ascii(tmp_path, script, redirection, co
 
 
 def test_no_file_takes_the_number_of_a_stream_that_is_closed(tmp_path):
-    script = "from harness import cli\ndef stage(): print(open('file', 'w').fileno(), file=open('number', 'w'))\n"
+    script = "from lib import cli\ndef stage(): print(open('file', 'w').fileno(), file=open('number', 'w'))\n"
     script += "cli.run(stage)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = f"{sys.executable} -c {shlex.quote(script)} <&- >&- 2>&-"

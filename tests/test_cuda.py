@@ -11,8 +11,9 @@ from torch import nn
 
 import data
 import models
-from harness import augment, norms, probes, run
+from harness import measure, run
 from knn_eval import nearest_neighbours
+from lib import augment, norms
 from linear_eval import feature_batches
 from pretrain import Lars, Training, parameter_groups, train_step
 
@@ -202,9 +203,9 @@ def test_judges_and_measurements_stay_on_the_device():
         for judged in (encoder, nn.Flatten()):
             scores = nearest_neighbours(judged, split, split, VIEW, accelerator, k=(1, 5))
             assert scores[1]["top1"] == 100
-        assert probes.representations(encoder, split, VIEW)["rank"] >= 1
+        assert measure.representations(encoder, split, VIEW)["rank"] >= 1
         dataset = data.Dataset(("a", "b", "c"), split, split, split, 32, "cifar", 0, VIEW["mean"], VIEW["std"])
-        assert probes.geometry(encoder, dataset, VIEW, CUDA)["rank"] >= 1
+        assert measure.geometry(encoder, dataset, VIEW, CUDA)["rank"] >= 1
         judged = SimpleNamespace(view=VIEW, accelerator=accelerator, encoder=encoder)
         features, labels = next(feature_batches(judged, split, 1, 8, 0))
         assert features.device == labels.device == CUDA and len(features) == 8

@@ -20,9 +20,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 import data
-from harness import augment, cli, sources
-from harness.errors import InputError
 from knn_eval import knn_eval
+from lib import augment, cli, sources
+from lib.errors import InputError
 from pretrain import pretrain
 from tools.figures import figures
 
@@ -138,7 +138,7 @@ def test_cifar_in_its_format_on_disk(name, monkeypatch, tmp_path):
 DOWNLOADING = """
 import sys, time
 from pathlib import Path
-from harness import sources
+from lib import sources
 
 def maker(root, train, download=False):
     root = Path(root)

@@ -11,8 +11,8 @@ from safetensors import safe_open
 import data
 import models
 from harness.checkpoint import load, load_encoder
-from harness.pictures import Files, read
 from knn_eval import knn_eval, vote
+from lib.pictures import Files, read
 from tools.embed import embed
 
 
@@ -20,7 +20,7 @@ from tools.embed import embed
 def test_features_are_those_that_the_judge_votes_with(command, trained, folder, tmp_path, monkeypatch, in_files):
     """Pictures in memory, and pictures that stay in files; each row belongs to its path and its label."""
     if in_files:
-        monkeypatch.setattr("harness.sources.MEMORY", 0)
+        monkeypatch.setattr("lib.sources.MEMORY", 0)
     code, (settings, last), err = command(embed, trained / "ckpt.safetensors")
     assert code == 0, err
     assert settings["dataset"] == str(folder) and settings["images"] == {"train": 48, "test": 18}

@@ -26,12 +26,12 @@ from torch import nn
 
 import data
 import models
-from harness import cli
 from harness.checkpoint import load_encoder
-from harness.errors import InputError
-from harness.log import read_log as read
-from harness.probes import representations
+from harness.measure import representations
 from harness.settings import resolve_images, resolve_recipe
+from lib import cli
+from lib.errors import InputError
+from lib.log import read_log as read
 from pretrain import RECIPES, pretrain
 from tools import paper
 from tools.figures import batch, dynamics, figures, gaussian_kde, knn, rank, von_mises_fisher_kde
@@ -342,13 +342,13 @@ def test_a_query_is_no_neighbour_of_its_own():
 
 def test_neighbours_are_found_by_one_process(trained, monkeypatch):
     """Each of several has the whole bank, and would count it once more."""
-    monkeypatch.setattr("harness.processes.start", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr("lib.processes.start", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(InputError, match="neighbours: 2 processes would do the same; launch one"):
         neighbours(str(trained))
 
 
 def test_neighbours_of_pictures_in_files_and_without_classes(drawn, trained, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.sources.MEMORY", 0)  # so that the pictures stay in their files
+    monkeypatch.setattr("lib.sources.MEMORY", 0)  # so that the pictures stay in their files
     monkeypatch.setattr("tools.neighbours.QUERIES", 2)
     (tmp_path / "flat").mkdir()
     for i, path in enumerate(sorted(folder.rglob("*.png"))[:6]):

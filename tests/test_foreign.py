@@ -14,8 +14,8 @@ from torch import nn
 
 import models
 from harness import checkpoint, foreign
-from harness.errors import InputError
 from knn_eval import knn_eval
+from lib.errors import InputError
 from linear_eval import linear_eval
 
 TORCHVISION = {

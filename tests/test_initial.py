@@ -9,10 +9,11 @@ from conftest import SMALL, rows_of
 from safetensors.torch import save_file
 
 import data
-from harness import checkpoint, cli, settings
+from harness import checkpoint, settings
 from harness.checkpoint import load_encoder
-from harness.log import EARLIER
 from knn_eval import knn_eval
+from lib import cli
+from lib.log import EARLIER
 from pretrain import pretrain
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import data
-from harness.errors import InputError
 from harness.judging import accuracy, rank_of, with_labels
-from harness.log import read_log
 from knn_eval import knn_eval
+from lib.errors import InputError
+from lib.log import read_log
 from linear_eval import linear_eval
 
 

@@ -11,10 +11,11 @@ from torch import nn
 
 import data
 import models
-from harness import checkpoint, judging, neighbours, processes
-from harness.log import read_log
+from harness import checkpoint, judging
 from harness.settings import name_of_weights
 from knn_eval import knn_eval, nearest_neighbours, vote
+from lib import nearest, processes
+from lib.log import read_log
 from linear_eval import linear_eval
 
 
@@ -52,8 +53,8 @@ def test_vote_by_parts_and_tiles_is_the_vote(monkeypatch, tile, part):
     bank, queries = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (40, 25))
     there = [bank], torch.arange(40) % 4, queries, torch.arange(25) % 4
     whole = vote(*there, (1, 15, 40), 0.07)
-    monkeypatch.setattr("harness.neighbours.QUERIES_IN_TILE", tile[0])
-    monkeypatch.setattr("harness.neighbours.BANK_IN_TILE", tile[1])
+    monkeypatch.setattr("harness.nearest.QUERIES_IN_TILE", tile[0])
+    monkeypatch.setattr("harness.nearest.BANK_IN_TILE", tile[1])
     monkeypatch.setattr("knn_eval.QUERIES_AT_ONCE", tile[0])
     parts = iter(there[0][0].split(part))  # can be read once
     assert vote(parts, *there[1:], (1, 15, 40), 0.07) == whole
@@ -69,7 +70,7 @@ def test_a_bank_that_is_not_the_labels_is_refused():
 def test_a_process_without_images_has_no_rows(photos):
     """Of five images and four processes, the last one."""
     none = photos.train.rows(torch.arange(0))
-    for views in neighbours.in_parts(data.evaluation_views(none, **photos.view(data.EVAL_CROP))):
+    for views in nearest.in_parts(data.evaluation_views(none, **photos.view(data.EVAL_CROP))):
         assert models.embed(nn.Flatten(), views).shape == (0, 3072)
 
 
@@ -77,7 +78,7 @@ def test_a_bank_is_embedded_in_parts(photos, monkeypatch):
     bank, queries = photos.train.rows(torch.arange(0, 2000, 4)), photos.test
     of = nn.Flatten(), bank, queries, photos.view(data.EVAL_CROP), processes.start()
     whole = nearest_neighbours(*of)
-    monkeypatch.setattr(neighbours, "BATCHES_IN_PART", 2)
+    monkeypatch.setattr(nearest, "BATCHES_IN_PART", 2)
     monkeypatch.setattr(data.evaluation_views, "__defaults__", (90,))  # images in a batch
     embedded, embed = [], models.embed
 

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as F
 
 import data
 import models
-from harness import processes
+from lib import processes
 from linear_eval import feature_batches, fit, linear_eval
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from harness.errors import InputError
-from harness.probes import embed_blocks
+from harness.measure import embed_blocks
+from lib.errors import InputError
 from regularizers import alignment
 
 

@@ -16,12 +16,12 @@ import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
 import data
-from harness import pictures, surveys
-from harness.errors import InputError
-from harness.files import write_whole
-from harness.pictures import Files
-from harness.sources import pixel_statistics
 from knn_eval import knn_eval
+from lib import pictures, surveys
+from lib.errors import InputError
+from lib.files import write_whole
+from lib.pictures import Files
+from lib.sources import pixel_statistics
 from pretrain import pretrain
 
 TINY = "--stem imagenet --hidden_dim 8 --out_dim 4 --batch_size 4 --epochs 1 --out run".split()
@@ -320,7 +320,7 @@ def test_a_worker_that_dies_ends_a_run_with_one_line(command, crowd, monkeypatch
         os.kill(os.getpid(), signal.SIGBUS)
 
     monkeypatch.setattr(pictures.Crops, "__getitem__", die)
-    monkeypatch.setattr("harness.cli.time.sleep", lambda _: None)
+    monkeypatch.setattr("lib.cli.time.sleep", lambda _: None)
     code, _, err = command(
         pretrain, "--dataset", crowd, "--model", "test_resnet", "--batch_size", 4, "--epochs", 1, "--workers", 1
     )

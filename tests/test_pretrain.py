@@ -12,8 +12,9 @@ from conftest import ROOT, SMALL, rows_of
 
 import data
 import models
-from harness import checkpoint, cli, processes, settings
+from harness import checkpoint, settings
 from knn_eval import knn_eval
+from lib import cli, processes
 from pretrain import RECIPES, Lars, build, lr_at, objective, parameter_groups, pretrain, tau_at
 from regularizers import alignment, energy_by_definition, mhe, uniformity
 

@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 import data
 import models
-from harness import checkpoint, cli, neighbours, pictures, processes, streams
-from harness.errors import InputError
-from harness.files import CKPT, ENCODER, LOG
-from harness.probes import refuse_faults
+from harness import checkpoint
+from harness.measure import refuse_faults
 from knn_eval import knn_eval
+from lib import cli, nearest, pictures, processes, streams
+from lib.errors import InputError
+from lib.files import CKPT, ENCODER, LOG
 from linear_eval import linear_eval
 from pretrain import pretrain
 from regularizers import info_nce, uniformity
@@ -66,7 +67,7 @@ def nearest_of_random_rows(n, rows_in_part, m, k):
     generator = torch.Generator().manual_seed(0)
     bank, queries = (torch.randn(rows, 6, generator=generator, dtype=torch.float64) for rows in (n, m))
     mine = processes.own_part(data.Split(bank, torch.zeros(n)))
-    return neighbours.nearest(queries, mine.images.split(rows_in_part), n, k)
+    return nearest.nearest(queries, mine.images.split(rows_in_part), n, k)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ import torch
 from packaging.version import Version
 
 import data
-from harness import checkpoint, cli, encoders
+from harness import checkpoint
 from knn_eval import knn_eval
+from lib import cli, encoders
 from linear_eval import linear_eval
 from pretrain import RECIPES, pretrain
 from tools.bench import bench

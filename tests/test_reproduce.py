@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import checkpoint, cli
-from harness.errors import InputError
+from harness import checkpoint
 from harness.settings import check
 from knn_eval import knn_eval
+from lib import cli
+from lib.errors import InputError
 from linear_eval import linear_eval
 from pretrain import RECIPES, pretrain
 from tools import reproduce
@@ -93,7 +94,7 @@ def test_a_signal_is_passed_on_and_awaited(tmp_path):
         "print('ready', flush=True)\n"
         "time.sleep(60)\n"
     )
-    code = "from harness import cli\nfrom tools import reproduce\n"
+    code = "from lib import cli\nfrom tools import reproduce\n"
     code += f"def stage():\n    reproduce.run_child([{str(stage)!r}], {{}})\ncli.run(stage)"
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert driver.stdout.readline() == b"ready\n"
@@ -105,7 +106,7 @@ def test_a_signal_is_passed_on_and_awaited(tmp_path):
 def test_a_child_finds_what_this_process_finds(tmp_path, monkeypatch):
     """The project, from any working directory, and packages on PYTHONPATH."""
     stage, packages = tmp_path / "stage.py", tmp_path / "packages"
-    stage.write_text("import a_package, harness.errors\n")
+    stage.write_text("import a_package, lib.errors\n")
     packages.mkdir()
     (packages / "a_package.py").touch()
     monkeypatch.chdir(tmp_path)

@@ -19,11 +19,12 @@ import pytest
 import torch
 
 import models
-from harness import checkpoint, cli, files, settings
-from harness.errors import InputError
-from harness.log import emit, other_data, read_log, rewind
+from harness import checkpoint, settings
 from harness.run import claim, commit_of, position
 from knn_eval import knn_eval
+from lib import cli, files
+from lib.errors import InputError
+from lib.log import emit, other_data, read_log, rewind
 from linear_eval import linear_eval
 from pretrain import Lars, pretrain
 from tools.figures import figures
@@ -372,7 +373,7 @@ def test_a_folder_may_move_but_not_change(command, shell, folder, picture_folder
 
 def test_a_streamed_run_that_was_killed_ends_in_the_same_random_numbers(command, folder, tmp_path, monkeypatch):
     """The workers' loader draws a number at each start of a run."""
-    monkeypatch.setattr("harness.sources.MEMORY", 0)
+    monkeypatch.setattr("lib.sources.MEMORY", 0)
     assert command(pretrain, "--dataset", folder, *FLAGS, "--out", "through")[0] == 0
     with killed_after(5, monkeypatch):
         command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
@@ -454,7 +455,7 @@ def test_a_folder_in_use_is_refused(command, folder, whole):
 def test_a_judge_beside_a_run_loses_no_row_and_breaks_none(tmp_path):
     """One process adds 300 rows while another adds 60, and puts its log in place anew after each, as on resuming."""
     log = tmp_path / "metrics.jsonl"
-    judge = "import pathlib, sys; from harness.log import emit; "
+    judge = "import pathlib, sys; from lib.log import emit; "
     judge += "[emit({'stage': 'knn_eval', 'n': n, 'x': 'x' * 9999}, pathlib.Path(sys.argv[1])) for n in range(300)]"
     with subprocess.Popen([sys.executable, "-c", judge, log], cwd=ROOT, stdout=subprocess.DEVNULL) as other:
         for n in range(60):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from harness import checkpoint, saving
-from harness.errors import InputError
 from harness.run import Run
 from harness.saving import Schedule, Writer, interval, steps_to_next_look
+from lib.errors import InputError
 from pretrain import Lars, pretrain
 
 RUN = {"recipe": "cifar10-300", "model": "test_resnet", "stem": "imagenet", "hidden_dim": 16, "out_dim": 8}
@@ -149,7 +149,7 @@ def test_processes_agree_on_the_interval(folder, tmp_path, monkeypatch):
         agreed.update(facts)
         raise InputError("seen")
 
-    monkeypatch.setattr("harness.processes.agree", agree)
+    monkeypatch.setattr("lib.processes.agree", agree)
     with pytest.raises(InputError, match="seen"):
         pretrain(dataset=str(folder), out=str(tmp_path / "run"), save_every="2steps", **RUN)
     assert agreed["save_every"] == "2steps"

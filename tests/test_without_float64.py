@@ -12,8 +12,9 @@ import data
 import knn_eval
 import models
 import pretrain
-from harness import judging, neighbours, probes, processes, settings
-from harness.cli import defaults
+from harness import judging, measure, settings
+from lib import nearest, processes
+from lib.cli import defaults
 
 
 class WithoutFloat64(TorchDispatchMode):
@@ -30,7 +31,7 @@ class WithoutFloat64(TorchDispatchMode):
 @pytest.fixture
 def on_mps(monkeypatch):
     """Have the vote take this device for Apple's."""
-    finest = neighbours.finest
+    finest = nearest.finest
     assert finest(torch.device("mps")) == torch.float32 and finest(torch.device("cpu")) == torch.float64
     monkeypatch.setattr(knn_eval, "finest", lambda _: finest(torch.device("mps")))
 
@@ -55,7 +56,7 @@ def test_a_vote_and_accuracies(on_mps):
     "flags", [{"reg": "amhe"}, {"reg": "uniform"}, *({"method": name} for name in models.METHODS)], ids=str
 )
 def test_a_training_step_and_what_is_measured(photos, monkeypatch, flags):
-    monkeypatch.setattr(probes, "effective_rank", lambda _: 1.0)  # on the CPU by its own words
+    monkeypatch.setattr(measure, "effective_rank", lambda _: 1.0)  # on the CPU by its own words
     flags = {**defaults(pretrain.pretrain), "model": "test_resnet", "hidden_dim": 32, "out_dim": 16, **flags}
     flags |= {"batch_size": 16}
     accelerator = processes.start(1)
@@ -67,6 +68,6 @@ def test_a_training_step_and_what_is_measured(photos, monkeypatch, flags):
     split = data.Split(noise, torch.arange(16))
     with WithoutFloat64():
         terms, _ = pretrain.train_step(training, crops, u, 0.1, 0.99)
-        probes.representations(nn.Flatten(), split, photos.view(0.875))
-        probes.geometry(nn.Flatten(), dataclasses.replace(photos, test=split), photos.view(0.875), split.labels.device)
+        measure.representations(nn.Flatten(), split, photos.view(0.875))
+        measure.geometry(nn.Flatten(), dataclasses.replace(photos, test=split), photos.view(0.875), split.labels.device)
     assert terms["loss"].isfinite()

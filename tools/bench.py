@@ -48,14 +48,15 @@ import data
 import linear_eval
 import models
 from data import two_views
-from harness import cli, judging, processes
-from harness.augment import DRAWS_PER_IMAGE, crop_flip, normalise
-from harness.errors import InputError
-from harness.log import emit
-from harness.pictures import Files
-from harness.probes import first_fault
+from harness import judging
+from harness.measure import first_fault
 from harness.settings import resolve_images, resolve_recipe
 from knn_eval import vote
+from lib import cli, processes
+from lib.augment import DRAWS_PER_IMAGE, crop_flip, normalise
+from lib.errors import InputError
+from lib.log import emit
+from lib.pictures import Files
 from pretrain import RECIPES, Training, build, pretrain, train_step
 from regularizers import alignment, amhe, energy_by_definition, mhe
 

@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 import data
 import models
-from harness import checkpoint, cli, judging, processes
-from harness.errors import InputError
-from harness.formats import LONGEST_HEADER
+from harness import checkpoint, judging
 from harness.judging import Judged
-from harness.log import emit, is_main
 from harness.run import provenance
+from lib import cli, processes
+from lib.errors import InputError
+from lib.log import emit, is_main
+from lib.tensors import LONGEST_HEADER
 
 
 @judging.judge

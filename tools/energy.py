@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from harness import cli, processes
 from harness.checkpoint import is_ours
-from harness.errors import InputError
-from harness.files import weights_file
-from harness.formats import read_tensors
-from harness.log import emit
-from harness.neighbours import finest
+from lib import cli, processes
+from lib.errors import InputError
+from lib.files import weights_file
+from lib.log import emit
+from lib.nearest import finest
+from lib.tensors import read_tensors
 from regularizers import ZERO, energy_of, unit
 
 Shapes = dict[str, tuple[int, ...]]  # of weights (N, ...), by the names of their layers

@@ -22,11 +22,12 @@ from torch import Tensor
 
 import data
 import models
-from harness import checkpoint, cli, encoders, processes
-from harness.errors import InputError
-from harness.files import CONFIG, EARLIER_ENCODER, LOG, WEIGHTS, write_whole
-from harness.log import EARLIER, PLACES, RunLog, read_log
+from harness import checkpoint
 from harness.settings import Settings, formula
+from lib import cli, encoders, processes
+from lib.errors import InputError
+from lib.files import CONFIG, EARLIER_ENCODER, LOG, WEIGHTS, write_whole
+from lib.log import EARLIER, PLACES, RunLog, read_log
 
 LICENSE = "mit"  # that of this code; the weights are the user's to license
 SHOWN_SETTINGS = ["epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "hidden_dim", "out_dim", "seed"]

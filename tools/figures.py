@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 import data
 import models
-from harness import cli
 from harness.checkpoint import build_described, load_network
-from harness.errors import InputError
-from harness.files import CKPT, write_whole
 from harness.judging import place_of
-from harness.log import RunLog, other_data, read_log
-from harness.sources import has_no_data_dir
+from lib import cli
+from lib.errors import InputError
+from lib.files import CKPT, write_whole
+from lib.log import RunLog, other_data, read_log
+from lib.sources import has_no_data_dir
 from tools import paper
 from tools.groups import groups, mean_and_std, method_name
 from tools.table import write_table

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torchvision.io import write_jpeg
 
 import data
-from harness import cli
+from lib import cli
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--model test_resnet --hidden_dim 32 --out_dim 16 --batch_size 250 --epochs 2 --eval_every 1 --lr 2"

@@ -3,9 +3,9 @@
 import statistics
 
 import models
-from harness.errors import InputError
-from harness.log import PLACES, RunLog, other_data
 from harness.settings import name_of_weights
+from lib.errors import InputError
+from lib.log import PLACES, RunLog, other_data
 
 NOT_COMPARED = ("seed", "eval_every", *PLACES)  # settings that make no difference to what is compared
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 import data
-from harness import judging, processes
-from harness.errors import InputError
+from harness import judging
 from harness.judging import Judged
-from harness.neighbours import nearest
 from harness.settings import name_of_weights
-from harness.sources import by_class
+from lib import processes
+from lib.errors import InputError
+from lib.nearest import nearest
+from lib.sources import by_class
 from tools.embed import features_of
 from tools.groups import method_name
 

@@ -8,8 +8,8 @@ from inspect import signature
 from pathlib import Path
 
 from data import FACTS
-from harness import cli
 from harness.settings import resolve_recipe
+from lib import cli
 from pretrain import RECIPES, pretrain
 
 TABLES = Path(__file__).parent / "paper_tables.csv"

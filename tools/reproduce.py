@@ -25,11 +25,11 @@ from typing import Annotated, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from harness import cli
-from harness.errors import InputError, Stopped
-from harness.files import CKPT, LOG, write_whole
-from harness.log import read_log
 from harness.settings import NOT_SETTINGS
+from lib import cli
+from lib.errors import InputError, Stopped
+from lib.files import CKPT, LOG, write_whole
+from lib.log import read_log
 from pretrain import pretrain
 
 ROOT = Path(__file__).parent.parent

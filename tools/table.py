@@ -8,10 +8,10 @@ import csv
 import io
 from pathlib import Path
 
-from harness.errors import InputError
-from harness.files import write_whole
-from harness.log import RunLog
-from harness.probes import DEAD, DEAD_G2
+from harness.measure import DEAD, DEAD_G2
+from lib.errors import InputError
+from lib.files import write_whole
+from lib.log import RunLog
 from tools.groups import groups, mean_and_std
 from tools.paper import is_row, paper_rows
 

@@ -20,8 +20,9 @@ from typing import Annotated, Literal
 
 import torch
 
-from harness import checkpoint, cli
-from harness.files import CKPT, LOG, WEIGHTS
+from harness import checkpoint
+from lib import cli
+from lib.files import CKPT, LOG, WEIGHTS
 from tools.fingerprint import NOT_COMPARED
 
 ROOT = Path(__file__).parent.parent

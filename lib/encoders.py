@@ -8,7 +8,7 @@ import timm
 from timm.models.resnet import ResNet
 from torch import nn
 
-from harness.errors import InputError
+from lib.errors import InputError
 
 
 def resnet(name: str) -> ResNet:

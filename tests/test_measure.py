@@ -13,7 +13,7 @@ from conftest import rows_of
 from torch import nn
 
 import data
-from harness import probes, settings
+from harness import measure, settings
 from knn_eval import knn_eval
 from pretrain import pretrain
 from regularizers import uniformity
@@ -22,13 +22,13 @@ CFG = SimpleNamespace(method="byol", reg="none", optimizer="lars")
 
 
 def test_effective_rank_has_its_closed_forms():
-    assert probes.effective_rank(torch.eye(8)) == pytest.approx(8)
-    assert probes.effective_rank(torch.ones(9, 5)) == pytest.approx(1)
-    assert probes.effective_rank(torch.zeros(9, 5)) == 1
+    assert measure.effective_rank(torch.eye(8)) == pytest.approx(8)
+    assert measure.effective_rank(torch.ones(9, 5)) == pytest.approx(1)
+    assert measure.effective_rank(torch.zeros(9, 5)) == 1
     rows = torch.zeros(6, 4)
     rows[0, 0], rows[1, 1] = 3, 1  # singular values 3 and 1
     entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
-    assert probes.effective_rank(rows) == pytest.approx(math.exp(entropy))
+    assert measure.effective_rank(rows) == pytest.approx(math.exp(entropy))
 
 
 def test_effective_rank_is_that_of_the_gram_matrix():
@@ -36,16 +36,16 @@ def test_effective_rank_is_that_of_the_gram_matrix():
     values = torch.linalg.eigvalsh((x.T @ x).double()).clamp_min(0).sqrt()
     shares = values / values.sum()
     expected = (-(shares * shares.log()).sum()).exp().item()
-    assert probes.effective_rank(x) == pytest.approx(expected, rel=1e-5)
-    assert probes.effective_rank(x.half() * 1e-3) == pytest.approx(expected, rel=1e-2)
+    assert measure.effective_rank(x) == pytest.approx(expected, rel=1e-5)
+    assert measure.effective_rank(x.half() * 1e-3) == pytest.approx(expected, rel=1e-2)
 
 
 def test_the_floor_of_uniformity_has_its_closed_forms():
     """Two points, the circle, the sphere; many dimensions, in which all cosines are 0."""
     closed = {1: (1 + math.exp(-8)) / 2, 2: scipy.special.i0(4) * math.exp(-4), 3: math.sinh(4) / 4 * math.exp(-4)}
     for d, potential in closed.items():
-        assert probes.uniform_floor(d) == pytest.approx(math.log(potential), rel=1e-12)
-    assert probes.uniform_floor(10**9) == pytest.approx(-4, abs=1e-7)
+        assert measure.uniform_floor(d) == pytest.approx(math.log(potential), rel=1e-12)
+    assert measure.uniform_floor(10**9) == pytest.approx(-4, abs=1e-7)
 
 
 @pytest.mark.parametrize("d", [2, 5, 64, 512])
@@ -55,43 +55,43 @@ def test_the_floor_of_uniformity_is_its_integral(d):
     weighted, _ = scipy.integrate.quad(
         lambda t: math.sin(t) ** (d - 2) * math.exp(-2 * (2 - 2 * math.cos(t))), 0, math.pi, points=[math.pi / 2]
     )
-    assert probes.uniform_floor(d) == pytest.approx(math.log(weighted / density), rel=1e-9)
+    assert measure.uniform_floor(d) == pytest.approx(math.log(weighted / density), rel=1e-9)
 
 
 @pytest.mark.parametrize("d", [1, 3, 16, 512])
 def test_the_share_of_uniform_points_is_one(d):
     x = torch.randn(2000, d, generator=torch.Generator().manual_seed(d))
-    row = probes.sphere_statistics(7 * x)
+    row = measure.sphere_statistics(7 * x)
     assert row["uniformity"] == pytest.approx(uniformity(x).item(), rel=1e-5)
     assert row["uniformity_share"] == pytest.approx(1, abs=5e-3)
 
 
 def test_the_share_of_one_point_is_zero():
     for x in (torch.ones(9, 4), torch.zeros(9, 4)):
-        share = probes.sphere_statistics(x)["uniformity_share"]
+        share = measure.sphere_statistics(x)["uniformity_share"]
         assert share == pytest.approx(0, abs=1e-7) and math.copysign(1, share) == 1
-    opposite = probes.sphere_statistics(torch.tensor([[0.0, 1.0], [0.0, -1.0]]))
-    assert opposite["uniformity_share"] == pytest.approx(-8 / probes.uniform_floor(2)) and opposite["rank"] == 1
+    opposite = measure.sphere_statistics(torch.tensor([[0.0, 1.0], [0.0, -1.0]]))
+    assert opposite["uniformity_share"] == pytest.approx(-8 / measure.uniform_floor(2)) and opposite["rank"] == 1
 
 
 def test_geometry_is_that_of_256_images_and_their_two_views(photos):
     """Pixels as features: the spread of the evaluation views, and Eq. A.1 by its definition in float64."""
     view, cpu = photos.view(data.EVAL_CROP), torch.device("cpu")
     state = torch.get_rng_state()
-    row = probes.geometry(nn.Flatten(), photos, view, cpu)
-    assert row == probes.geometry(nn.Flatten(), photos, view, cpu) and torch.equal(state, torch.get_rng_state())
+    row = measure.geometry(nn.Flatten(), photos, view, cpu)
+    assert row == measure.geometry(nn.Flatten(), photos, view, cpu) and torch.equal(state, torch.get_rng_state())
     sample = photos.test.rows(torch.linspace(0, 499, 256).long())
     pixels = torch.cat([*data.evaluation_views(sample, **view)]).flatten(1)
-    assert {name: row[name] for name in ("rank", "uniformity", "uniformity_share")} == probes.sphere_statistics(pixels)
+    assert {name: row[name] for name in ("rank", "uniformity", "uniformity_share")} == measure.sphere_statistics(pixels)
     distances = []
     for crops, _, u in data.batches(sample, 64, 32, seed=0, epochs=[1], drop_last=False):
         x, y = (v.flatten(1).double() for v in data.two_views(crops, u, photos.mean, photos.std))
         distances += (2 - 2 * torch.cosine_similarity(x, y)).tolist()
     assert len(distances) == 256 and row["alignment"] == pytest.approx(sum(distances) / 256, rel=1e-5)
     own = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-    assert probes.geometry(nn.Flatten(), photos, view | own, cpu)["alignment"] < row["alignment"] / 2
+    assert measure.geometry(nn.Flatten(), photos, view | own, cpu)["alignment"] < row["alignment"] / 2
     blurred = dataclasses.replace(photos, blur_p=(1.0, 1.0))  # as the set has it
-    assert probes.geometry(nn.Flatten(), blurred, view, cpu)["alignment"] < row["alignment"]
+    assert measure.geometry(nn.Flatten(), blurred, view, cpu)["alignment"] < row["alignment"]
 
 
 def test_an_encoder_that_sees_nothing_is_aligned_and_one_point(photos):
@@ -99,7 +99,7 @@ def test_an_encoder_that_sees_nothing_is_aligned_and_one_point(photos):
         def forward(self, x):
             return torch.ones(len(x), 8)
 
-    row = probes.geometry(Blind(), photos, photos.view(data.EVAL_CROP), torch.device("cpu"))
+    row = measure.geometry(Blind(), photos, photos.view(data.EVAL_CROP), torch.device("cpu"))
     assert row == pytest.approx({"rank": 1, "uniformity": 0, "uniformity_share": 0, "alignment": 0}, abs=1e-6)
 
 
@@ -114,7 +114,7 @@ def test_an_encoder_that_sees_nothing_is_aligned_and_one_point(photos):
     ],
 )
 def test_poor_features_are_named(top1, rank, fault):
-    told = probes.poor_features(top1, {"untrained": 30, "pixels": 40}, rank, CFG)
+    told = measure.poor_features(top1, {"untrained": 30, "pixels": 40}, rank, CFG)
     assert told.startswith(fault) and bool(told) == bool(fault)
 
 
@@ -128,7 +128,7 @@ def test_poor_features_are_named(top1, rank, fault):
 )
 def test_advice_is_of_flags_that_have_an_effect(changed, told):
     cfg = SimpleNamespace(**vars(CFG) | changed)
-    assert probes.advice(probes.LEARNING, cfg) == told
+    assert measure.advice(measure.LEARNING, cfg) == told
 
 
 def test_floors_of_a_run_are_those_of_knn_eval(command, trained):
@@ -142,10 +142,10 @@ def test_floors_of_a_run_are_those_of_knn_eval(command, trained):
 
 
 def test_floors_are_for_small_sets(photos):
-    assert probes.floors_are_cheap(photos.train, photos.test, 32)
-    assert not probes.floors_are_cheap(photos.train, photos.test, 2000)  # 120 GB of pixels
+    assert measure.floors_are_cheap(photos.train, photos.test, 32)
+    assert not measure.floors_are_cheap(photos.train, photos.test, 2000)  # 120 GB of pixels
     many = data.Split(photos.train.images, torch.zeros(10_001))
-    assert not probes.floors_are_cheap(many, photos.test, 32)
+    assert not measure.floors_are_cheap(many, photos.test, 32)
 
 
 def test_a_run_below_its_floors_warns_once(command, folder, monkeypatch):

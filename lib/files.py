@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from harness.errors import InputError
+from lib.errors import InputError
 
 try:
     import fcntl

@@ -17,9 +17,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from harness.errors import InputError
-from harness.files import write_whole
-from harness.pictures import SURVEY, looks, survey, workers
+from lib.errors import InputError
+from lib.files import write_whole
+from lib.pictures import SURVEY, looks, survey, workers
 
 FILE = ".surveys.safetensors"
 MEANING = {"surveys": "2"}  # another number where `survey` would give other numbers for the same file

@@ -24,9 +24,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from harness import processes
-from harness.augment import crop_boxes, named_draws
-from harness.errors import InputError
+from lib import processes
+from lib.augment import crop_boxes, named_draws
+from lib.errors import InputError
 
 # Pillow's names of the formats that pictures are kept in. It opens others as well, which hold pages, films or measured
 # fields, and for one of them it runs another program.

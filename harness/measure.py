@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import data
 import models
-from harness import processes
-from harness.errors import InputError
-from harness.files import CKPT
 from harness.settings import Settings, idle_flags
+from lib import processes
+from lib.errors import InputError
+from lib.files import CKPT
 from regularizers import alignment, mhe, uniformity
 
 PROBED_IMAGES = 256

@@ -22,10 +22,10 @@ from torchvision import datasets
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from harness import files, pictures, processes
-from harness.errors import InputError
-from harness.pictures import Files
-from harness.surveys import Kept
+from lib import files, pictures, processes
+from lib.errors import InputError
+from lib.pictures import Files
+from lib.surveys import Kept
 
 Classes = tuple[str, ...]
 Channels = tuple[float, ...]  # a number for each channel

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-from harness.errors import InputError
+from lib.errors import InputError
 
 IN_ASCII = {"±": "+-", "λ": "lambda", "π": "pi"}  # letters that a stream may lack; others become \xNN
 

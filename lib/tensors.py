@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from harness.errors import InputError
+from lib.errors import InputError
 
 ZIP = b"PK\x03\x04"  # how files of torch.save begin since torch 1.6
 OLD_TORCH = bytes.fromhex("80028a0a6cfc9c46f920")  # how they began before: a pickle of torch's magic number

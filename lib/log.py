@@ -20,9 +20,9 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from harness import files
-from harness.errors import InputError
-from harness.files import LOG, run_folder, weights_file, write_whole
+from lib import files
+from lib.errors import InputError
+from lib.files import LOG, run_folder, weights_file, write_whole
 
 ROUNDING = 1e-6  # of mean and std: another processor sums in another order
 LONGEST_LINE = 2**20  # bytes at a log's end in which a line that was cut short is looked for

@@ -29,9 +29,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import fire
 
-from harness import streams
-from harness.errors import InputError, Stopped
-from harness.log import is_main
+from lib import streams
+from lib.errors import InputError, Stopped
+from lib.log import is_main
 
 Flags = Mapping[str, inspect.Parameter]  # the parameters of a stage, by name
 
@@ -237,7 +237,7 @@ def leave(exit_code: int) -> None:
         end_workers()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         if exit_code == 0:
-            from harness import processes  # here, because it imports torch, which a wrong flag need not wait for
+            from lib import processes  # here, because it imports torch, which a wrong flag need not wait for
 
             processes.end()
         with contextlib.suppress(InputError, BrokenPipeError):

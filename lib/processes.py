@@ -19,8 +19,8 @@ from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from harness.errors import InputError
-from harness.log import is_main
+from lib.errors import InputError
+from lib.log import is_main
 
 PATIENCE = timedelta(hours=3)  # with the first process, which downloads a set, or looks through its pictures, alone
 COLLECTIVE = timedelta(minutes=30)  # for all else that processes do together: a longer wait is for one that hangs

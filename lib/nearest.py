@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from harness import processes
+from lib import processes
 
 QUERIES_IN_TILE, BANK_IN_TILE = 2**9, 2**16  # rows whose cosines are computed together: 128 MB
 BATCHES_IN_PART = 128  # of images whose features are in memory together: 64,000 of `data.evaluation_views`

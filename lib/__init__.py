@@ -1,0 +1,21 @@
+"""What knows nothing of the method: tensors in and out, pictures, processes, the command line. No file imports a page.
+
+Each file imports only those above it.
+
+    augment     crop, colour, blur: operations on whole batches of images
+    norms       BatchNorm of two views over all processes
+    errors      the two errors that end a stage with one line
+    files       the names of a run's files, and files that appear whole or not at all
+    log         rows out to metrics.jsonl and back
+    processes   what is different where several processes run one program
+    streams     standard output and standard error, whatever they are
+    cli         flags: the command line is checked against a stage's signature, then Fire calls the stage
+    encoders    networks by name: timm's ResNets and an AlexNet
+    tensors     tensors out of a file of any project, whatever its name
+    nearest     the nearest rows of a large bank, which passes in parts, divided over processes
+    pictures    pictures in files: which there are, how one is read, many of them read ahead by workers
+    surveys     what pictures are like, kept from one start to the next
+    sources     the embedded photographs, torchvision's data sets, folders of pictures
+
+`augment` and `norms` need torch and torchvision alone, so that you can copy them, after `regularizers.py`.
+"""
