@@ -8,6 +8,7 @@ Small images lie in memory as uint8, and move with `Split.to`. Pictures of a lar
 """
 
 import itertools
+import math
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -100,6 +101,33 @@ def hold_out(dataset: Dataset) -> Dataset:
     kept_train = train.rows(kept)
     pretraining = kept_train if dataset.pretraining is train else dataset.pretraining
     return replace(dataset, pretraining=pretraining, train=kept_train, test=train.rows(held))
+
+
+def with_labels(images: Dataset, part: float) -> Dataset:
+    """Keep this part of each class's training images, always the same ones; those of a smaller part are among them.
+
+    The hold-out of --sweep shrinks by the same part. InputError if a class would be left without an image.
+    """
+    if part == 1:
+        return images
+    if not images.classes:
+        raise InputError(f"--labels {part:g}: the pictures have no classes")
+    labels = images.train.labels
+    counts = labels.bincount(minlength=len(images.classes))
+    wanted = (part * counts.double()).round()
+    if not wanted.all():
+        empty = int(wanted.argmin())
+        enough = math.ceil(1e4 / int(counts.min())) / 1e4  # rounded up, so that the number that is printed is enough
+        raise InputError(
+            f"--labels {part:g}: class {images.classes[empty]} would keep none of its {counts[empty]} training images; "
+            f"{enough:g} keeps one of each class"
+        )
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    rows, place_in_class = sources.by_class(labels, order)
+    kept = rows[place_in_class < wanted[labels[rows]]]
+    train = images.train.rows(kept.sort().values)
+    per_class = images.holdout or IMAGENET_HOLDOUT / len(images.classes)
+    return replace(images, train=train, holdout=part * per_class)
 
 
 # ---- The two views, Appendix B.5 -------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import models
 from lib.errors import InputError
-from lib.files import CONFIG, EARLIER_ENCODER, ENCODER, WEIGHTS, write_whole
+from lib.files import CONFIG, ENCODER, WEIGHTS, write_whole
 from lib.tensors import read_tensors
 
 # What a reader of a description relies on. Its view is that of the images that its network was trained on.
@@ -46,8 +46,7 @@ def save_encoder(folder: Path, tensors: dict[str, Tensor], description: dict, co
     """Write a run's encoder into its folder `encoder`, with timm's description of it, if there is one.
 
     config.json is the same as long as the run lasts, and comes first: whenever the process is killed, the two files
-    belong together, or timm says that there are no weights yet. The file of an earlier version goes last, as it holds
-    an earlier epoch. InputError if one cannot be written.
+    belong together, or timm says that there are no weights yet.  InputError if one cannot be written.
     """
     try:
         (folder / ENCODER).mkdir(exist_ok=True)
@@ -59,7 +58,6 @@ def save_encoder(folder: Path, tensors: dict[str, Tensor], description: dict, co
         with write_whole(folder / CONFIG) as file:
             file.write(json.dumps(config, indent=2).encode() + b"\n")
     save(folder / WEIGHTS, tensors, {**description, "holds": "encoder"})
-    (folder / EARLIER_ENCODER).unlink(missing_ok=True)
 
 
 def timm_config(settings: dict, view: dict, in_files: bool = False) -> dict | None:

@@ -5,7 +5,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Literal
@@ -22,7 +22,7 @@ from lib import pictures, processes
 from lib.errors import InputError
 from lib.files import weights_file
 from lib.log import contents, log_of, other_data, same_place
-from lib.sources import IN_DATA_DIR, MAKERS, Channels, by_class, has_no_data_dir, has_no_files
+from lib.sources import IN_DATA_DIR, MAKERS, Channels, has_no_data_dir, has_no_files
 
 FOREIGN_FLAGS = ("stem", "prefix", "mean", "std")  # of a file of another project alone: a run's file says all this
 DEFAULT_DATA_DIR = "data"
@@ -68,7 +68,7 @@ def open_judged(accelerator: Accelerator, ckpt: str, flags: dict, without_classe
     if flags["eval_crop"]:
         view["crop"] = flags["eval_crop"]
     name = dataset or settings["dataset"]
-    images = with_labels(images, flags["labels"])
+    images = data.with_labels(images, flags["labels"])
     columns = {"net": flags["net"], "eval_crop": view["crop"], "trained_epochs": description.get("epoch")}
     columns |= {"dataset": name, "split": "test", "precision": accelerator.mixed_precision}
     if flags["labels"] < 1:
@@ -276,33 +276,6 @@ def place_of(name: str, recorded: str) -> str:
         return recorded
     processes.say(f"dataset {name}: not in {recorded}, where the checkpoint's was; taken from {DEFAULT_DATA_DIR}")
     return DEFAULT_DATA_DIR
-
-
-def with_labels(images: data.Dataset, part: float) -> data.Dataset:
-    """Keep this part of each class's training images, always the same ones; those of a smaller part are among them.
-
-    The hold-out of --sweep shrinks by the same part. InputError if a class would be left without an image.
-    """
-    if part == 1:
-        return images
-    if not images.classes:
-        raise InputError(f"--labels {part:g}: the pictures have no classes")
-    labels = images.train.labels
-    counts = labels.bincount(minlength=len(images.classes))
-    wanted = (part * counts.double()).round()
-    if not wanted.all():
-        empty = int(wanted.argmin())
-        enough = math.ceil(1e4 / int(counts.min())) / 1e4  # rounded up, so that the number that is printed is enough
-        raise InputError(
-            f"--labels {part:g}: class {images.classes[empty]} would keep none of its {counts[empty]} training images; "
-            f"{enough:g} keeps one of each class"
-        )
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    rows, place_in_class = by_class(labels, order)
-    kept = rows[place_in_class < wanted[labels[rows]]]
-    train = images.train.rows(kept.sort().values)
-    per_class = images.holdout or data.IMAGENET_HOLDOUT / len(images.classes)
-    return replace(images, train=train, holdout=part * per_class)
 
 
 # ---- Scores ----------------------------------------------------------------------------------------------------------

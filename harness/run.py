@@ -35,15 +35,13 @@ from harness.initial import begin_from, initial_digest, initial_encoder
 from harness.settings import Settings
 from lib import files, processes
 from lib.errors import InputError, Stopped
-from lib.files import CKPT, EARLIER_ENCODER, ENCODER, LOG, RUN_FILES, WEIGHTS
+from lib.files import CKPT, ENCODER, LOG, RUN_FILES, WEIGHTS
 from lib.log import (
-    EARLIER,
     PLACES,
     as_json,
     contents,
     emit,
     other_data,
-    read_log,
     read_rows,
     rewind,
     same_place,
@@ -419,10 +417,9 @@ def refuse_lost_checkpoint(folder: Path) -> None:
     """Raise InputError if other files of a folder without a checkpoint show that there was one."""
     rows = read_rows(folder) if (folder / LOG).exists() else []
     if rows:
-        read_log(folder)  # raises InputError for a log of something else
         is_lost = any(row["stage"] != "pretrain" or row.get("epoch", 0) > 1 for row in rows)
     else:
-        is_lost = any((folder / name).exists() for name in (WEIGHTS, EARLIER_ENCODER))
+        is_lost = any((folder / name).exists() for name in (WEIGHTS,))
     if is_lost:
         raise InputError(f"--out {folder}: holds a run whose {CKPT} is gone; name another folder, or remove this one")
 
@@ -436,9 +433,6 @@ def position(description: dict, stored: dict | None, folder: Path) -> tuple[int,
     if faults and not new_data:
         advice = "take what it was, or name another folder"
         raise InputError(f"--out {folder}: holds a run with other settings, {', '.join(faults)}; {advice}")
-    settings = description["settings"]
-    if settings["holdout"] and settings["dataset"] not in data.FACTS and "images" not in stored:
-        new_data.append("a hold-out that an earlier version drew in another way")
     for name in ("images", "steps"):
         now, before = description[name], stored.get(name, description[name])
         if now != before:
@@ -450,7 +444,7 @@ def position(description: dict, stored: dict | None, folder: Path) -> tuple[int,
 
 def differences(settings: dict, stored: dict) -> list[str]:
     """Name each setting that is not what it was in the run, as a flag, but for the places of the data."""
-    settings, stored = as_json(settings), EARLIER | stored
+    settings, stored = as_json(settings), stored
     faults = []
     for name in sorted(settings.keys() | stored.keys()):
         if name in PLACES or settings.get(name) == stored.get(name):

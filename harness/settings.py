@@ -26,7 +26,7 @@ from harness import saving
 from harness.initial import refuse_unfit_weights
 from lib import augment, pictures, processes
 from lib.errors import InputError
-from lib.files import CKPT, EARLIER_ENCODER, RUN_FILES, WEIGHTS, run_folder, weights_file
+from lib.files import CKPT, RUN_FILES, WEIGHTS, run_folder, weights_file
 from lib.sources import has_no_data_dir, has_no_files
 
 NOT_SETTINGS = ("out", "save_every", "resume", "tracker", "workers")  # flags that change nothing in what a run computes
@@ -137,7 +137,7 @@ def name_of_weights(path: str) -> str:
     file = Path(weights_file(Path(path).expanduser().resolve()))
     if file.is_dir():
         file = file / Path(WEIGHTS).name
-    if file.name in (CKPT, EARLIER_ENCODER, Path(WEIGHTS).name):
+    if file.name in (CKPT, Path(WEIGHTS).name):
         return run_folder(file).name
     return file.name.partition(".")[0]
 

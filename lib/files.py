@@ -19,8 +19,7 @@ CKPT = "ckpt.safetensors"  # the whole state of a run
 ENCODER = "encoder"  # a folder with the encoder alone, as the last save at an epoch's end left it:
 WEIGHTS = f"{ENCODER}/model.safetensors"
 CONFIG = f"{ENCODER}/config.json"
-EARLIER_ENCODER = "encoder.safetensors"  # in place of that folder in runs of earlier versions
-RUN_FILES = (LOG, CKPT, WEIGHTS, CONFIG, EARLIER_ENCODER)
+RUN_FILES = (LOG, CKPT, WEIGHTS, CONFIG)
 
 
 @contextlib.contextmanager

@@ -161,7 +161,7 @@ def test_a_log_that_is_nested_deep_is_no_log(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"stage": "pretrain", "settings": ' + "[" * 200_000 + "\n")
     assert log.log_of(str(tmp_path / "ckpt.safetensors"), {"settings": {}}) is None
     with pytest.raises(InputError, match="line 1 was not written by a command of this project"):
-        log.read_log(tmp_path)
+        log.read_rows(tmp_path)
 
 
 # ---- The folder that timm reads --------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import statistics
 import mpmath
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import save_file
 from scipy.special import sici
 from torch import nn
@@ -215,8 +214,8 @@ def test_what_is_no_layer_is_named(rows):
     assert found["half.weight"]["energy"] == pytest.approx(amhe(random(9, 8).half().double()).item(), rel=1e-12)
 
 
-def test_the_state_of_a_run_is_not_its_network(command):
-    code, (settings, *rows), err = command(energy, ROOT / "tests" / "earlier_run" / "ckpt.safetensors", "--json")
+def test_the_state_of_a_run_is_not_its_network(command, trained):
+    code, (settings, *rows), err = command(energy, trained / "ckpt.safetensors", "--json")
     assert (code, err) == (0, "") and settings["s"] == 2 and settings["angular"] is True
     names = [row["layer"] for row in rows]
     assert "projector.out.weight" in names and not any("/" in name for name in names)

@@ -31,11 +31,11 @@ from harness.measure import representations
 from harness.settings import resolve_images, resolve_recipe
 from lib import cli
 from lib.errors import InputError
-from lib.log import read_log as read
 from pretrain import RECIPES, pretrain
 from tools import paper
 from tools.figures import batch, dynamics, figures, gaussian_kde, knn, rank, von_mises_fisher_kde
 from tools.groups import groups
+from tools.logs import read_log as read
 from tools.neighbours import RIGHT, WRONG, draw_queries, find, neighbours, without_queries
 from tools.paper import is_row, paper_rows
 from tools.table import table

@@ -13,8 +13,8 @@ from harness import checkpoint, settings
 from harness.checkpoint import load_encoder
 from knn_eval import knn_eval
 from lib import cli
-from lib.log import EARLIER
 from pretrain import pretrain
+from tools.logs import EARLIER
 
 
 class Enough(BaseException):

@@ -11,8 +11,8 @@ import data
 from harness.judging import accuracy, rank_of, with_labels
 from knn_eval import knn_eval
 from lib.errors import InputError
-from lib.log import read_log
 from linear_eval import linear_eval
+from tools.logs import read_log
 
 
 def test_ranks_and_accuracies_by_hand():

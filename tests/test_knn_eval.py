@@ -15,8 +15,8 @@ from harness import checkpoint, judging
 from harness.settings import name_of_weights
 from knn_eval import knn_eval, nearest_neighbours, vote
 from lib import nearest, processes
-from lib.log import read_log
 from linear_eval import linear_eval
+from tools.logs import read_log
 
 
 def test_vote_is_the_one_written_by_hand():

@@ -24,10 +24,10 @@ from harness.run import claim, commit_of, position
 from knn_eval import knn_eval
 from lib import cli, files
 from lib.errors import InputError
-from lib.log import emit, other_data, read_log, rewind
+from lib.log import emit, other_data, rewind
 from linear_eval import linear_eval
 from pretrain import Lars, pretrain
-from tools.figures import figures
+from tools.logs import read_log
 
 ROOT = Path(__file__).parent.parent
 FLAGS = "--recipe cifar10-300 --model test_resnet --stem imagenet --hidden_dim 16 --out_dim 8 --lr 8 --reg mhe".split()
@@ -628,22 +628,3 @@ def test_a_run_that_failed_before_its_first_checkpoint_leaves_its_folder_to_othe
     assert code == 0 and [json.loads(x) for x in open("run/metrics.jsonl")] == rows  # noqa: SIM115
     code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--seed", 1, "--out", "run")
     assert code == 0 and rows == [] and "run: is finished" in err  # the folder's other spelling is the same folder
-
-
-def test_a_run_of_an_earlier_version_is_judged_drawn_and_gone_on_with(command, shell, tmp_path):
-    """tests/earlier_run was stopped after 2 of 4 epochs, before the files of this project were given their places."""
-    shutil.copytree(ROOT / "tests" / "earlier_run", tmp_path / "run")
-    (tmp_path / "run" / "encoder.safetensors").touch()
-    code, rows, err = command(knn_eval, "run/ckpt.safetensors", "--k", 20, "--nofloors")
-    online = [row["top1"] for row in rows_of(tmp_path / "run") if row.get("of") == "online"]
-    assert code == 0 and rows[0]["top1"] == pytest.approx(online[-1], abs=1), err
-    flags = "--model test_resnet --stem imagenet --hidden_dim 8 --out_dim 4 --batch_size 500 --epochs 4 --eval_every 1"
-    code, rows, err = command(pretrain, *flags.split(), "--lr", 2, "--reg", "amhe", "--out", "run")
-    assert code == 0 and "run: goes on after step 9" in err
-    assert [row["epoch"] for row in rows if "loss" in row] == [3, 4]
-    last = next(row for row in rows if row["epoch"] == 4)
-    assert last["loss"] == pytest.approx(23.372, rel=1e-3)  # what the version that began it ended with
-    files = [".lock", "ckpt.safetensors", "encoder/config.json", "encoder/model.safetensors", "metrics.jsonl"]
-    assert sorted(files_of(tmp_path / "run")) == files  # the encoder of epoch 2 is gone
-    code, lines, err = shell(figures, "dynamics", "run")
-    assert code == 0 and lines == ["figures/dynamics.png", "figures/dynamics.svg"], err

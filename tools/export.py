@@ -26,8 +26,9 @@ from harness import checkpoint
 from harness.settings import Settings, formula
 from lib import cli, encoders, processes
 from lib.errors import InputError
-from lib.files import CONFIG, EARLIER_ENCODER, LOG, WEIGHTS, write_whole
-from lib.log import EARLIER, PLACES, RunLog, read_log
+from lib.files import CONFIG, LOG, WEIGHTS, write_whole
+from lib.log import PLACES
+from tools.logs import EARLIER, RunLog, read_log
 
 LICENSE = "mit"  # that of this code; the weights are the user's to license
 SHOWN_SETTINGS = ["epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "hidden_dim", "out_dim", "seed"]
@@ -150,7 +151,7 @@ def refuse_what_is_no_run(path: Path) -> None:
 
 def read_encoder(run: Path) -> tuple[dict[str, Tensor], dict]:
     """Return the tensors and the description of a run's encoder. InputError if it has none yet, or a damaged one."""
-    for name in (WEIGHTS, EARLIER_ENCODER):
+    for name in (WEIGHTS,):
         if (run / name).is_file():
             encoder, description = checkpoint.load_encoder(run / name)
             return encoder.state_dict(), description

@@ -30,10 +30,11 @@ from harness.judging import place_of
 from lib import cli
 from lib.errors import InputError
 from lib.files import CKPT, write_whole
-from lib.log import RunLog, other_data, read_log
+from lib.log import other_data
 from lib.sources import has_no_data_dir
 from tools import paper
 from tools.groups import groups, mean_and_std, method_name
+from tools.logs import RunLog, read_log
 from tools.table import write_table
 
 # Before the import, which refuses the backend that a notebook names for its children where that is not installed

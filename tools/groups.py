@@ -5,7 +5,8 @@ import statistics
 import models
 from harness.settings import name_of_weights
 from lib.errors import InputError
-from lib.log import PLACES, RunLog, other_data
+from lib.log import PLACES, other_data
+from tools.logs import RunLog
 
 NOT_COMPARED = ("seed", "eval_every", *PLACES)  # settings that make no difference to what is compared
 

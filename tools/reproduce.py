@@ -29,8 +29,8 @@ from harness.settings import NOT_SETTINGS
 from lib import cli
 from lib.errors import InputError, Stopped
 from lib.files import CKPT, LOG, write_whole
-from lib.log import read_log
 from pretrain import pretrain
+from tools.logs import read_log
 
 ROOT = Path(__file__).parent.parent
 ALL = "--reg_on encoder,projector,predictor"

@@ -11,8 +11,8 @@ from pathlib import Path
 from harness.measure import DEAD, DEAD_G2
 from lib.errors import InputError
 from lib.files import write_whole
-from lib.log import RunLog
 from tools.groups import groups, mean_and_std
+from tools.logs import RunLog
 from tools.paper import is_row, paper_rows
 
 OF_PROJECTIONS = {"uniformity": 2, "alignment": 2}  # columns, and their digits
