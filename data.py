@@ -61,6 +61,12 @@ class Dataset:
     blur_p: tuple[float, float] = (0.0, 0.0)
     solarise_p: tuple[float, float] = (0.0, 0.0)
 
+    def to(self, device) -> "Dataset":
+        """Return the same with its images on another device, each split once."""
+        train, test = self.train.to(device), self.test.to(device)
+        pretraining = train if self.pretraining is self.train else self.pretraining.to(device)
+        return replace(self, pretraining=pretraining, train=train, test=test)
+
     def view(self, crop: float) -> dict:
         """Return the keyword arguments of `evaluation_views`, with the central `crop` of the side."""
         return {"size": self.size, "crop": crop, "mean": self.mean, "std": self.std}
@@ -188,42 +194,36 @@ def colour_changes(u: Tensor, jitter=1.0, grey_p=GREY_P) -> list[Change]:
 # ---- Batches ---------------------------------------------------------------------------------------------------------
 def batches(
     split: Split,
-    batch_size: int,
     size: int,
+    batch_size: int,
     seed: int,
-    epochs: Iterable[int],
-    views: int = 2,
-    start: int = 0,
+    steps: Iterable[int],
     micro_batches: int = 1,
-    rank: int = 0,
-    world: int = 1,
+    share: tuple[int, int] = (0, 1),
+    views: int = 2,
     drop_last: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield crops (views, b, 3, size, size), labels (b,) and draws u (views, b, DRAWS_PER_IMAGE) of these epochs.
+    """Yield crops (views, b, 3, size, size), labels (b,) and draws u (views, b, DRAWS_PER_IMAGE) of these steps.
 
-    Crops of images in memory are in [0, 1], those of files uint8, and files are read ahead from one epoch into the
-    next. The first `start` batches are left out. Each batch is cut into `micro_batches` parts; process `rank` of
-    `world` gets its share of each part. Order and draws are functions of (seed, epoch, step) alone, whatever the
-    device, the micro-batches and the processes. u is on the CPU. InputError if a file cannot be read.
+    steps count from 0 over all epochs. Order and draws are functions of (seed, epoch, step).
     """
+    n = len(split.labels)
+    steps_per_epoch = n // batch_size if drop_last else -(-n // batch_size)
 
     def plan() -> Iterator[tuple[Tensor, Tensor]]:
         """Yield row numbers (b,) and draws of each micro-batch of this process."""
-        to_skip = start
-        for epoch in epochs:
-            order = torch.randperm(len(split.labels), generator=_generator(seed, epoch))
-            for step, rows in enumerate(order.split(batch_size)):
-                if drop_last and len(rows) < batch_size:
-                    continue
-                if to_skip:
-                    to_skip -= 1
-                    continue
-                u = torch.rand(views, len(rows), DRAWS_PER_IMAGE, generator=_generator(seed, epoch, step))
-                parts = zip(rows.tensor_split(micro_batches), u.tensor_split(micro_batches, 1))
-                for part, part_u in parts:
-                    mine = processes.share(len(part), rank, world)
-                    # index_select: part_u[:, mine] starts torch's threads, which take cores from the workers
-                    yield part[mine], part_u.index_select(1, mine)
+        latest = None
+        for count in steps:
+            epoch, step = divmod(count, steps_per_epoch)
+            if epoch != latest:
+                order = torch.randperm(n, generator=_generator(seed, epoch + 1)).split(batch_size)
+                latest = epoch
+            rows = order[step]
+            u = torch.rand(views, len(rows), DRAWS_PER_IMAGE, generator=_generator(seed, epoch + 1, step))
+            parts = zip(rows.tensor_split(micro_batches), u.tensor_split(micro_batches, 1))
+            for part, part_u in parts:
+                mine = processes.share(len(part), *share)
+                yield part[mine], part_u.index_select(1, mine)
 
     device = split.labels.device
     if isinstance(split.images, Tensor):

@@ -7,7 +7,7 @@ ckpt.safetensors (all networks), encoder/ (the encoder alone, for timm) and metr
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -21,7 +21,8 @@ from torch.optim import SGD
 import data
 import models
 from harness import settings
-from harness.measure import gradient_norms, representations
+from harness.initial import begin_from, initial_encoder
+from harness.measure import DEAD, floors_are_cheap, representations
 from harness.run import Run
 from harness.settings import Settings
 from knn_eval import nearest_neighbours
@@ -122,41 +123,35 @@ def pretrain(
     folder = settings.check(flags, cli.defaults(pretrain), RECIPES)  # before anything is read
     accelerator = processes.start(accumulate, tracker, folder)
     cfg, images = settings.resolve(flags, RECIPES, accelerator)
-    steps_per_epoch = len(images.pretraining.labels) // cfg.batch_size
-    steps = steps_per_epoch * cfg.epochs
-    warmup_steps = round(steps_per_epoch * cfg.warmup)
-    run = Run(folder, cfg, images, steps, flags, accelerator)  # refuses a folder that holds another run
+    images = images.to(accelerator.device)
+    steps = len(images.pretraining.labels) // cfg.batch_size * cfg.epochs
 
     set_seed(cfg.seed)
     training = build(cfg, images, accelerator)
-    run.restore(training)
-    run.announce(settings.announcement(cfg, flags, training.layers, accelerator))
+    encoder = training.network.encoder
+    run = Run(folder, training, steps, flags)  # goes on with the run in the folder, if there is one
+    run.announce(settings.announcement(cfg, flags, training.layers))
+    share = (accelerator.process_index, accelerator.num_processes)
+    steps_left = range(run.step, steps)
+    micro_batches = data.batches(
+        images.pretraining, images.size, cfg.batch_size, cfg.seed, steps_left, cfg.accumulate, share
+    )
+    rates, taus = schedules(cfg, steps)  # of each step
+    view = images.view(cfg.eval_crop)
+    judged_on = (images.train, images.test, view, accelerator)
 
     with run:  # a signal ends the run between two steps, with its state saved
-        if run.wants_floors():
-            run.log_scores(run.initial_name, nearest_neighbours(training.network.encoder, *run.judged_on))
-            run.log_scores("pixels", nearest_neighbours(nn.Flatten(), *run.judged_on))
+        if run.step == 0 and cfg.eval_every and floors_are_cheap(images.train, images.test, images.size):
+            run.log_scores("init" if cfg.init else "untrained", nearest_neighbours(encoder, *judged_on))
+            run.log_scores("pixels", nearest_neighbours(nn.Flatten(), *judged_on))
         for _ in run.epochs():
-            for crops, u in run.micro_batches():
-                lr = lr_at(run.step, steps, warmup_steps, cfg.peak_lr)
-                tau = tau_at(run.step, steps, cfg.tau, cfg.tau_end)
-                terms, norms = train_step(training, crops, u, lr, tau)
-                run.after(terms, norms)  # sums for the log; counts the step; saves or stops if that is due
-            row = run.means()
-            if "energy" not in row:  # not part of the objective: log the weights' energy now
-                with torch.no_grad():
-                    of_weights = layer_energies(training.layers, cfg)
-                row |= {name: energy.item() for name, energy in of_weights.items()}
-            if training.network.has_target:
-                row["tau"] = tau_at(run.step - 1, steps, cfg.tau, cfg.tau_end)
-            row["lr"] = lr_at(run.step - 1, steps, warmup_steps, cfg.peak_lr)
-            run.log(**row, images_per_s=run.images_per_s)  # set by run.means()
-            run.warn_of_collapse(row["std"])
+            for crops, _, u in run.rest_of_epoch(micro_batches):
+                terms = train_micro_batch(training, crops, u, rates[run.step], taus[run.step])
+                run.after(terms)  # sums for the log; counts the step; saves or stops if that is due
+            run.log(**epoch_row(training, run.means(), rates[run.step - 1], taus[run.step - 1]))
             if run.judges_now():
-                encoder = training.network.encoder
-                run.log_scores("online", nearest_neighbours(encoder, *run.judged_on))
-                run.log(of="representations", **representations(encoder, run.test, run.view))
-                run.warn_of_poor_features()
+                run.log_scores("online", nearest_neighbours(encoder, *judged_on))
+                run.log(of="representations", **representations(encoder, images.test, view))
             run.end_epoch()
     run.finish()
 
@@ -167,7 +162,7 @@ class Training:
     """What a step works with."""
 
     cfg: Settings
-    images: data.Dataset  # for its mean, std and solarise_p
+    images: data.Dataset
     accelerator: Accelerator
     network: models.Method
     parallel: nn.Module  # the same network, as it runs on all processes
@@ -176,10 +171,13 @@ class Training:
 
 
 def build(cfg: Settings, images: data.Dataset, accelerator: Accelerator) -> Training:
-    """Build a network with fresh weights, on its device, and its optimizer; LARS is that of Appendix B.2."""
+    """Build a network, with fresh weights or an encoder of --init, and its optimizer; LARS is that of Appendix B.2."""
     network = models.METHODS[cfg.method](
         cfg.model, cfg.stem, cfg.norm, cfg.hidden_dim, cfg.out_dim, cfg.predictor, cfg.queue
     )
+    initial = initial_encoder(cfg)  # None without --init, or if its file is gone: a run that goes on has its weights
+    if initial:
+        cfg = replace(cfg, init_digest=begin_from(initial, network))
     groups = parameter_groups(network, cfg.weight_decay)
     if cfg.optimizer == "lars":
         optimizer = Lars(groups, momentum=0.9, trust_coeff=1e-3)
@@ -200,13 +198,14 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
     return [adapted, {"params": others, "weight_decay": 0}]
 
 
-def train_step(training: Training, crops: Tensor, u: Tensor, lr: float, tau: float) -> tuple[dict, dict]:
-    """Backpropagate one micro-batch; after the last one of a batch, update the weights and the target.
+def train_micro_batch(training: Training, crops: Tensor, u: Tensor, lr: float, tau: float) -> dict[str, Tensor]:
+    """Backpropagate a micro-batch; after the last one of a step, update the weights and the target.
 
     crops (2, b, 3, size, size), which are overwritten, and u (2, b, DRAWS_PER_IMAGE) are as `data.batches` yields them.
-    Returns the terms of `objective` and the norms of the gradients so far, on the device.
+    Returns the terms of `objective`, on the device. Energies need no images: the last micro-batch of a step has them
+    for all, `accumulate` times, as gradients and terms are averaged.
     """
-    cfg, images = training.cfg, training.images
+    cfg, images, network = training.cfg, training.images, training.network
     accelerator = training.accelerator
     for group in training.optimizer.param_groups:
         group["lr"] = lr
@@ -214,30 +213,27 @@ def train_step(training: Training, crops: Tensor, u: Tensor, lr: float, tau: flo
     v1, v2 = data.two_views(crops, u, images.mean, images.std, *chances, jitter=cfg.jitter, grey_p=cfg.grey)
     with accelerator.accumulate(training.parallel):
         outputs = training.parallel(v1, v2)
-        layers = training.layers if accelerator.sync_gradients else {}  # in the last micro-batch of a step
-        terms = objective(cfg, training.network, layers, *outputs)
+        is_last = accelerator.sync_gradients
+        terms = objective(cfg, network, training.layers if is_last else {}, *outputs)
         accelerator.backward(terms["loss"])
-        norms = gradient_norms(training.network, accelerator)
         training.optimizer.step()
         training.optimizer.zero_grad()
-    if accelerator.sync_gradients and training.network.has_target:
+    if is_last and network.has_target:
         was_skipped = accelerator.optimizer_step_was_skipped  # by fp16's scaler: the weights are what they were
-        training.network.update_target(1 if was_skipped else tau)
-    return {name: term.detach() for name, term in terms.items()}, norms
+        network.update_target(1 if was_skipped else tau)
+    return {name: term.detach() for name, term in terms.items()}
 
 
 # ---- The objective ---------------------------------------------------------------------------------------------------
 def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p: Pair, t: Pair) -> dict[str, Tensor]:
     """Compute the loss and its terms, unweighted, of the outputs of a network, (b, out_dim) a view.
 
-    The loss is Eq. 7 with an energy, Eq. 4 with uniformity. alignment and std of the normalised projections are for the
-    log; std is 1 / sqrt(out_dim) if they fill the sphere, 0 if they collapse. As energies need no images, only the last
-    micro-batch of a step gets layers; their energy counts `accumulate` times there, since the terms are averaged.
+    The loss is Eq. 7 with an energy of the layers, if there are any, Eq. 4 with uniformity. alignment and std of the
+    normalised projections are for the log; std is 1 / sqrt(out_dim) if they fill the sphere, 0 if they collapse.
     """
     z, p, t = map(processes.gather_views, (z, p, t))
     z1, z2 = z
-    terms = {"loss": None}  # placeholder, so that loss is the first column
-    terms[cfg.method] = network.loss(z, p, t, cfg.temperature)
+    terms = {cfg.method: network.loss(z, p, t, cfg.temperature)}
     with torch.set_grad_enabled(cfg.reg == "uniform"):
         terms["uniformity"] = (uniformity(z1) + uniformity(z2)) / 2
     with torch.no_grad():
@@ -247,10 +243,10 @@ def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p:
     if cfg.term == "energy" and layers:
         for name, energy in layer_energies(layers, cfg).items():
             terms[name] = cfg.accumulate * energy
-    terms["loss"] = terms[cfg.method]
+    loss = terms[cfg.method]
     if cfg.term in terms:  # what --reg adds
-        terms["loss"] = terms["loss"] + cfg.weight * terms[cfg.term]
-    return terms
+        loss = loss + cfg.weight * terms[cfg.term]
+    return {"loss": loss, **terms}
 
 
 def layer_energies(layers: Layers, cfg: Settings) -> dict[str, Tensor]:
@@ -261,7 +257,28 @@ def layer_energies(layers: Layers, cfg: Settings) -> dict[str, Tensor]:
     return {"energy": sum(energies.values())} | energies
 
 
+def epoch_row(training: Training, means: dict[str, float], lr: float, tau: float) -> dict:
+    """Complete the mean terms of an epoch to its row in the log; lr and tau are those of its last step."""
+    cfg, row = training.cfg, dict(means)
+    if means["std"] * cfg.out_dim**0.5 < DEAD:  # as a share of a full sphere's
+        row["dead"] = True
+    if cfg.term != "energy":  # then it is that of the weights as they are now
+        with torch.no_grad():
+            row |= {name: energy.item() for name, energy in layer_energies(training.layers, cfg).items()}
+    if training.network.has_target:
+        row["tau"] = tau
+    return {**row, "lr": lr}
+
+
 # ---- Schedules, Appendix B.2 -----------------------------------------------------------------------------------------
+def schedules(cfg: Settings, steps: int) -> tuple[list[float], list[float]]:
+    """Return the learning rate and the target's tau of each of so many steps."""
+    warmup_steps = round(steps // cfg.epochs * cfg.warmup)
+    rates = [lr_at(step, steps, warmup_steps, cfg.peak_lr) for step in range(steps)]
+    taus = [tau_at(step, steps, cfg.tau, cfg.tau_end) for step in range(steps)]
+    return rates, taus
+
+
 def lr_at(step: int, steps: int, warmup_steps: int, peak: float) -> float:
     """Rate of step 0 ... steps - 1: linear from peak / warmup_steps to peak, then a cosine towards 0."""
     if step < warmup_steps:

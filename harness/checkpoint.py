@@ -12,21 +12,20 @@ run, all others to the network.
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 import models
 from lib.errors import InputError
-from lib.files import CONFIG, ENCODER, WEIGHTS, write_whole
-from lib.tensors import read_tensors
+from lib.files import CONFIG, WEIGHTS, write_whole
 
-# What a reader of a description relies on. Its view is that of the images that its network was trained on.
-SETTING_KINDS = {"dataset": str, "data_dir": str, "seed": int}
-VIEW_KINDS = {"size": int, "crop": (int, float), "mean": list, "std": list}
+FORMAT = 1  # of a description; another number where what a reader relies on is another
 
 
 def save(path: str | Path, tensors: dict[str, Tensor], description: dict) -> None:
@@ -36,25 +35,37 @@ def save(path: str | Path, tensors: dict[str, Tensor], description: dict) -> Non
     equal content is to make equal files. InputError if the file cannot be written.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    description = description | {"digest": digest(tensors, description)}
+    description = {"format": FORMAT, **description}
+    description["digest"] = digest(tensors, description)
     header = {"description": json.dumps(description, sort_keys=True)}
     with write_whole(Path(path)) as file:
         file.write(to_bytes(tensors, header))
 
 
+def digest(tensors: dict[str, Tensor], description: dict) -> str:
+    """Compute SHA-256 over a description and over names, types, shapes and bytes of tensors on the CPU."""
+    sha = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        _add(sha, name, tensor)
+    return sha.hexdigest()
+
+
+def _add(sha, name: str, tensor: Tensor) -> None:
+    """Add a tensor to a digest."""
+    sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+# ---- The encoder alone, for timm -------------------------------------------------------------------------------------
 def save_encoder(folder: Path, tensors: dict[str, Tensor], description: dict, config: dict | None) -> None:
     """Write a run's encoder into its folder `encoder`, with timm's description of it, if there is one.
 
     config.json is the same as long as the run lasts, and comes first: whenever the process is killed, the two files
-    belong together, or timm says that there are no weights yet.  InputError if one cannot be written.
+    belong together, or timm says that there are no weights yet. InputError if one cannot be written.
     """
-    try:
-        (folder / ENCODER).mkdir(exist_ok=True)
-        if config is None:
-            (folder / CONFIG).unlink(missing_ok=True)  # left by a run that ended before its first checkpoint
-    except OSError as e:
-        raise InputError(f"{folder / ENCODER}: cannot be written ({e.strerror})") from e
-    if config is not None:
+    if config is None:
+        (folder / CONFIG).unlink(missing_ok=True)  # left by a run that ended before its first checkpoint
+    else:
         with write_whole(folder / CONFIG) as file:
             file.write(json.dumps(config, indent=2).encode() + b"\n")
     save(folder / WEIGHTS, tensors, {**description, "holds": "encoder"})
@@ -93,60 +104,52 @@ def is_timms(settings: dict) -> bool:
     return settings["model"] != "alexnet" and settings["stem"] == "imagenet" and settings["norm"] == "bn"
 
 
-def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """Read the tensors and the description of a file that `save` wrote. InputError for another or a damaged file."""
-    tensors, header = read_tensors(path)
-    if "description" not in header:
-        raise InputError(f"{path}: has no description, so pretrain.py did not write it; name its --model and --dataset")
+# ---- Files read back -------------------------------------------------------------------------------------------------
+def described(header: dict[str, str]) -> dict | None:
+    """Return the description in a safetensors header; None for a file that `save` did not write."""
     try:
-        description = parse_description(header)
-        stored_digest = description.pop("digest")
-        is_intact = stored_digest == digest(tensors, description)
-    except (ValueError, KeyError, RecursionError) as e:
-        raise InputError(_not_ours(path, e)) from e
-    if not is_intact:
+        description = json.loads(header["description"])
+        return description if "digest" in description else None
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def load(path: str | Path, is_wanted: Callable = lambda name: True) -> tuple[dict[str, Tensor], dict]:
+    """Read the tensors of a file that `save` wrote, those whose names are wanted, and its description.
+
+    All tensors pass one by one, for the digest. InputError for another, a damaged or a missing file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            description = described(file.metadata() or {})
+            if description is None:
+                raise InputError(
+                    f"{path}: not written by pretrain.py; name its --model and --dataset, if it is another's"
+                )
+            if description.get("format") != FORMAT:
+                theirs, commit = description.get("format"), description.get("git")
+                raise InputError(
+                    f"{path}: of format {theirs}, not {FORMAT}; read it by the commit that wrote it, {commit}"
+                )
+            stored_digest = description.pop("digest")
+            sha = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+            tensors = {}
+            for name in sorted(file.keys()):
+                tensor = file.get_tensor(name)
+                _add(sha, name, tensor)
+                if is_wanted(name):
+                    tensors[name] = tensor.clone()  # one that maps the file would keep its space on the disk
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: cannot be read as a safetensors file ({e})") from e
+    if sha.hexdigest() != stored_digest:
         raise InputError(f"{path}: damaged: its content is not what was written (the digest differs)")
     return tensors, description
-
-
-def parse_description(header: dict[str, str]) -> dict:
-    """Return the description in a header, with its digest. KeyError, ValueError or RecursionError if it is not ours."""
-    description = json.loads(header["description"])
-    if not isinstance(description, dict) or "digest" not in description:
-        raise ValueError("it has no digest")
-    return description
-
-
-def is_ours(header: dict[str, str]) -> bool:
-    """Whether `save` wrote a file with this header: other projects use the key "description", too."""
-    try:
-        parse_description(header)
-    except (KeyError, ValueError, RecursionError):
-        return False
-    return True
-
-
-def _not_ours(path: str | Path, error: Exception) -> str:
-    """Return the message for a description that `save` did not write, or wrote of something else than a run."""
-    return (
-        f"{path}: its description is not one that pretrain.py writes ({error!r}); a file of another project takes "
-        "--model and --dataset"
-    )
-
-
-def digest(tensors: dict[str, Tensor], description: dict) -> str:
-    """Compute SHA-256 over a description and over names, types, shapes and bytes of tensors on the CPU."""
-    sha = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
 
 
 def load_encoder(path: str | Path, net: str = "online") -> tuple[nn.Module, dict]:
     """Load the online or the target encoder of a run's file, in evaluation mode, with the file's description.
 
-    InputError as from `load_network`, or if net is "target" and the file holds none.
+    InputError as from `load`, or if net is "target" and the file holds none.
     """
     network, description = load_network(path)
     if net == "target":
@@ -161,33 +164,19 @@ def load_encoder(path: str | Path, net: str = "online") -> tuple[nn.Module, dict
 def load_network(path: str | Path) -> tuple[nn.Module, dict]:
     """Load the network of a ckpt.safetensors, or the encoder of a file with the encoder alone, in evaluation mode.
 
-    Returns it with the file's description. InputError as from `load` and `fill`.
+    Returns it with the file's description. InputError as from `load`, and for a description that does not fit.
     """
-    tensors, description = load(path)
+    tensors, description = load(path, lambda name: "/" not in name)
     try:
-        settings = description["settings"]
-        refuse_other_kinds(settings, SETTING_KINDS)
-        refuse_other_kinds(description["view"], VIEW_KINDS)
         with torch.device("meta"):  # a hostile description may ask for more than there is memory
-            network = build_described(description["holds"], settings)
+            network = build_described(description["holds"], description["settings"])
+        network.load_state_dict(tensors, assign=True)
     except InputError:
         raise
     except Exception as e:  # the constructors raise errors of many types on a wrong description
-        raise InputError(_not_ours(path, e)) from e
-    weights = {name: tensor for name, tensor in tensors.items() if "/" not in name}
-    fill(network, weights, path)
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{path}: its tensors are not those of its description ({reason})") from e
     return network.to(memory_format=torch.channels_last).eval(), description
-
-
-def refuse_other_kinds(values: dict, kinds: dict) -> None:
-    """Raise an error for a value that is missing or of another kind, or for a list that is not of three numbers."""
-    for key, kind in kinds.items():
-        value = values[key]
-        is_right = isinstance(value, kind)
-        if kind is list and is_right:
-            is_right = len(value) == 3 and all(isinstance(number, (int, float)) for number in value)
-        if not is_right:
-            raise TypeError(f"{key} is {value!r:.40}")
 
 
 def build_described(holds: str, settings: dict) -> nn.Module:
@@ -195,34 +184,5 @@ def build_described(holds: str, settings: dict) -> nn.Module:
     architecture = (settings["model"], settings["stem"], settings["norm"])
     if holds == "encoder":
         return models.build_encoder(*architecture)
-    method = models.METHODS[settings["method"]]
-    heads = [settings["hidden_dim"], settings["out_dim"]]
-    return method(*architecture, *heads, settings.get("predictor", "mlp"), settings.get("queue", 0))
-
-
-def fill(network: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Put the tensors of a file into a network. InputError if one is missing, superfluous or of another shape or type.
-
-    A network on the meta device takes the tensors as its own.
-    """
-    expected = network.state_dict()
-    _refuse_names("missing", expected.keys() - tensors.keys(), path)
-    _refuse_names("superfluous", tensors.keys() - expected.keys(), path)
-    for name, tensor in expected.items():
-        stored, wanted = _kind(tensors[name]), _kind(tensor)
-        if stored != wanted:
-            raise InputError(f"{path}: {name} is {stored}; the described network has {wanted}")
-    on_meta = any(tensor.is_meta for tensor in expected.values())
-    network.load_state_dict(tensors, assign=on_meta)
-
-
-def _refuse_names(fault: str, names: set[str], path: str | Path) -> None:
-    """Raise InputError if there are names that should not be, or that should be and are not."""
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise InputError(f"{path}: {fault} for the described network: {', '.join(sorted(names)[:3])}{more}")
-
-
-def _kind(tensor: Tensor) -> str:
-    """Name the shape and type of a tensor: (64, 3, 7, 7) float32."""
-    return f"{tuple(tensor.shape)} {tensor.dtype}".replace("torch.", "")
+    heads = (settings["hidden_dim"], settings["out_dim"], settings["predictor"], settings["queue"])
+    return models.METHODS[settings["method"]](*architecture, *heads)

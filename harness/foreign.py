@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoint import fill, is_ours
+from harness.checkpoint import described
 from lib import processes
 from lib.errors import InputError
 from lib.tensors import read_tensors
@@ -34,7 +34,7 @@ def adopt(path: str | Path, model: str, stem: str, prefix: str | None = None) ->
     holds several, unless `prefix`, or a part of it between dots, picks one.
     """
     tensors, header = read_tensors(path)
-    if is_ours(header):
+    if described(header):
         raise InputError(f"{path}: --model {model} has no effect, the file says what it is")
     with torch.device("meta"):
         encoder = build_encoder(model, stem)
@@ -46,7 +46,7 @@ def adopt(path: str | Path, model: str, stem: str, prefix: str | None = None) ->
     names = copies[chosen]
     counters = {name: torch.tensor(0) for name in wanted if name.endswith(COUNTER)}
     found = {name: tensors[stored].to(wanted[name].dtype) for name, stored in names.items() if stored in tensors}
-    fill(encoder, counters | found, path)
+    encoder.load_state_dict(counters | found, assign=True)
     under = f" under {chosen}" if chosen else ""
     if names != named(wanted, chosen):
         under += " with numbers for children"

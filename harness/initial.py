@@ -18,10 +18,8 @@ from torch import nn
 import models
 from harness import checkpoint
 from harness.foreign import adopt, complete_copies
-from lib import processes
 from lib.errors import InputError
 from lib.files import weights_file
-from lib.log import same_place
 from lib.tensors import read_tensors
 
 DIGITS = 16  # of a digest of 64, enough to tell files from each other
@@ -40,8 +38,8 @@ def refuse_unfit_weights(flags: dict) -> None:
         tensors, header = read_tensors(path)
     except InputError as e:
         raise InputError(f"--init: {e}") from e
-    if checkpoint.is_ours(header):
-        description = checkpoint.parse_description(header)
+    if checkpoint.described(header):
+        description = checkpoint.described(header)
         if description.get("holds") not in ("encoder", "checkpoint"):
             raise InputError(f"--init {flags['init']}: holds {description.get('holds')}, not an encoder")
         settings = description.get("settings", {})
@@ -80,7 +78,7 @@ def initial_encoder(cfg) -> nn.Module | None:
         return None
     path = weights_file(os.path.expanduser(cfg.init))
     _, header = read_tensors(path)
-    if not checkpoint.is_ours(header):
+    if not checkpoint.described(header):
         encoder, _ = adopt(path, cfg.model, cfg.stem, cfg.prefix)
         return encoder
     encoder, description = checkpoint.load_encoder(path)
@@ -88,25 +86,13 @@ def initial_encoder(cfg) -> nn.Module | None:
     return encoder
 
 
-def initial_digest(encoder: nn.Module | None, cfg, stored: dict | None) -> str | None:
-    """Return the digest of the file's encoder, or the stored digest if the run goes on and the file is gone.
+def begin_from(encoder: nn.Module, network: nn.Module) -> str:
+    """Copy an encoder's weights and BatchNorm statistics to a network's encoder, and to its target's if it has one.
 
-    stored: the description of the run's state, if it goes on. InputError for the missing file of a new run.
+    Returns a digest of them.
     """
-    if encoder is not None:
-        return checkpoint.digest(encoder.state_dict(), {})[:DIGITS]
-    if not cfg.init:
-        return None
-    stored_settings = stored["settings"] if stored else {}
-    if stored_settings.get("init") is None or not same_place(stored_settings["init"], cfg.init):
-        raise InputError(f"--init {cfg.init}: no such file")
-    processes.say(f"--init {cfg.init}: is gone, so it is unchecked; the run goes on from its own weights")
-    return stored_settings["init_digest"]
-
-
-def begin_from(encoder: nn.Module, network: nn.Module) -> None:
-    """Copy an encoder's weights and BatchNorm statistics to a network's encoder, and to its target's if it has one."""
-    state = encoder.state_dict()
-    network.encoder.load_state_dict(state)
+    weights = encoder.state_dict()
+    network.encoder.load_state_dict(weights)
     if hasattr(network, "target"):
-        network.target.encoder.load_state_dict(state)
+        network.target.encoder.load_state_dict(weights)
+    return checkpoint.digest(weights, {})[:DIGITS]

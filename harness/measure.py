@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 import data
 import models
-from harness.settings import Settings, idle_flags
-from lib import processes
 from lib.errors import InputError
 from lib.files import CKPT
 from regularizers import alignment, mhe, uniformity
@@ -24,19 +22,7 @@ COLLAPSED_EPOCHS = 3  # in a row, before it is a warning
 FLOORS_UP_TO = 10_000  # images in the largest bank for which the floors of a k-NN are judged unasked
 FLOORS_MEMORY = 2**31  # bytes of pixels, likewise
 LOW_RANK = 2  # features of a lower effective rank differ in little more than one direction
-SPREADING = {  # features or projections, by flag
-    "lr": "a smaller --lr",
-    "tau": "a --tau and --tau_end nearer 1",
-    "warmup": "a longer --warmup",
-    "reg": "--reg uniform",
-}
-LEARNING = {  # as docs/results.md found it
-    "lr": "a smaller --lr",
-    "optimizer": "--optimizer sgd",
-    "tau": "a --tau and --tau_end further from 1",
-    "reg": "--reg uniform",
-}
-REVIVE = "No step will revive it; start another run with a smaller --lr, or with --norm bn"
+DEAD_WARNING = "dead network: all images get the same output, for good; start another run with a smaller --lr"
 DEAD = 1e-4  # below this part, all projections are one point: the network is dead
 DEAD_G2 = 1 - 1e-5  # above this G2, all features are one point
 
@@ -56,7 +42,6 @@ def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[st
         row[f"block/{name}"] = mhe(outputs, s=0).item()
     if row["g2"] > DEAD_G2:
         row["dead"] = True
-        processes.say(f"WARNING: dead network: the encoder gives all images the same features. {REVIVE}")
     return row
 
 
@@ -69,7 +54,8 @@ def geometry(encoder: nn.Module, images: data.Dataset, view: dict, device: torch
     sample = probed(images.test).to(device)
     row = sphere_statistics(models.embed(encoder, data.evaluation_views(sample, **view)))
     pairs = []
-    for crops, _, u in data.batches(sample, PAIRS_AT_ONCE, view["size"], seed=0, epochs=[1], drop_last=False):
+    steps = range(math.ceil(len(sample.labels) / PAIRS_AT_ONCE))
+    for crops, _, u in data.batches(sample, view["size"], PAIRS_AT_ONCE, 0, steps, drop_last=False):
         views = data.two_views(crops, u, view["mean"], view["std"], images.blur_p, images.solarise_p)
         pairs.append(models.embed(encoder, views).chunk(2))
     x, y = map(torch.cat, zip(*pairs))
@@ -141,38 +127,18 @@ def floors_are_cheap(bank: data.Split, queries: data.Split, size: int) -> bool:
     return len(bank.labels) <= FLOORS_UP_TO and bytes_of_pixels <= FLOORS_MEMORY
 
 
-def poor_features(top1: float, floors: dict[str, float], rank: float, cfg: Settings) -> str:
-    """Say what is wrong with features that a vote judges below a floor, or that lie along a line, and the cures."""
+def poor_features(rows: list[dict]) -> str:
+    """Say what is wrong with features below a floor, or along a line, by the rows of a run's log; nothing otherwise."""
+    latest = {row["of"]: row for row in rows if "of" in row}
+    rank, top1 = latest["representations"]["rank"], latest["online"]["top1"]
     if rank < LOW_RANK:
-        spread = f"the effective rank of the features is {rank:.2f}: they differ in one direction alone"
-        return f"collapse? {spread}; {advice(SPREADING, cfg)}"
+        return f"collapse? The effective rank of the features is {rank:.2f}: they differ in one direction alone"
+    floors = {of: latest[of]["top1"] for of in ("untrained", "init", "pixels") if of in latest}
     higher = [f"{of} {floor:g}" for of, floor in floors.items() if top1 < floor]
     if higher:
-        return f"the k-NN accuracy, {top1:g} %, lies below its floors: {', '.join(higher)}; {advice(LEARNING, cfg)}"
+        below = f"the k-NN accuracy, {top1:g} %, lies below its floors: {', '.join(higher)}"
+        return f"{below}; try a smaller --lr, or --reg uniform"
     return ""
-
-
-def advice(cures: dict[str, str], cfg: Settings) -> str:
-    """Say what to try, of cures by flag: those that the method has, and that are not in force."""
-    in_force = {flag for flag, value in (("reg", "uniform"), ("optimizer", "sgd")) if getattr(cfg, flag) == value}
-    left = [text for flag, text in cures.items() if flag not in in_force | idle_flags(cfg.method)]
-    return f"try {', or '.join(left)}"
-
-
-def gradient_norms(network: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
-    """Measure the norms of the gradients of encoder, projector and predictor, on the device.
-
-    In fp16 there are none: its scaler skips steps whose gradients are infinite, so these are no fault.
-    """
-    norms = {}
-    if accelerator.scaler is not None:
-        return norms
-    for part in ("encoder", "projector", "predictor"):
-        parameters = getattr(network, part, nn.Identity()).parameters()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if gradients:
-            norms[f"gradient of {part}"] = nn.utils.get_total_norm(gradients)
-    return norms
 
 
 def first_fault(stored: dict[str, Tensor], latest: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -201,22 +167,3 @@ def refuse_faults(numbers: dict[str, Tensor], network: nn.Module, folder: Path, 
     ckpt = folder / CKPT
     kept = f"{ckpt} is unchanged" if ckpt.exists() else "no checkpoint is written"
     raise InputError(f"step {step}: not finite: {listed}; {kept}; a smaller --lr or --weight may help")
-
-
-def count_collapsed(share: float, before: int) -> int:
-    """Count the epochs in a row in which projections were nearly one point, from their number before this epoch.
-
-    share: the projections' standard deviation as a share of a full sphere's.
-    """
-    return before + 1 if share < COLLAPSED else 0
-
-
-def warn_of_collapse(share: float, epochs: int, cfg: Settings) -> None:
-    """Warn of a dead network at once, and of a collapse from its third epoch on; share as in `count_collapsed`."""
-    if share < DEAD:
-        processes.say(f"WARNING: dead network: all projections have been the same. {REVIVE}")
-    if epochs >= COLLAPSED_EPOCHS:
-        processes.say(
-            f"WARNING: collapse? For {epochs} epochs all projections have been nearly one point, "
-            f"std {share:.1e} of a full sphere's; {advice(SPREADING, cfg)}"
-        )

@@ -1,126 +1,86 @@
 """A run's folder, and how a run that was stopped goes on.
 
-    ckpt.safetensors      the whole state: networks, momentum, random numbers, sums of the epoch in progress
+    ckpt.safetensors      the whole state, see `state`, and a description of the run
     encoder/              the encoder alone, as the last save at an epoch's end left it and as timm reads it
     metrics.jsonl         the rows that were printed
 
-A state is the tensors and the description of ckpt.safetensors. Tensors without a slash in their name are the network's.
 The order of the images and their views are functions of (seed, epoch, step), so that a run that goes on ends in the
-bits of a run that never stopped. `Run` is the one object with state; of the method it knows only the `Training` that
-`restore` is given.
+bits of a run that never stopped. Of several processes, which all make the same calls, the first prints and writes.
 """
 
-import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from tqdm import tqdm
 
-import data
-from harness import checkpoint, measure, saving
-from harness.initial import begin_from, initial_digest, initial_encoder
-from harness.settings import Settings
+from harness import checkpoint, measure, state
 from lib import files, processes
 from lib.errors import InputError, Stopped
-from lib.files import CKPT, ENCODER, LOG, RUN_FILES, WEIGHTS
-from lib.log import (
-    PLACES,
-    as_json,
-    contents,
-    emit,
-    other_data,
-    read_rows,
-    rewind,
-    same_place,
-)
+from lib.files import CKPT, LOG, WEIGHTS
+from lib.log import PLACES, as_json, contents, emit, other_data, provenance, read_rows, rewind, same_place
+
+SECONDS_BETWEEN_LOOKS = 5  # of several processes, for a signal or a save that is due: each look makes all of them wait
 
 
 class Run:
-    """A run from the claim of its folder to its end: position, sums of the epoch in progress, log, signals, files.
+    """A run from the claim of its folder to its end: position, sums of the epoch in progress, log, signals, files."""
 
-    A run makes the same calls in each of several processes; the first alone prints and writes.
-    """
+    def __init__(self, folder: Path, training, steps: int, flags: dict):
+        """Claim a folder, and bring a `pretrain.Training` to the state in it, if there is one.
 
-    def __init__(
-        self, folder: Path, cfg: Settings, images: data.Dataset, steps: int, flags: dict, accelerator: Accelerator
-    ):
-        """Claim the folder and read what it holds. InputError if that is another run, or if the folder is in use."""
-        self.folder, self.images, self.steps = folder, images, steps
-        self.flags, self.accelerator = flags, accelerator
-        self._initial = initial_encoder(cfg)  # before the claim: a file that does not fit leaves no folder behind
-        with processes.first_alone(accelerator):
-            self.lock = claim(folder) if accelerator.is_main_process else None
-            self._tensors, self._stored = stored_state(folder)
-        self.cfg = cfg = replace(cfg, init_digest=initial_digest(self._initial, cfg, self._stored))
-        self.steps_per_epoch = steps // cfg.epochs
-        self.view = images.view(cfg.eval_crop)
-        self.split = "holdout" if cfg.holdout else "test"
-        in_files = not isinstance(images.test.images, Tensor)
-        self.timm_config = checkpoint.timm_config(asdict(cfg), self.view, in_files)
-        self.description = {"settings": asdict(cfg), "view": self.view, "data": contents(images, cfg.holdout)}
-        self.description |= {"images": len(images.pretraining.labels), "steps": steps, **provenance()}
-        self.whole_epochs, self.step = position(self.description, self._stored, folder)
-        agreed = {**asdict(cfg), "save_every": flags["save_every"], "view": self.view}
-        processes.agree(accelerator, **agreed, steps=steps, step=self.step)
-        self.sums, self.numbers, self.collapsed_epochs = {}, {}, 0
-        self.epoch, self.has_warned = 0, False
-        self.log_file, self.signals = None, []
-        self._writer = saving.Writer()
+        InputError if the folder holds another run, or if another process has it.
+        """
+        self.folder, self.training, self.steps, self.flags = folder, training, steps, flags
+        self.cfg, self.accelerator = training.cfg, training.accelerator
+        self.steps_per_epoch = steps // self.cfg.epochs
+        with processes.first_alone(self.accelerator):
+            self.lock = files.claim(folder) if self.accelerator.is_main_process else None
+            tensors, stored = stored_state(folder)
+        self.description = describe(training, steps)
+        self.step = self.whole_epochs = self.epoch = 0
+        self.sums = {}
+        if stored:
+            refuse_other_run(folder, self.description, stored)
+            self.step, self.whole_epochs = stored["step"], stored["epoch"]
+            self.sums = state.restore(tensors, training.network, training.optimizer, self.accelerator)
+            if self.accelerator.scaler and stored["scaler"]:
+                self.accelerator.scaler.load_state_dict(stored["scaler"])
+        facts = {name: self.description[name] for name in ("settings", "view", "steps")}
+        processes.agree(self.accelerator, **facts, step=self.step, save_every=flags["save_every"])
+        in_files = not isinstance(training.images.test.images, Tensor)
+        self.timm_config = checkpoint.timm_config(asdict(self.cfg), self.description["view"], in_files)
+        self.numbers = {}  # of the latest micro-batch, or of the first that was not finite
+        self.log_file, self.signals, self.warned = None, [], set()
+        self._writer = ThreadPoolExecutor(1)  # hashes and writes: on a fast GPU that takes as long as many steps
+        self._saving = Future()  # the last piece of its work
+        self._saving.set_result(None)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Before the first step
-    # -----------------------------------------------------------------------------------------------------------------
-
-    def restore(self, training) -> None:
-        """Bring a training to the folder's state, or to the weights of --init, and the data to the device."""
-        self.network, self.optimizer = training.network, training.optimizer
-        if self._tensors:
-            self.sums = restore_state(self._tensors, self._stored, self.network, self.optimizer, self.accelerator)
-        elif self._initial:
-            begin_from(self._initial, self.network)
-        self._tensors = self._initial = None  # free them: the stored tensors are three times the size of the network
-        device, images = self.accelerator.device, self.images
-        self.train, self.test = images.train.to(device), images.test.to(device)
-        shares_images = images.pretraining is images.train
-        self.pretraining = self.train if shares_images else images.pretraining.to(device)
-        self._stream = data.batches(
-            self.pretraining,
-            self.cfg.batch_size,
-            images.size,
-            self.cfg.seed,
-            range(self.whole_epochs + 1, self.cfg.epochs + 1),
-            start=self.step - self.whole_epochs * self.steps_per_epoch,
-            micro_batches=self.cfg.accumulate,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-        )
-
+    # ---- Before the first step ---------------------------------------------------------------------------------------
     def announce(self, lines: list[str]) -> None:
         """Begin the log, or go on with it, and print what the run is about to do, unless it is finished."""
         if self.lock is None:
             return
-        self.log_file = start_log(self.folder, self.description, self.whole_epochs, self.step, self.accelerator)
-        for row in self._rows():
-            if row.get("of") == "warning":
-                self.has_warned = True
-            if "loss" in row:
-                self.collapsed_epochs = measure.count_collapsed(self._share(row["std"]), self.collapsed_epochs)
+        self.log_file = self.folder / LOG
+        hardware = processes.hardware(self.accelerator)
+        rows = rewind(self.folder, self.whole_epochs if self.step else -1) if self.log_file.exists() else []
+        if rows:
+            goes_on = "goes on after" if self.step < self.steps else "is finished,"
+            print(f"{self.folder}: {goes_on} step {self.step}", file=sys.stderr)
+            print_changes(rows[0], self.description, hardware)
+        else:
+            emit({"stage": "pretrain", **self.description, **hardware}, self.log_file)
+        self.warned = {row["about"] for row in rows if row.get("of") == "warning" and "about" in row}
         if self.step < self.steps:
-            settings = {name: str(x) for name, x in asdict(self.cfg).items()}
-            self.accelerator.init_trackers("pretrain", settings)
+            self.accelerator.init_trackers("pretrain", {name: str(x) for name, x in asdict(self.cfg).items()})
             print(*lines, sep="\n  ", file=sys.stderr)
 
     def __enter__(self) -> "Run":
@@ -128,66 +88,57 @@ class Run:
         is_silent = self.log_file is None or self.step == self.steps
         self._bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=is_silent)
         is_new = not all((self.folder / name).exists() for name in (CKPT, WEIGHTS))
-        self._schedule = saving.Schedule(self.flags["save_every"], self.step, is_new)
-        self._looked_at, self._look_step, self._next_look = saving.seconds(), self.step, self.step + 1
+        self._schedule = state.Schedule(self.flags["save_every"], self.step, is_new)
+        self._looked_at, self._look_step, self._next_look = time.monotonic(), self.step, self.step + 1
         self._handlers = {}
         for number in (signal.SIGTERM, signal.SIGINT):
             self._handlers[number] = signal.signal(number, self._keep_signal)
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
-        """Wait for the file that is being written, unless a second Ctrl-C asks for the end at once."""
-        is_urgent = error is not None and issubclass(error, KeyboardInterrupt)
+        """Wait for the file that is being written."""
         try:
-            if not is_urgent:
-                self._writer.wait()
-            elif self.lock:
-                remove_strays(self.folder)
+            self._end_save()
         except (InputError, OSError):
             if error is None:  # otherwise the error that ends the run is the one to tell
                 raise
         finally:
-            self._put_handlers_back()
+            self._keep_signal()
             self._bar.close()
 
-    def _keep_signal(self, number: int, _frame) -> None:
-        self.signals.append(signal.Signals(number))
-        self._put_handlers_back()
+    def _keep_signal(self, number: int | None = None, _frame=None) -> None:
+        """Note a signal, and put the handlers back that were there before."""
+        if number:
+            self.signals.append(signal.Signals(number))
+        for handled, handler in self._handlers.items():
+            signal.signal(handled, handler)
 
-    def _put_handlers_back(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # While it trains
-    # -----------------------------------------------------------------------------------------------------------------
-
+    # ---- While it trains ---------------------------------------------------------------------------------------------
     def epochs(self) -> Iterator[int]:
         """Yield the epochs that are left, from 1."""
         for epoch in range(self.whole_epochs + 1, self.cfg.epochs + 1):
             self.epoch = epoch
-            self._started = time.perf_counter()
-            self._first_step = self.step
-            self._schedule.begin_epoch(self.step)
+            self._began, self._first_step = time.perf_counter(), self.step
+            self._schedule.epoch_began = self._schedule.now(self.step)
             yield epoch
 
-    def micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield crops and draws of the micro-batches that are left in the epoch; see `data.batches`."""
+    def rest_of_epoch(self, micro_batches: Iterator) -> Iterator:
+        """Yield those micro-batches, of an iterator over the rest of the run, that are left in the epoch."""
         steps_left = self.epoch * self.steps_per_epoch - self.step
-        for crops, _, u in islice(self._stream, steps_left * self.cfg.accumulate):
-            yield crops, u
+        yield from islice(micro_batches, steps_left * self.cfg.accumulate)
 
-    def after(self, terms: dict[str, Tensor], norms: dict[str, Tensor]) -> None:
+    def after(self, terms: dict[str, Tensor]) -> None:
         """Add the terms of a micro-batch to the sums; after a step, count it, and save or stop if that is due."""
         step = torch.full((), self.step, device=self.accelerator.device)
-        self.numbers = measure.first_fault(self.numbers, {"step": step, **terms, **norms})
+        self.numbers = measure.first_fault(self.numbers, {"step": step, **terms})
         for name, term in terms.items():
             self.sums[name] = self.sums.get(name, 0) + term / self.cfg.accumulate
         if not self.accelerator.sync_gradients:
             return
         self.step += 1
         self._bar.update()
-        self._writer.raise_fault()
+        if self._saving.done():
+            self._end_save()  # raises what it has raised
         caught, is_due = self._look()
         at_epoch_end = self.step == self.epoch * self.steps_per_epoch
         if caught or (is_due and not at_epoch_end):
@@ -196,87 +147,57 @@ class Run:
             self.stop(caught)
 
     def means(self) -> dict[str, float]:
-        """Return the terms' means over the epoch's steps and the processes, and set `images_per_s`.
+        """Return the terms' means over the epoch's steps and the processes, and the images of a second.
 
-        InputError if a number is not finite. A network whose projections were all the same is marked as dead.
+        InputError if a number is not finite.
         """
         # Before judging, whose loaders fork: a child must not inherit locks that the thread holds. And before the row
-        # of a second epoch: `refuse_lost_checkpoint` takes it for a proof that there was a checkpoint.
-        self._writer.wait()
+        # of a second epoch: `stored_state` takes it for a proof that there was a checkpoint.
+        self._end_save()
         row = {}
         for name, total in self.sums.items():
             row[name] = self.accelerator.reduce(total, "mean").item() / self.steps_per_epoch
-        if self._share(row["std"]) < measure.DEAD:
-            row["dead"] = True
-        seconds = time.perf_counter() - self._started
         images = (self.step - self._first_step) * self.cfg.batch_size
-        self.images_per_s = round(images / seconds, 1)
-        measure.refuse_faults(self.numbers, self.network, self.folder, self.accelerator)
+        row["images_per_s"] = round(images / (time.perf_counter() - self._began), 1)
+        measure.refuse_faults(self.numbers, self.training.network, self.folder, self.accelerator)
         return row
 
     def log(self, **columns) -> None:
-        """Print a row, add it to the log, and give its numbers to the tracker."""
+        """Print a row, add it to the log, and give its numbers to the tracker; warn of a dead network."""
         row = {"stage": "pretrain", "epoch": self.epoch, "step": self.step, **columns}
         emit(row, self.log_file)
         prefix = f"{row['of']}/" if "of" in row else ""
         numbers = {prefix + name: x for name, x in row.items() if isinstance(x, float)}
         self.accelerator.log(numbers, step=self.step)
-
-    @property
-    def judged_on(self) -> tuple:
-        """What `knn_eval.nearest_neighbours` takes behind the encoder."""
-        return self.train, self.test, self.view, self.accelerator
+        if row.get("dead"):
+            self.warn("dead", measure.DEAD_WARNING)
 
     def log_scores(self, of: str, scores_by_k: dict[int, dict[str, float]]) -> None:
         """Log the accuracy of a k-NN vote, for each k."""
+        split = "holdout" if self.cfg.holdout else "test"
         for k, scores in scores_by_k.items():
-            self.log(of=of, split=self.split, k=k, **scores)
+            self.log(of=of, split=split, k=k, **scores)
 
-    def warn_of_collapse(self, std: float) -> None:
-        """Warn if the projections have been nearly one point for some epochs; `std` as the log has it."""
-        share = self._share(std)
-        self.collapsed_epochs = measure.count_collapsed(share, self.collapsed_epochs)
-        measure.warn_of_collapse(share, self.collapsed_epochs, self.cfg)
-
-    def _share(self, std: float) -> float:
-        """The projections' standard deviation as a share of a full sphere's."""
-        return std * self.cfg.out_dim**0.5
-
-    def _rows(self) -> list[dict]:
-        """The rows of the run's log that are its own, not a judge's."""
-        return [row for row in read_rows(self.folder) if row["stage"] == "pretrain"]
-
-    @property
-    def initial_name(self) -> str:
-        """What the rows of the network before its first step are called."""
-        return "init" if self.cfg.init else "untrained"
-
-    def wants_floors(self) -> bool:
-        """Whether the network and the pixels are judged now: before the first step, on a small bank."""
-        is_judged = self.cfg.eval_every > 0
-        return self.step == 0 and is_judged and measure.floors_are_cheap(self.train, self.test, self.images.size)
-
-    def warn_of_poor_features(self) -> None:
-        """Warn once, and log it, if a third of the run has brought features that are worse than none."""
-        if self.log_file is None or self.has_warned or 3 * self.step < self.steps:
+    def warn(self, about: str, text: str) -> None:
+        """Warn of a thing once in a run, and log it."""
+        if self.log_file is None or about in self.warned:
             return
-        latest = {row["of"]: row for row in self._rows() if "of" in row}
-        floors = {of: latest[of]["top1"] for of in (self.initial_name, "pixels") if of in latest}
-        fault = measure.poor_features(latest["online"]["top1"], floors, latest["representations"]["rank"], self.cfg)
-        if fault:
-            self.has_warned = True
-            self.log(of="warning", text=fault)
-            processes.say(f"WARNING: {fault}")
+        self.warned.add(about)
+        self.log(of="warning", about=about, text=text)
+        processes.say(f"WARNING: {text}")
 
     def judges_now(self) -> bool:
         """Whether the encoder is judged after this epoch: each `eval_every` epochs, and after the last."""
         eval_every = self.cfg.eval_every
-        if not eval_every:
-            return False
-        return self.epoch % eval_every == 0 or self.epoch == self.cfg.epochs
+        return eval_every > 0 and (self.epoch % eval_every == 0 or self.epoch == self.cfg.epochs)
 
     def end_epoch(self) -> None:
-        """Save the state between two epochs if that is due, and stop if a signal came."""
+        """Save the state between two epochs if that is due, and stop if a signal came; warn of poor features."""
+        if self.log_file and self.judges_now() and 3 * self.step >= self.steps:  # before, they may be poor
+            rows = [row for row in read_rows(self.folder) if row["stage"] == "pretrain"]
+            fault = measure.poor_features(rows)
+            if fault:
+                self.warn("features", fault)
         self.sums = {}
         self.whole_epochs = self.epoch
         caught, is_due = self._look(at_epoch_end=True)
@@ -291,28 +212,39 @@ class Run:
 
         InputError, with the last checkpoint as it was, if a number in it is not finite, or if the last save has failed.
         """
-        self._writer.wait()  # before the copy: there is never more than one
-        measure.refuse_faults(self.numbers, self.network, self.folder, self.accelerator)
-        tensors = captured_state(self.network, self.optimizer, self.sums, self.accelerator)
-        self._schedule.saved(self.step)
+        self._end_save()  # before the copy: there is never more than one
+        network, optimizer = self.training.network, self.training.optimizer
+        measure.refuse_faults(self.numbers, network, self.folder, self.accelerator)
+        tensors = state.captured(network, optimizer, self.sums, self.accelerator)
+        self._schedule.saved_at, self._schedule.is_new = self._schedule.now(self.step), False
         if self.log_file is None:
             return
-        description = {**self.description, "epoch": self.whole_epochs, "step": self.step}
         scaler = self.accelerator.scaler
-        scale = scaler.state_dict() if scaler else None
+        description = {**self.description, "epoch": self.whole_epochs, "step": self.step}
+        description["scaler"] = scaler.state_dict() if scaler else None
         at_epoch_end = self.step == self.whole_epochs * self.steps_per_epoch
-        self._writer.start(self._write, copied(tensors), description, scale, at_epoch_end)
+        self._saving = self._writer.submit(self._write, tensors, description, at_epoch_end)
 
-    def _write(self, tensors: dict[str, Tensor], description: dict, scale: dict | None, at_epoch_end: bool) -> None:
-        """Write the files of a save, the encoder's first. `scale` is the state of fp16's loss scale."""
+    def _write(self, tensors: dict[str, Tensor], description: dict, at_epoch_end: bool) -> None:
+        """Write the files of a save, the encoder's first."""
         if at_epoch_end:
             encoder = {name.removeprefix("encoder."): x for name, x in tensors.items() if name.startswith("encoder.")}
-            checkpoint.save_encoder(self.folder, encoder, description, self.timm_config)
-        checkpoint.save(self.folder / CKPT, tensors, {**description, "scaler": scale, "holds": "checkpoint"})
+            of_encoder = {name: x for name, x in description.items() if name != "scaler"}
+            checkpoint.save_encoder(self.folder, encoder, of_encoder, self.timm_config)
+        checkpoint.save(self.folder / CKPT, tensors, {**description, "holds": "checkpoint"})
+
+    def _end_save(self) -> None:
+        """Return when the last save is whole; raise what it has raised.
+
+        It waits in turns of a second: a signal that comes just before a turn begins would not end it.
+        """
+        while not self._saving.done():
+            wait([self._saving], timeout=1)
+        self._saving.result()
 
     def stop(self, caught: signal.Signals) -> None:
         """Raise Stopped, once the first process has written: the launcher ends all after the first that leaves."""
-        self._writer.wait()
+        self._end_save()
         processes.wait_for_all(self.accelerator)
         holds = f"{self.folder / CKPT} holds it, and the same command goes on"
         raise Stopped(f"{caught.name} after step {self.step} of {self.steps}; {holds}", 128 + caught)
@@ -320,33 +252,25 @@ class Run:
     def _look(self, at_epoch_end: bool = False) -> tuple[signal.Signals | None, bool]:
         """Return the signal that was caught, if any, and whether a save is due; all processes return the same.
 
-        One process looks after every step. Several look every few seconds and at an epoch's end, because each look
-        makes all of them wait: one signal counts for all, and the clock of the first decides.
+        One process looks after every step. Several look every few seconds and at an epoch's end: one signal counts for
+        all, and the first process decides what is due, and how many steps later the next look is.
         """
         number = int(self.signals[0]) if self.signals else 0
         is_due = self._schedule.is_due(self.step, at_epoch_end)
         if self.accelerator.num_processes > 1:
             due_for_all = is_due and self._schedule.unit == "steps"  # which all processes count alike
-            looks_now = at_epoch_end or due_for_all or self.step >= self._next_look
-            if not looks_now:
+            if not (at_epoch_end or due_for_all or self.step >= self._next_look):
                 return None, False
-            number, is_due = self._agree_on(number, is_due)
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()  # the steps until now are to be done, not only launched
+            now = time.monotonic()
+            steps_a_second = (self.step - self._look_step) / max(now - self._looked_at, 1e-6)
+            steps = max(1, round(SECONDS_BETWEEN_LOOKS * steps_a_second))
+            mine = torch.tensor([[number, is_due, steps]], device=self.accelerator.device)
+            rows = self.accelerator.gather(mine).tolist()  # one for each process
+            number, is_due, steps = max(row[0] for row in rows), bool(rows[0][1]), rows[0][2]
+            self._looked_at, self._look_step, self._next_look = now, self.step, self.step + steps
         return signal.Signals(number) if number else None, is_due
-
-    def _agree_on(self, number: int, is_due: bool) -> tuple[int, bool]:
-        """Return the number of a signal that some process has caught, or 0, and whether the first has a save due.
-
-        The first process also decides how many steps later the next look is.
-        """
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()  # the steps until now are to be done, not only launched
-        now = saving.seconds()
-        steps = saving.steps_to_next_look(self.step - self._look_step, now - self._looked_at)
-        mine = torch.tensor([[number, is_due, steps]], device=self.accelerator.device)
-        rows = self.accelerator.gather(mine).tolist()  # one for each process
-        _, is_due, steps = rows[0]
-        self._looked_at, self._look_step, self._next_look = now, self.step, self.step + steps
-        return max(row[0] for row in rows), bool(is_due)
 
     def finish(self) -> None:
         """End the trackers, and name the checkpoint and the commands that judge it."""
@@ -357,219 +281,69 @@ class Run:
             return
         ckpt = shlex.quote(str(self.folder / CKPT))
         judges = f"; judge it by\n    python knn_eval.py {ckpt}\n    python linear_eval.py {ckpt}"
-        print(f"{ckpt} is complete{judges if self.images.classes else ''}", file=sys.stderr)
+        print(f"{ckpt} is complete{judges if self.training.images.classes else ''}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def claim(folder: Path) -> TextIO:
-    """Make a run folder, and keep other processes out of it until this one ends, however it ends.
-
-    Removes what a process that was killed has left half-written. InputError if another process has the folder, or if it
-    cannot be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        claimed = open(folder / ".lock", "w")  # noqa: SIM115  # stays open as long as this process lives
-        try:
-            files.lock(claimed, wait=False)
-        except BlockingIOError:
-            raise InputError(f"--out {folder}: another process is training in it; name another folder") from None
-        except OSError as e:  # there are no locks
-            print(f"--out {folder}: cannot be locked ({e.strerror}); start no second run in it", file=sys.stderr)
-        remove_strays(folder)
-    except OSError as e:
-        raise InputError(f"--out {folder}: cannot be written ({e.strerror})") from e
-    if (folder / ENCODER).is_file():
-        raise InputError(f"--out {folder}: holds a file called {ENCODER}, where the encoder's folder belongs; move it")
-    return claimed
-
-
-def remove_strays(folder: Path) -> None:
-    """Remove the hidden files in which files of a run are being written, or were when their process was killed."""
-    for path in (folder / name for name in RUN_FILES):
-        for stray in path.parent.glob(f".{path.name}.*"):
-            stray.unlink(missing_ok=True)
-
-
+# ---- The folder ------------------------------------------------------------------------------------------------------
 def stored_state(folder: Path) -> tuple[dict[str, Tensor], dict | None]:
     """Read the state that a folder holds: no tensors before the first was saved, and no description without a run.
 
     InputError if the checkpoint is damaged, if there is none where there was one, or if it is not a state.
     """
     ckpt = folder / CKPT
-    if not ckpt.exists():
-        refuse_lost_checkpoint(folder)
-        return {}, None
-    try:
+    if ckpt.exists():
         tensors, description = checkpoint.load(ckpt)
-    except InputError as e:
-        raise InputError(f"{e}; name another --out, or remove it") from e
-    if not {"settings", "epoch", "step"} <= description.keys() or "rng/cpu" not in tensors:
-        raise InputError(f"{ckpt}: holds a network without the momentum that a run needs; name another --out")
-    return tensors, description
-
-
-def refuse_lost_checkpoint(folder: Path) -> None:
-    """Raise InputError if other files of a folder without a checkpoint show that there was one."""
+        if description["holds"] != "checkpoint":
+            raise InputError(f"{ckpt}: holds {description['holds']}, not the state of a run; name another --out")
+        return tensors, description
     rows = read_rows(folder) if (folder / LOG).exists() else []
-    if rows:
-        is_lost = any(row["stage"] != "pretrain" or row.get("epoch", 0) > 1 for row in rows)
-    else:
-        is_lost = any((folder / name).exists() for name in (WEIGHTS,))
-    if is_lost:
+    has_later_rows = any(row["stage"] != "pretrain" or row.get("epoch", 0) > 1 for row in rows)
+    if has_later_rows or (not rows and (folder / WEIGHTS).exists()):
         raise InputError(f"--out {folder}: holds a run whose {CKPT} is gone; name another folder, or remove this one")
+    return {}, None
 
 
-def position(description: dict, stored: dict | None, folder: Path) -> tuple[int, int]:
-    """Return the epochs and steps that the run of a folder has behind it. InputError if that run is another."""
-    if stored is None:
-        return 0, 0
+def refuse_other_run(folder: Path, description: dict, stored: dict) -> None:
+    """Raise InputError if a folder's run has other settings, or trains on other images, than the one described.
+
+    The weights of --init may be gone, since the run has its own: then their digest is taken from the stored state.
+    """
+    settings, stored_settings = description["settings"], stored["settings"]
+    if settings["init"] and settings["init_digest"] is None:
+        processes.say(f"--init {settings['init']}: is gone, so it is unchecked; the run goes on from its own weights")
+        settings["init_digest"] = stored_settings["init_digest"]
+    faults = []
+    for name, value in as_json(settings).items():
+        if name not in PLACES and value != stored_settings.get(name):
+            flag = "init" if name == "init_digest" else name
+            faults.append(f"--{flag} {value} (it was {stored_settings.get(name)})")
     new_data = other_data(description, stored)
-    faults = differences(description["settings"], stored["settings"])
     if faults and not new_data:
-        advice = "take what it was, or name another folder"
-        raise InputError(f"--out {folder}: holds a run with other settings, {', '.join(faults)}; {advice}")
+        raise InputError(
+            f"--out {folder}: holds a run with other settings, {', '.join(faults)}; take what it was, or name another "
+            "folder"
+        )
     for name in ("images", "steps"):
-        now, before = description[name], stored.get(name, description[name])
-        if now != before:
-            new_data.append(f"{name} {now} (it was {before})")
+        if description[name] != stored[name]:
+            new_data.append(f"{name} {description[name]} (it was {stored[name]})")
     if new_data:
         raise InputError(f"--out {folder}: holds a run on other images, {', '.join(new_data)}; name another folder")
-    return stored["epoch"], stored["step"]
 
 
-def differences(settings: dict, stored: dict) -> list[str]:
-    """Name each setting that is not what it was in the run, as a flag, but for the places of the data."""
-    settings, stored = as_json(settings), stored
-    faults = []
-    for name in sorted(settings.keys() | stored.keys()):
-        if name in PLACES or settings.get(name) == stored.get(name):
-            continue
-        if name == "init_digest":
-            faults.append(f"--init {with_digest(settings)} (it was {with_digest(stored)})")
-        else:
-            faults.append(f"--{name} {settings.get(name)} (it was {stored.get(name)})")
-    return faults
+def describe(training, steps: int) -> dict:
+    """Describe a run, as its checkpoints and the first row of its log do: settings, view, data, versions."""
+    cfg, images = training.cfg, training.images
+    description = {"settings": asdict(cfg), "view": images.view(cfg.eval_crop), "data": contents(images, cfg.holdout)}
+    return {**description, "images": len(images.pretraining.labels), "steps": steps, **provenance()}
 
 
-def with_digest(settings: dict) -> str:
-    """Name the weights that a run begins from: two files may have the same name."""
-    return f"{settings['init']} [{settings['init_digest']}]" if settings["init"] else "None"
-
-
-def provenance() -> dict:
-    """Name the command, the versions and the commit that make a run."""
-    packages = ("torch", "torchvision", "timm", "accelerate", "safetensors")
-    versions = {name: version(name) for name in packages}
-    return {"command": shlex.join(sys.argv), "versions": versions, "git": commit_of(Path(__file__).parent.parent)}
-
-
-def commit_of(folder: Path) -> str | None:
-    """Return the commit of the repository whose top level is this folder; None if it has none of its own."""
-
-    # git's hooks name their repository in variables, which would be taken in place of the folder
-    environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
-
-    def git(*words: str) -> str:
-        options = {"cwd": folder, "env": environment, "stderr": subprocess.DEVNULL}
-        return subprocess.check_output(["git", *words], text=True, **options).strip()
-
-    try:
-        if not folder.samefile(git("rev-parse", "--show-toplevel")):
-            return None  # a copy without history, inside a repository of something else
-        return git("describe", "--always", "--dirty")
-    except (OSError, subprocess.CalledProcessError):  # git is missing, or there is no repository
-        return None
-
-
-def start_log(folder: Path, description: dict, whole_epochs: int, step: int, accelerator: Accelerator) -> Path:
-    """Begin the log of a run with its first row, or rewind it to where the run goes on; prints what changed since."""
-    hardware = {  # not a part of a checkpoint's description
-        "device": accelerator.device.type,
-        "precision": accelerator.mixed_precision,
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "processor": processes.processor(accelerator),
-    }
-    log = folder / LOG
-    rows = rewind(folder, whole_epochs if step else -1)
-    if not rows:
-        emit({"stage": "pretrain", **description, **hardware}, log)
-        return log
-    goes_on = "goes on after" if whole_epochs < description["settings"]["epochs"] else "is finished,"
-    print(f"{folder}: {goes_on} step {step}", file=sys.stderr)
-    may_change = {**hardware, "versions": description["versions"], "git": description["git"]}
-    for name, value in may_change.items():
-        first_value = rows[0].get(name, value)  # runs of earlier versions do not name the threads
-        if value != first_value:
-            print(f"{name}: {value} (it was {first_value})", file=sys.stderr)
+def print_changes(first_row: dict, description: dict, hardware: dict) -> None:
+    """Print what may differ from the first row of a run's log and does: hardware, versions, places of the data."""
+    now = {**hardware, "versions": description["versions"], "git": description["git"]}
+    for name, value in now.items():
+        if value != first_row.get(name):
+            print(f"{name}: {value} (it was {first_row.get(name)})", file=sys.stderr)
     for name in PLACES:
-        place = description["settings"][name]
-        first_place = rows[0].get("settings", {}).get(name, place)
-        if place != first_place and not same_place(place, first_place):
-            print(f"{name}: {place} (it was {first_place}); it holds the same", file=sys.stderr)
-    return log
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The state
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def captured_state(
-    network: nn.Module, optimizer: Optimizer, sums: dict[str, Tensor], accelerator: Accelerator
-) -> dict[str, Tensor]:
-    """Collect the tensors of a state. All processes call this: random numbers and sums are those of each of them."""
-    mine = {"rng/cpu": torch.get_rng_state()}
-    for name, total in sums.items():
-        mine[f"sums/{name}"] = total
-    if accelerator.device.type == "cuda":
-        mine["rng/cuda"] = torch.cuda.get_rng_state(accelerator.device)
-    tensors = network.state_dict()
-    for name, x in mine.items():
-        tensors[name] = accelerator.gather(x[None].to(accelerator.device))  # (processes, ...)
-    for name, parameter in network.named_parameters():
-        momentum = optimizer.state[parameter].get("momentum_buffer")
-        if momentum is not None:
-            tensors[f"momentum/{name}"] = momentum
-    return tensors
-
-
-def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors into the memory of the CPU, where no step changes them."""
-    copies = {}
-    for name, x in tensors.items():
-        copies[name] = x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    return copies
-
-
-def restore_state(
-    tensors: dict[str, Tensor], stored: dict, network: nn.Module, optimizer: Optimizer, accelerator: Accelerator
-) -> dict[str, Tensor]:
-    """Bring network, momentum, random numbers and fp16's loss scale to a state; return the sums of its epoch.
-
-    Where the number of processes has changed, each takes the mean of the sums, and keeps its own random numbers.
-    """
-    network.load_state_dict({name: x for name, x in tensors.items() if "/" not in name})
-    for name, parameter in network.named_parameters():
-        momentum = tensors.get(f"momentum/{name}")
-        if momentum is not None:
-            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
-    if accelerator.scaler and stored["scaler"]:
-        accelerator.scaler.load_state_dict(stored["scaler"])
-    rank = accelerator.process_index
-    same_world = len(tensors["rng/cpu"]) == accelerator.num_processes
-    if same_world:
-        torch.set_rng_state(tensors["rng/cpu"][rank].clone())  # clone: torch crashes on a row within a tensor
-    if same_world and accelerator.device.type == "cuda" and "rng/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng/cuda"][rank].clone(), accelerator.device)
-    sums = {}
-    for name, x in tensors.items():
-        if name.startswith("sums/"):
-            total = x[rank] if same_world else x.mean(0)
-            sums[name.removeprefix("sums/")] = total.to(accelerator.device)
-    return sums
+        place, before = description["settings"][name], first_row["settings"][name]
+        if place != before and not same_place(place, before):
+            print(f"{name}: {place} (it was {before}); it holds the same", file=sys.stderr)

@@ -3,9 +3,10 @@
 import contextlib
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, TextIO
 
 from lib.errors import InputError
 
@@ -31,6 +32,7 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -74,6 +76,36 @@ def lock(file: IO, wait: bool) -> None:
     if fcntl is None:
         raise OSError(errno.ENOLCK, "no locks on this system")
     fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def claim(folder: Path) -> TextIO:
+    """Make a run folder, and keep other processes out of it until this one ends, however it ends.
+
+    Removes what a process that was killed has left half-written. InputError if another process has the folder, or if it
+    cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        claimed = open(folder / ".lock", "w")  # noqa: SIM115  # stays open as long as this process lives
+        try:
+            lock(claimed, wait=False)
+        except BlockingIOError:
+            raise InputError(f"--out {folder}: another process is training in it; name another folder") from None
+        except OSError as e:  # there are no locks
+            print(f"--out {folder}: cannot be locked ({e.strerror}); start no second run in it", file=sys.stderr)
+        remove_strays(folder)
+    except OSError as e:
+        raise InputError(f"--out {folder}: cannot be written ({e.strerror})") from e
+    if (folder / ENCODER).is_file():
+        raise InputError(f"--out {folder}: holds a file called {ENCODER}, where the encoder's folder belongs; move it")
+    return claimed
+
+
+def remove_strays(folder: Path) -> None:
+    """Remove the hidden files in which files of a run are being written, or were when their process was killed."""
+    for path in (folder / name for name in RUN_FILES):
+        for stray in path.parent.glob(f".{path.name}.*"):
+            stray.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

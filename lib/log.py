@@ -9,8 +9,12 @@ A row is one JSON object on one line. Its first keys say who wrote it and what i
 import contextlib
 import json
 import os
+import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
 
@@ -197,3 +201,17 @@ def rewind(folder: Path, epoch: int) -> list[dict]:
             for row in kept:
                 new.write(json.dumps(row).encode() + b"\n")
     return kept
+
+
+def provenance() -> dict:
+    """Name the command, the versions and the commit that make a run."""
+    packages = ("torch", "torchvision", "timm", "accelerate", "safetensors")
+    versions = {name: version(name) for name in packages}
+    return {"command": shlex.join(sys.argv), "versions": versions, "git": commit_of(Path(__file__).parent.parent)}
+
+
+def commit_of(folder: Path) -> str | None:
+    """Return the commit of the repository whose top level is this folder; None if it has none of its own."""
+    git = ["git", f"--git-dir={folder / '.git'}", f"--work-tree={folder}", "describe", "--always", "--dirty"]
+    described = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
+    return described.stdout.strip() or None if described else None

@@ -177,6 +177,17 @@ def processor(accelerator: Accelerator) -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
+def hardware(accelerator: Accelerator) -> dict:
+    """Describe what computes, as the first row of a log does."""
+    return {
+        "device": accelerator.device.type,
+        "precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "processor": processor(accelerator),
+    }
+
+
 def processes_here() -> int:
     """Return how many processes of this program run on its machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))

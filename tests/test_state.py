@@ -2,14 +2,14 @@
 
 import signal
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
 
-from harness import checkpoint, saving
+from harness import checkpoint
 from harness.run import Run
-from harness.saving import Schedule, Writer, interval, steps_to_next_look
+from harness.state import Schedule, interval
 from lib.errors import InputError
 from pretrain import Lars, pretrain
 
@@ -24,9 +24,7 @@ def test_an_interval_has_its_unit(text, meant):
     assert interval(text) == meant
 
 
-@pytest.mark.parametrize(
-    "text", ["500", "0", "0min", "-1min", "1.5min", "10 min", "10m", "10epochs", "min", "", "¹min"]
-)
+@pytest.mark.parametrize("text", ["500", "0min", "1.5min", "10 min", "10epochs", "", "¹min"])
 def test_any_other_spelling_is_refused_by_the_two_that_are_right(text):
     with pytest.raises(InputError, match=r"^--save_every .*: expected a whole number .* 10min or 500steps$"):
         interval(text)
@@ -35,16 +33,16 @@ def test_any_other_spelling_is_refused_by_the_two_that_are_right(text):
 def saves(monkeypatch, text, epochs, minutes_a_step, is_new=False):
     """The steps that a run of epochs with these lengths saves after, its last aside; epochs' ends are negative."""
     clock = [0.0]
-    monkeypatch.setattr(saving, "seconds", lambda: 60 * clock[0])
+    monkeypatch.setattr("time.monotonic", lambda: 60 * clock[0])
     schedule, step, saved = Schedule(text, 0, is_new), 0, []
     for length in epochs:
-        schedule.begin_epoch(step)
+        schedule.epoch_began = schedule.now(step)
         for k in range(1, length + 1):
             step += 1
             clock[0] += minutes_a_step
             at_end = k == length
             if schedule.is_due(step, at_epoch_end=at_end):
-                schedule.saved(step)
+                schedule.saved_at, schedule.is_new = schedule.now(step), False
                 saved.append(-step if at_end else step)
     return saved
 
@@ -57,44 +55,6 @@ def test_short_epochs_are_saved_at_their_ends_and_long_ones_within(monkeypatch, 
     assert saves(monkeypatch, text, [10] * 3, minutes_a_step) == [-10, -20, -30]
     assert saves(monkeypatch, text, [25, 25], minutes_a_step) == [10, 20, -25, 35, 45, -50]
     assert saves(monkeypatch, text, [4, 25, 4], minutes_a_step) == [10, 20, -29]
-
-
-def test_several_processes_look_every_few_seconds():
-    assert steps_to_next_look(10, duration=1.0) == 50
-    assert steps_to_next_look(50, duration=5.0) == 50
-    assert steps_to_next_look(1, duration=60.0) == 1
-    assert steps_to_next_look(0, duration=0.0) == 1
-
-
-def test_one_work_at_a_time_and_its_error_comes_out_once():
-    writer, done, may_end = Writer(), [], threading.Event()
-
-    def first():
-        may_end.wait(5)
-        done.append("first")
-
-    def failing():
-        done.append("failing")
-        raise InputError("full")
-
-    writer.start(first)
-    writer.raise_fault()  # does not wait
-    assert done == []
-    threading.Timer(0.05, may_end.set).start()
-    writer.start(failing)  # waits for the first
-    assert done[0] == "first"
-    with pytest.raises(InputError, match="full"):
-        writer.wait()
-    assert done == ["first", "failing"]
-    writer.wait()
-    writer.start(failing)
-    with pytest.raises(InputError, match="full"):
-        for _ in range(5000):  # as steps do
-            writer.raise_fault()
-            time.sleep(0.001)
-    writer.start(done.append, "last")
-    writer.wait()
-    assert done[-1] == "last"
 
 
 def test_nothing_is_written_while_pictures_are_judged(folder, tmp_path, monkeypatch):
@@ -114,7 +74,7 @@ def test_nothing_is_written_while_pictures_are_judged(folder, tmp_path, monkeypa
 
     monkeypatch.setattr(checkpoint, "save", slow)
     monkeypatch.setattr("pretrain.nearest_neighbours", judge)
-    monkeypatch.setattr("harness.run.Run.warn_of_poor_features", lambda _: None)
+    monkeypatch.setattr("harness.measure.poor_features", lambda _: "")
     flags = RUN | {"epochs": 1, "eval_every": 1, "save_every": "2steps"}
     pretrain(dataset=str(folder), out=str(tmp_path / "run"), **flags)
     assert written_late == [True] and len(judged) == 3
@@ -122,19 +82,22 @@ def test_nothing_is_written_while_pictures_are_judged(folder, tmp_path, monkeypa
 
 def test_an_error_of_the_thread_ends_the_run_at_the_next_step(folder, tmp_path, monkeypatch):
     """The save of step 2 of an epoch of 12 fails while step 3 is computed."""
-    step, steps = Lars.step, []
+    step, steps, saves, submit = Lars.step, [], [], ThreadPoolExecutor.submit
 
     def stepping(optimizer, closure=None):
         step(optimizer, closure)
         steps.append(1)
-        for thread in threading.enumerate():
-            if thread.name == "writer":
-                thread.join()
+        wait(saves)
+
+    def noting(pool, *work):
+        saves.append(submit(pool, *work))
+        return saves[-1]
 
     def full(*_):
         raise InputError("no space")
 
     monkeypatch.setattr(Lars, "step", stepping)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", noting)
     monkeypatch.setattr(checkpoint, "save", full)
     with pytest.raises(InputError, match="no space"):
         pretrain(dataset=str(folder), out=str(tmp_path / "run"), save_every="2steps", **RUN | {"batch_size": 4})
@@ -179,7 +142,7 @@ def looks_of_two(monkeypatch, text, first, second):
     `first` and `second`: the seconds of a step by the clock of each, and the step at which it gets a signal.
     """
     clock = threading.local()
-    monkeypatch.setattr(saving, "seconds", lambda: clock.time)
+    monkeypatch.setattr("harness.run.time.monotonic", lambda: clock.time)
     looks, meetings = [[], []], [0, 0]
 
     def train(rank, seconds_a_step, signal_at):
@@ -195,11 +158,11 @@ def looks_of_two(monkeypatch, text, first, second):
             caught, is_due = run._look(at_epoch_end=run.step % 100 == 0)
             looks[rank].append((run.step, caught, is_due))
             if is_due:
-                run._schedule.saved(run.step)
+                run._schedule.saved_at = run._schedule.now(run.step)
             if caught:
                 break
             if run.step == 100:
-                run._schedule.begin_epoch(run.step)
+                run._schedule.epoch_began = run._schedule.now(run.step)
         meetings[rank] = run.accelerator.gathers
 
     threads = [threading.Thread(target=train, args=(rank, *given)) for rank, given in enumerate((first, second))]

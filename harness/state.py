@@ -1,0 +1,97 @@
+"""The state of a run: how it is copied and restored, and when it is saved.
+
+A state is a dict of tensors. Names without a slash are the network's; `momentum/...`, `rng/...` and `sums/...`, of the
+epoch in progress, are the run's.
+"""
+
+import re
+import time
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lib.errors import InputError
+
+
+def captured(network: nn.Module, optimizer: Optimizer, sums: dict[str, Tensor], accelerator: Accelerator) -> dict:
+    """Copy a state to the memory of the CPU, where no step changes it: {name: tensor}.
+
+    All processes call this: random numbers and sums are those of each of them, (processes, ...).
+    """
+    tensors = dict(network.state_dict())
+    mine = {f"sums/{name}": total for name, total in sums.items()}
+    mine["rng/cpu"] = torch.get_rng_state()
+    if accelerator.device.type == "cuda":
+        mine["rng/cuda"] = torch.cuda.get_rng_state(accelerator.device)
+    for name, x in mine.items():
+        tensors[name] = accelerator.gather(x[None].to(accelerator.device))
+    for name, parameter in network.named_parameters():
+        momentum = optimizer.state[parameter].get("momentum_buffer")
+        if momentum is not None:
+            tensors[f"momentum/{name}"] = momentum
+    layout = torch.contiguous_format
+    return {name: x.detach().to("cpu", copy=True, memory_format=layout) for name, x in tensors.items()}
+
+
+def restore(
+    tensors: dict[str, Tensor], network: nn.Module, optimizer: Optimizer, accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """Bring network, momentum and random numbers to a state; return the sums of its epoch.
+
+    Where the number of processes has changed, each takes the mean of the sums, and keeps its own random numbers.
+    """
+    network.load_state_dict({name: x for name, x in tensors.items() if "/" not in name})
+    for name, parameter in network.named_parameters():
+        momentum = tensors.get(f"momentum/{name}")
+        if momentum is not None:
+            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+    rank = accelerator.process_index
+    same_world = len(tensors["rng/cpu"]) == accelerator.num_processes
+    if same_world:
+        torch.set_rng_state(tensors["rng/cpu"][rank].clone())  # clone: torch crashes on a row within a tensor
+    if same_world and accelerator.device.type == "cuda" and "rng/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng/cuda"][rank].clone(), accelerator.device)
+    sums = {}
+    for name, x in tensors.items():
+        if name.startswith("sums/"):
+            total = x[rank] if same_world else x.mean(0)
+            sums[name.removeprefix("sums/")] = total.to(accelerator.device)
+    return sums
+
+
+# ---- When a state is saved -------------------------------------------------------------------------------------------
+
+
+def interval(text: str) -> tuple[int, str]:
+    """Return the number and the unit, min or steps, of a --save_every. InputError for any other spelling."""
+    match = re.fullmatch(r"([1-9][0-9]{0,8})(min|steps)", text)
+    if not match:
+        raise InputError(f"--save_every {text[:40]}: expected a whole number with its unit, as 10min or 500steps")
+    return int(match[1]), match[2]
+
+
+class Schedule:
+    """When a run saves: once the interval has passed, or at an epoch's end if it would pass before the next one's.
+
+    So a save is within an epoch only if the epoch is longer than the interval. A new run saves at the end of its first
+    epoch in any case, so that a full disk shows early.
+    """
+
+    def __init__(self, text: str, step: int, is_new: bool):
+        """Begin to count at a step; a run is new if its folder lacks a file. InputError for a text like "500"."""
+        number, self.unit = interval(text)
+        self.length = number if self.unit == "steps" else 60 * number  # steps or seconds
+        self.is_new = is_new
+        self.saved_at = self.epoch_began = self.now(step)
+
+    def now(self, step: int) -> float:
+        """Return the present, in steps or seconds."""
+        return step if self.unit == "steps" else time.monotonic()
+
+    def is_due(self, step: int, at_epoch_end: bool = False) -> bool:
+        """Whether to save after this step; the next epoch is taken to last as long as this one."""
+        now = self.now(step)
+        until = now + (now - self.epoch_began if at_epoch_end else 0)
+        return until - self.saved_at >= self.length or (at_epoch_end and self.is_new)
