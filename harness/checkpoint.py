@@ -119,6 +119,8 @@ def load(path: str | Path, is_wanted: Callable = lambda name: True) -> tuple[dic
 
     All tensors pass one by one, for the digest. InputError for another, a damaged or a missing file.
     """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; name a run's folder, its ckpt.safetensors, or its encoder")
     try:
         with safe_open(path, "pt") as file:
             description = described(file.metadata() or {})

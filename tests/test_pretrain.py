@@ -5,7 +5,6 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
-import test_processes
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from conftest import ROOT, SMALL, rows_of
@@ -67,14 +66,14 @@ def test_one_step_is_the_one_written_by_hand(command, folder, tmp_path, optimize
     code, rows, prose = command(pretrain, "--dataset", folder, *flags)
     rows = [row for row in rows if "of" not in row]
     assert code == 0 and rows[1]["lr"] == 8 * 48 / 256 and rows[1]["tau"] == pytest.approx(0.7)
-    assert f"optimizer {optimizer}, lr 8, " in prose and "peak learning rate: 1.5 (lr * batch_size / 256)" in prose
+    assert f"optimizer={optimizer}, lr=8, " in prose and "peak rate 1.5 (lr * batch_size / 256)" in prose
     tensors, _ = checkpoint.load(tmp_path / "run" / "ckpt.safetensors")
 
     torch.manual_seed(5)
     network = models.BYOL("resnet18", "imagenet", "bn", 32, 16)
     before = {name: x.clone() for name, x in network.state_dict().items()}
     pictures = data.load(str(folder))
-    ((crops, _, u),) = data.batches(pictures.train, 48, 32, 5, [1])
+    ((crops, _, u),) = data.batches(pictures.train, 32, 48, 5, range(1))
     both = torch.cat(data.two_views(crops, u, pictures.mean, pictures.std, jitter=jitter, grey_p=grey))
     z1, z2 = (z := network.projector(network.encoder(both))).chunk(2)
     p1, p2 = network.predictor(z).chunk(2)
@@ -118,7 +117,7 @@ def test_four_steps_are_those_written_by_hand(command, folder, tmp_path):
     before = {name: w.detach().clone() for name, w in network.named_parameters()}
     online = [(name, w) for name, w in network.named_parameters() if w.requires_grad]
     velocity = dict.fromkeys(dict(online), 0)
-    batches = data.batches(pictures.train, 24, 32, 5, [1, 2])
+    batches = data.batches(pictures.train, 32, 24, 5, range(4))
     for (crops, _, u), rate, tau in zip(batches, rates, taus):
         _, p, t = network(*data.two_views(crops, u, pictures.mean, pictures.std))
         network.zero_grad()
@@ -138,7 +137,7 @@ def test_two_steps_of_the_optimizer_are_those_written_by_hand():
     """LARS of `build`: momentum 0.9, trust coefficient 1e-3, the rate outside of the momentum."""
     values = {"method": "simclr", "model": "test_resnet", "stem": "imagenet", "norm": "bn", "hidden_dim": 8}
     values |= {"out_dim": 4, "weight_decay": 0.3, "reg_on": ["projector"], "optimizer": "lars"}
-    values |= {"predictor": "mlp", "queue": 0}
+    values |= {"predictor": "mlp", "queue": 0, "init": None}
     training = build(SimpleNamespace(**values), None, processes.start())
     parameters = [p for p in training.network.parameters() if p.requires_grad]
     expected = [p.detach().clone() for p in parameters]
@@ -170,7 +169,7 @@ def test_accumulation_averages_gradients_over_micro_batches(command, folder, tmp
     network = models.BYOL("resnet18", "imagenet", "none", 32, 16)
     before = {name: x.clone() for name, x in network.named_parameters()}
     pictures, loss = data.load(str(folder)), 0
-    for crops, _, u in data.batches(pictures.train, 48, 32, 0, [1], micro_batches=8):
+    for crops, _, u in data.batches(pictures.train, 32, 48, 0, range(1), micro_batches=8):
         z, p, t = network(*data.two_views(crops, u, pictures.mean, pictures.std))
         loss += (alignment(p[0], t[1]) + alignment(p[1], t[0])) / 8
         loss += 3 * (uniformity(z[0]) + uniformity(z[1])) / 2 / 8 if reg == "uniform" else 0
@@ -248,7 +247,7 @@ def test_the_first_step_of_a_method_is_the_one_written_by_hand(command, folder, 
     network = models.METHODS[method]("test_resnet", "imagenet", "bn", 32, out_dim, queue=40)
     before = {name: x.clone() for name, x in network.state_dict().items()}
     pictures = data.load(str(folder))
-    ((crops, _, u),) = data.batches(pictures.train, 48, 32, 0, [1])
+    ((crops, _, u),) = data.batches(pictures.train, 32, 48, 0, range(1))
     both = torch.cat(data.two_views(crops, u, pictures.mean, pictures.std))
     z = network.projector(network.encoder(both))
     p = network.predictor(z) if method in ("byol", "simsiam") else z
@@ -273,9 +272,14 @@ def test_the_first_step_of_a_method_is_the_one_written_by_hand(command, folder, 
 
 
 @pytest.mark.parametrize("method, temperature", METHODS)
-@pytest.mark.parametrize("reg, s", [("none", 2), ("uniform", 2), ("mhe", 0), ("mhe", 1.5), ("amhe", 0), ("amhe", 3)])
-def test_objective_is_the_one_written_by_hand(method, temperature, reg, s):
+def test_objective_is_the_one_written_by_hand(method, temperature):
     """In float64: the method's loss, Eq. 2 or Eq. 7 with its lambda, and what is for the log alone."""
+    for reg, s in (("none", 2), ("uniform", 2), ("mhe", 0), ("mhe", 1.5), ("amhe", 0), ("amhe", 3)):
+        assert_objective(method, temperature, reg, s)
+
+
+def assert_objective(method, temperature, reg, s):
+    """Compare `objective` with the sums written out here."""
     values = {"method": method, "temperature": temperature, "reg": reg, "s": s, "weight": 3.0, "accumulate": 1}
     cfg = SimpleNamespace(**values, term={"none": None, "uniform": "uniformity"}.get(reg, "energy"))
     network = models.METHODS[method]("test_resnet", "imagenet", "bn", 8, 5, queue=9).double()
@@ -329,7 +333,7 @@ PARTS_OF = {  # beside encoder and projector
 
 def test_every_list_and_page_has_every_method():
     assert set(PARTS_OF) == {method for method, _ in METHODS} == set(models.METHODS)
-    in_two_processes = " ".join(test_processes.METHODS)
+    in_two_processes = (ROOT / "tests" / "test_processes.py").read_text()
     trained = " ".join(flags for flags, _ in TRAINED)
     for method in set(models.METHODS) - {"byol"}:
         assert f"--method {method}" in in_two_processes and f"--method {method}" in trained
@@ -339,23 +343,16 @@ def test_every_list_and_page_has_every_method():
 
 
 TRAINED = [
-    ("--reg none", "byol"),
     ("--reg uniform --weight 0.5", "byol + 0.5 uniformity"),
     ("--reg amhe --s 0 --reg_on encoder", "log(1 / arccos(w_i . w_j))"),
     ("--reg mhe --s 1.5 --reg_on predictor,encoder,projector --weight 1", "|w_i - w_j|^-1.5"),
-    ("--method simclr", "E -log softmax(z_i . z_j / 0.5)"),
     ("--method simclr --reg amhe --temperature 0.1", "loss = simclr + 10 energy"),
-    ("--method simclr --reg uniform", "loss = simclr + 0.125 uniformity"),
     ("--method simsiam --reg mhe", "simsiam = -E cos(p1, z2) / 2 - E cos(p2, z1) / 2"),
-    (
-        "--method moco --reg uniform",
-        "E -log softmax(z_i . t_j / 0.2) of unit rows, j: the other view, 24 earlier ones",
-    ),
-    ("--method moco --queue 30 --reg amhe", "the other view, 30 earlier ones"),
+    ("--method moco --reg uniform", "j: the other view, 24 earlier ones"),
     ("--method barlow --reg amhe", "barlow = sum (1 - C_ii)^2 + 0.0051 sum C_ij^2"),
     ("--predictor none --reg amhe --reg_on encoder,projector", "p = z, as there is no predictor"),
     ("--norm none --reg amhe --reg_on projector", "projector.out (16 x 32)"),
-    ("--blur_p 0.5 --holdout --eval_crop 1.0", "flag: epochs 2, batch_size 16, lr 8, hidden_dim 32, out_dim 16"),
+    ("--blur_p 0.5 --holdout --eval_crop 1.0", "epochs=2, batch_size=16, optimizer lars, lr=8"),
     ("--model alexnet --out_dim 2 --reg mhe --accumulate 2 --epochs 1", "projector.out (2 x 32)"),
 ]
 
@@ -396,17 +393,16 @@ PREDICTOR = {"predictor.hidden", "predictor.out"}
 @pytest.mark.parametrize(
     "flags, regularized, left_out",
     [
-        ({"out_dim": 2}, PROJECTOR | {"predictor.out"}, "predictor.hidden (32 x 2)"),
-        ({"out_dim": 2, "reg_on": ("projector", "predictor")}, PROJECTOR | PREDICTOR, ""),
+        ({"out_dim": 2}, PROJECTOR | {"predictor.out"}, "predictor.hidden"),
         ({"out_dim": 2, "reg_on": ("predictor",)}, PREDICTOR, ""),
         ({"out_dim": 2, "method": "simclr"}, PROJECTOR, ""),
         ({"out_dim": 3}, PROJECTOR | PREDICTOR, ""),
-        ({"out_dim": 8, "method": "simsiam"}, PROJECTOR | {"predictor.hidden"}, "predictor.out (8 x 2)"),
+        ({"out_dim": 8, "method": "simsiam"}, PROJECTOR | {"predictor.hidden"}, "predictor.out"),
         ({"out_dim": 12, "method": "simsiam"}, PROJECTOR | PREDICTOR, ""),
         (
             {"out_dim": 1, "hidden_dim": 2},
             {"projector.hidden"},
-            "projector.out (1 x 2), predictor.hidden (2 x 1), predictor.out (1 x 2)",
+            "projector.out, predictor.hidden, predictor.out",
         ),
     ],
 )
@@ -419,7 +415,7 @@ def test_neurons_of_fewer_than_3_dimensions_are_regularized_by_name_alone(flags,
         network = models.METHODS[cfg.method]("resnet18", "cifar", "bn", cfg.hidden_dim, cfg.out_dim)
     layers = models.neurons(network, cfg.reg_on)
     assert set(layers) == regularized
-    said = settings.announcement(cfg, flags, layers, SimpleNamespace(num_processes=1))
+    said = settings.announcement(cfg, flags, layers)
     reason = "their neurons have fewer than 3 dimensions; --reg_on projector,predictor takes them in"
     lines = [f"left out: {left_out}: {reason}"] if left_out else []
     assert [line for line in said if line.startswith("left out")] == lines
@@ -433,7 +429,7 @@ def test_a_tracker_gets_the_numbers_of_the_log(command, folder, tmp_path, monkey
     for row, (step, values) in zip(rows[1:], sent):
         of = f"{row['of']}/" if "of" in row else ""
         assert step == row["step"] and values == {of + k: x for k, x in row.items() if isinstance(x, float)}
-    monkeypatch.setattr("harness.settings.find_spec", lambda name: None)
+    (tmp_path / "trackio").mkdir()  # a folder of that name is not the package
     code, rows, err = command(pretrain, "--dataset", folder, *SMALL, "--tracker", "trackio", "--out", "other")
     assert code == 2 and err == "pretrain.py: --tracker trackio: is not installed; pip install trackio\n"
     assert not (tmp_path / "other").exists()
