@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from harness import checkpoint, measure, state
+from harness import checkpoint, measure, settings, state
 from lib import files, processes
 from lib.errors import InputError, Stopped
 from lib.files import CKPT, LOG, WEIGHTS
-from lib.log import PLACES, as_json, contents, emit, other_data, provenance, read_rows, rewind, same_place
+from lib.log import PLACES, contents, emit, provenance, read_rows, rewind, same_place
 
 SECONDS_BETWEEN_LOOKS = 5  # of several processes, for a signal or a save that is due: each look makes all of them wait
 
@@ -45,19 +45,21 @@ class Run:
         with processes.first_alone(self.accelerator):
             self.lock = files.claim(folder) if self.accelerator.is_main_process else None
             tensors, stored = stored_state(folder)
-        self.description = describe(training, steps)
+        images, view = training.images, training.images.view(self.cfg.eval_crop)
+        self.description = {"settings": asdict(self.cfg), "view": view, "data": contents(images, self.cfg.holdout)}
+        self.description |= {"images": len(images.pretraining.labels), "steps": steps, **provenance()}
         self.step = self.whole_epochs = self.epoch = 0
         self.sums = {}
         if stored:
-            refuse_other_run(folder, self.description, stored)
+            settings.refuse_other_run(folder, self.description, stored)
             self.step, self.whole_epochs = stored["step"], stored["epoch"]
             self.sums = state.restore(tensors, training.network, training.optimizer, self.accelerator)
             if self.accelerator.scaler and stored["scaler"]:
                 self.accelerator.scaler.load_state_dict(stored["scaler"])
         facts = {name: self.description[name] for name in ("settings", "view", "steps")}
         processes.agree(self.accelerator, **facts, step=self.step, save_every=flags["save_every"])
-        in_files = not isinstance(training.images.test.images, Tensor)
-        self.timm_config = checkpoint.timm_config(asdict(self.cfg), self.description["view"], in_files)
+        in_files = not isinstance(images.test.images, Tensor)
+        self.timm_config = checkpoint.timm_config(asdict(self.cfg), view, in_files)
         self.numbers = {}  # of the latest micro-batch, or of the first that was not finite
         self.log_file, self.signals, self.warned = None, [], set()
         self._writer = ThreadPoolExecutor(1)  # hashes and writes: on a fast GPU that takes as long as many steps
@@ -280,8 +282,8 @@ class Run:
         if self.log_file is None:
             return
         ckpt = shlex.quote(str(self.folder / CKPT))
-        judges = f"; judge it by\n    python knn_eval.py {ckpt}\n    python linear_eval.py {ckpt}"
-        print(f"{ckpt} is complete{judges if self.training.images.classes else ''}", file=sys.stderr)
+        judges = [f"    python {judge}.py {ckpt}" for judge in ("knn_eval", "linear_eval")]
+        print(f"{ckpt} is complete; judge it by", *judges, sep="\n", file=sys.stderr)
 
 
 # ---- The folder ------------------------------------------------------------------------------------------------------
@@ -301,40 +303,6 @@ def stored_state(folder: Path) -> tuple[dict[str, Tensor], dict | None]:
     if has_later_rows or (not rows and (folder / WEIGHTS).exists()):
         raise InputError(f"--out {folder}: holds a run whose {CKPT} is gone; name another folder, or remove this one")
     return {}, None
-
-
-def refuse_other_run(folder: Path, description: dict, stored: dict) -> None:
-    """Raise InputError if a folder's run has other settings, or trains on other images, than the one described.
-
-    The weights of --init may be gone, since the run has its own: then their digest is taken from the stored state.
-    """
-    settings, stored_settings = description["settings"], stored["settings"]
-    if settings["init"] and settings["init_digest"] is None:
-        processes.say(f"--init {settings['init']}: is gone, so it is unchecked; the run goes on from its own weights")
-        settings["init_digest"] = stored_settings["init_digest"]
-    faults = []
-    for name, value in as_json(settings).items():
-        if name not in PLACES and value != stored_settings.get(name):
-            flag = "init" if name == "init_digest" else name
-            faults.append(f"--{flag} {value} (it was {stored_settings.get(name)})")
-    new_data = other_data(description, stored)
-    if faults and not new_data:
-        raise InputError(
-            f"--out {folder}: holds a run with other settings, {', '.join(faults)}; take what it was, or name another "
-            "folder"
-        )
-    for name in ("images", "steps"):
-        if description[name] != stored[name]:
-            new_data.append(f"{name} {description[name]} (it was {stored[name]})")
-    if new_data:
-        raise InputError(f"--out {folder}: holds a run on other images, {', '.join(new_data)}; name another folder")
-
-
-def describe(training, steps: int) -> dict:
-    """Describe a run, as its checkpoints and the first row of its log do: settings, view, data, versions."""
-    cfg, images = training.cfg, training.images
-    description = {"settings": asdict(cfg), "view": images.view(cfg.eval_crop), "data": contents(images, cfg.holdout)}
-    return {**description, "images": len(images.pretraining.labels), "steps": steps, **provenance()}
 
 
 def print_changes(first_row: dict, description: dict, hardware: dict) -> None:

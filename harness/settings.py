@@ -28,6 +28,7 @@ from harness.initial import refuse_unfit_weights
 from lib import augment, pictures, processes
 from lib.errors import InputError
 from lib.files import CKPT, RUN_FILES, WEIGHTS, run_folder, weights_file
+from lib.log import PLACES, as_json, other_data
 from lib.sources import has_no_data_dir, has_no_files
 
 NOT_SETTINGS = ("out", "save_every", "resume", "tracker", "workers")  # flags that change nothing in what a run computes
@@ -97,7 +98,7 @@ def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
     holds_state = (folder / CKPT).exists()
     refuse_idle_flags(flags, defaults)
     recipe_name(flags, recipes)
-    state.interval(flags["save_every"])
+    state.Schedule(flags["save_every"], 0, is_new=True)  # InputError for another spelling
     if "predictor" in (flags["reg_on"] or ()) and "predictor" not in parts_of(flags):
         raise InputError(f"--reg_on predictor: {flags['method']} has none here; take encoder, projector or both")
     if flags["resume"] == "never" and any((folder / name).exists() for name in RUN_FILES):
@@ -310,6 +311,33 @@ def resolve_images(values: dict, flags: dict, images: data.Dataset) -> Settings:
         if values["queue"] >= n:
             raise InputError(f"--queue {values['queue']}: {flags['dataset']} has {n} images to train on; take fewer")
     return Settings(**{field.name: values[field.name] for field in fields(Settings)})
+
+
+def refuse_other_run(folder: Path, description: dict, stored: dict) -> None:
+    """Raise InputError if a folder's run has other settings, or trains on other images, than the one described.
+
+    The weights of --init may be gone, since the run has its own: then their digest is taken from the stored state.
+    """
+    settings, stored_settings = description["settings"], stored["settings"]
+    if settings["init"] and settings["init_digest"] is None:
+        processes.say(f"--init {settings['init']}: is gone, so it is unchecked; the run goes on from its own weights")
+        settings["init_digest"] = stored_settings["init_digest"]
+    faults = []
+    for name, value in as_json(settings).items():
+        if name not in PLACES and value != stored_settings.get(name):
+            flag = "init" if name == "init_digest" else name
+            faults.append(f"--{flag} {value} (it was {stored_settings.get(name)})")
+    new_data = other_data(description, stored)
+    if faults and not new_data:
+        raise InputError(
+            f"--out {folder}: holds a run with other settings, {', '.join(faults)}; take what it was, or name another "
+            "folder"
+        )
+    for name in ("images", "steps"):
+        if description[name] != stored[name]:
+            new_data.append(f"{name} {description[name]} (it was {stored[name]})")
+    if new_data:
+        raise InputError(f"--out {folder}: holds a run on other images, {', '.join(new_data)}; name another folder")
 
 
 # ---- What a run says of itself before its first step -----------------------------------------------------------------

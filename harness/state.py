@@ -64,14 +64,6 @@ def restore(
 # ---- When a state is saved -------------------------------------------------------------------------------------------
 
 
-def interval(text: str) -> tuple[int, str]:
-    """Return the number and the unit, min or steps, of a --save_every. InputError for any other spelling."""
-    match = re.fullmatch(r"([1-9][0-9]{0,8})(min|steps)", text)
-    if not match:
-        raise InputError(f"--save_every {text[:40]}: expected a whole number with its unit, as 10min or 500steps")
-    return int(match[1]), match[2]
-
-
 class Schedule:
     """When a run saves: once the interval has passed, or at an epoch's end if it would pass before the next one's.
 
@@ -80,9 +72,12 @@ class Schedule:
     """
 
     def __init__(self, text: str, step: int, is_new: bool):
-        """Begin to count at a step; a run is new if its folder lacks a file. InputError for a text like "500"."""
-        number, self.unit = interval(text)
-        self.length = number if self.unit == "steps" else 60 * number  # steps or seconds
+        """Begin to count at a step; a run is new if its folder lacks a file. InputError for a --save_every like 500."""
+        match = re.fullmatch(r"([1-9][0-9]{0,8})(min|steps)", text)
+        if not match:
+            raise InputError(f"--save_every {text[:40]}: expected a whole number with its unit, as 10min or 500steps")
+        self.unit = match[2]
+        self.length = int(match[1]) * (60 if self.unit == "min" else 1)  # seconds or steps
         self.is_new = is_new
         self.saved_at = self.epoch_began = self.now(step)
 

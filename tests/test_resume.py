@@ -507,7 +507,7 @@ def test_the_commit_is_that_of_this_project_alone(tmp_path, monkeypatch):
     assert commit_of(tmp_path) is None and commit_of(project)
 
 
-def test_a_second_ctrl_c_ends_the_run_once_the_file_is_whole(command, folder, whole, tmp_path, monkeypatch):
+def test_a_second_ctrl_c_ends_the_run_once_the_file_is_whole(command, folder, whole, tmp_path, monkeypatch, saves):
     """The second comes while the state of step 4 is written; a shell may have started this with SIGINT ignored."""
     steps, fsync = [], os.fsync
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -519,7 +519,7 @@ def test_a_second_ctrl_c_ends_the_run_once_the_file_is_whole(command, folder, wh
         fsync(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Lars, "step", acting_step([], steps, 4, lambda: os.kill(os.getpid(), signal.SIGINT)))
+        patch.setattr(Lars, "step", acting_step(saves, steps, 4, lambda: os.kill(os.getpid(), signal.SIGINT)))
         patch.setattr(os, "fsync", slow)
         code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
     signal.signal(signal.SIGINT, before)

@@ -9,7 +9,7 @@ import torch
 
 from harness import checkpoint
 from harness.run import Run
-from harness.state import Schedule, interval
+from harness.state import Schedule
 from lib.errors import InputError
 from pretrain import Lars, pretrain
 
@@ -18,16 +18,17 @@ RUN |= {"lr": 8.0, "batch_size": 16, "epochs": 3, "eval_every": 0}
 
 
 @pytest.mark.parametrize(
-    "text, meant", [("10min", (10, "min")), ("1steps", (1, "steps")), ("500steps", (500, "steps"))]
+    "text, meant", [("10min", (600, "min")), ("1steps", (1, "steps")), ("500steps", (500, "steps"))]
 )
 def test_an_interval_has_its_unit(text, meant):
-    assert interval(text) == meant
+    schedule = Schedule(text, 0, is_new=False)
+    assert (schedule.length, schedule.unit) == meant
 
 
 @pytest.mark.parametrize("text", ["500", "0min", "1.5min", "10 min", "10epochs", "", "¹min"])
 def test_any_other_spelling_is_refused_by_the_two_that_are_right(text):
     with pytest.raises(InputError, match=r"^--save_every .*: expected a whole number .* 10min or 500steps$"):
-        interval(text)
+        Schedule(text, 0, is_new=False)
 
 
 def saves(monkeypatch, text, epochs, minutes_a_step, is_new=False):
