@@ -3,8 +3,7 @@
 Each file imports only those above it, and no judge or pretrain.py.
 
     checkpoint  the safetensors files that stages pass on
-    foreign     encoders in the files of other projects
-    initial     the weights that a run begins from
+    foreign     encoders in the files of other projects, and the weights that a run begins from
     saving      when a run saves, and the thread that writes
     settings    flags checked, recipes applied: every setting with the value in force
     measure     what is measured while a network trains

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import data
 from harness import checkpoint, measure, saving
-from harness.initial import begin_from, initial_digest, initial_encoder
+from harness.foreign import begin_from, initial_digest, initial_encoder
 from harness.settings import Settings
 from lib import files, processes
 from lib.errors import InputError, Stopped

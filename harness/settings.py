@@ -23,7 +23,7 @@ from torch import Tensor
 import data
 import models
 from harness import saving
-from harness.initial import refuse_unfit_weights
+from harness.foreign import refuse_unfit_weights
 from lib import augment, pictures, processes
 from lib.errors import InputError
 from lib.files import CKPT, RUN_FILES, WEIGHTS, run_folder, weights_file
