@@ -88,9 +88,10 @@ def misfit(part: Tensors, wanted: Tensors) -> str:
         if name not in part and not name.endswith(COUNTER):
             return f"{name} is missing"
         stored = part.get(name, x)
-        is_integer = x.is_floating_point() and not stored.is_floating_point()
-        if stored.shape != x.shape or is_integer:
-            return f"{name} is {tuple(stored.shape)} {stored.dtype} in place of {tuple(x.shape)} {x.dtype}"
+        if stored.shape != x.shape:
+            return f"{name} is {tuple(stored.shape)} in place of {tuple(x.shape)}"
+        if x.is_floating_point() and not stored.is_floating_point():
+            return f"{name} is of {stored.dtype}"
     superfluous = [name for name in part if name not in wanted]  # as the third blocks of ResNet-34 in ResNet-18
     return f"{superfluous[0]} is superfluous" if superfluous else ""
 
