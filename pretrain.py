@@ -21,7 +21,7 @@ from torch.optim import SGD
 import data
 import models
 from harness import settings
-from harness.initial import begin_from, initial_encoder
+from harness.foreign import begin_from, initial_encoder
 from harness.measure import DEAD, floors_are_cheap, representations
 from harness.run import Run
 from harness.settings import Settings

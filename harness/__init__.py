@@ -3,9 +3,8 @@
 Each file imports only those above it, and no judge or pretrain.py.
 
     checkpoint  the safetensors files that stages pass on
-    foreign     encoders in the files of other projects
-    initial     the weights that a run begins from
-    saving      when a run saves, and the thread that writes
+    foreign     encoders in the files of other projects, and the weights that a run begins from
+    state       how the state of a run is copied and restored, and when it is saved
     settings    flags checked, recipes applied: every setting with the value in force
     measure     what is measured while a network trains
     run         a run's folder, and how a run that was stopped goes on

@@ -1,30 +1,30 @@
-"""Encoders in the files of other projects: timm's or torchvision's ResNet, wherever its tensors lie in the file.
+"""Encoders in the files of other projects, and the weights that --init names, from which a run begins.
 
     encoder, prefix = adopt("moco_v2_800ep_pretrain.pth.tar", "resnet50", "imagenet", "encoder_q")
 
-A copy of the encoder is a set of tensors that completes it. What stands before their names is its prefix, as
-`state_dict.module.encoder_q.`. Where the encoder is a torch.nn.Sequential of a ResNet's children, numbers stand for
+An encoder has timm's or torchvision's names for a ResNet, wherever they lie in the file: what stands before them is its
+prefix, as `state_dict.module.encoder_q.`. Where it is a torch.nn.Sequential of a ResNet's children, numbers stand for
 their names: 0 for conv1, 1 for bn1, 4 for layer1.
 """
 
-import re
+import os
+from collections.abc import Iterable
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoint import described
+import models
+from harness import checkpoint
 from lib import processes
 from lib.errors import InputError
+from lib.files import weights_file
 from lib.tensors import read_tensors
-from models import build_encoder
 
-Names = dict[str, str]  # where a file holds the tensors of an encoder: its name there, by the encoder's name
+Tensors = dict[str, Tensor]
 
-STEMS = ("imagenet", "cifar")
-OTHER_MODELS = ("resnet18", "resnet34", "resnet50", "resnet101")  # suggested if they fit
 COUNTER = "num_batches_tracked"  # of BatchNorm in training; files of old versions of torch have none
-SHARD = re.compile(r"\d+-of-\d+")
 
 
 def adopt(path: str | Path, model: str, stem: str, prefix: str | None = None) -> tuple[nn.Module, str]:
@@ -34,202 +34,139 @@ def adopt(path: str | Path, model: str, stem: str, prefix: str | None = None) ->
     holds several, unless `prefix`, or a part of it between dots, picks one.
     """
     tensors, header = read_tensors(path)
-    if described(header):
+    if checkpoint.described(header):
         raise InputError(f"{path}: --model {model} has no effect, the file says what it is")
-    with torch.device("meta"):
-        encoder = build_encoder(model, stem)
-    wanted = encoder.state_dict()
-    copies = complete_copies(tensors, wanted)
-    if not copies:
-        raise InputError(f"{path}: {why_none(path, tensors, wanted, model, stem)}")
-    chosen = choose(copies, prefix, tensors, f"{path}: holds {model}")
-    names = copies[chosen]
-    counters = {name: torch.tensor(0) for name in wanted if name.endswith(COUNTER)}
-    found = {name: tensors[stored].to(wanted[name].dtype) for name, stored in names.items() if stored in tensors}
-    encoder.load_state_dict(counters | found, assign=True)
-    under = f" under {chosen}" if chosen else ""
-    if names != named(wanted, chosen):
-        under += " with numbers for children"
-    rest = left_out(tensors, set(names.values()))
-    processes.say(f"{path}: {len(found)} tensors of {model}{under}{rest}; it has no digest, so it is unchecked")
-    return encoder.to(memory_format=torch.channels_last).eval(), chosen
+    copies = find_copies(tensors, model, [stem], path)
+    chosen = choose(copies, prefix, f"{path}: holds {model}")
+    copy = copies[chosen]
+    with torch.random.fork_rng(devices=[]):  # fresh weights, soon replaced, take no random numbers from anyone
+        encoder = models.build_encoder(model, stem)
+    encoder.load_state_dict(copy, strict=False)  # without COUNTER
+    used = {id(x) for x in copy.values()}
+    others = [name for name, x in tensors.items() if id(x) not in used]
+    left_out = shorten(", ".join(others) or "nothing", 100, placeholder=" ...")
+    matched = f"{len(copy)} tensors of {model} under {chosen or 'no prefix'}; left out: {left_out}"
+    processes.say(f"{path}: {matched}; it has no digest, so it is unchecked")
+    return encoder.eval(), chosen
 
 
-# ---- Where an encoder lies in a file ---------------------------------------------------------------------------------
+def find_copies(tensors: Tensors, model: str, stems: Iterable[str], path: str | Path) -> dict[str, Tensors]:
+    """Return the copies of an encoder in a file, by prefix, with the first stem that fits. InputError if none does."""
+    for stem in stems:
+        with torch.device("meta"):
+            wanted = models.build_encoder(model, stem).state_dict()
+        parts = parts_of(tensors, wanted)
+        copies = {prefix: part for prefix, part in parts.items() if not misfit(part, wanted)}
+        if copies:
+            return copies
+    fullest = max(parts.values(), key=len, default={})
+    fault = f"{path}: does not hold {model} with the {stem} stem: {misfit(fullest, wanted)}"
+    raise InputError(f"{fault}; name the --model and --stem that it was trained with")
 
 
-def complete_copies(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Names]:
-    """Return each copy of an encoder that a file holds, by its prefix."""
-    copies = {}
-    for prefix, names in candidates(tensors, wanted).items():
-        if not faults(tensors, wanted, names):
-            copies[prefix] = names
-    return copies
+def parts_of(tensors: Tensors, wanted: Tensors) -> dict[str, Tensors]:
+    """Return what has the name of an encoder's child, or a number in its place, by prefix and the encoder's names."""
+    children = dict.fromkeys(name.partition(".")[0] for name in wanted)
+    parts = {}
+    for name, x in tensors.items():
+        words = name.split(".")
+        for i, word in enumerate(words[:-1]):
+            if word in children or word.isdecimal():
+                part = parts.setdefault("".join(f"{before}." for before in words[:i]), {})
+                part[word, ".".join(words[i + 1 :])] = x
+    for prefix, part in parts.items():
+        numbers = sorted({word for word, _ in part if word.isdecimal()}, key=int)
+        child_of = {child: child for child in children} | dict(zip(numbers, children))
+        parts[prefix] = {f"{child_of[word]}.{rest}": x for (word, rest), x in part.items() if word in child_of}
+    return parts
 
 
-def candidates(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Names]:
-    """Return where copies may lie: wherever the file holds the encoder's first tensor, or numbered children enough."""
-    first = next(iter(wanted))
-    found = {}
-    for stored in tensors:
-        prefix = stored.removesuffix(first)
-        if prefix != stored and prefix[-1:] in ("", "."):
-            found[prefix] = named(wanted, prefix)
-    children = children_of(wanted)
-    for prefix, numbers in numbered_children(tensors).items():
-        if len(numbers) >= len(children) and prefix not in found:
-            number_of = dict(zip(children, sorted(numbers)))
-            found[prefix] = numbered(wanted, prefix, number_of)
-    return found
+def misfit(part: Tensors, wanted: Tensors) -> str:
+    """Name the first tensor that is missing, misshapen, of other numbers or superfluous; nothing if all is right."""
+    for name, x in wanted.items():
+        if name not in part and not name.endswith(COUNTER):
+            return f"{name} is missing"
+        stored = part.get(name, x)
+        if stored.shape != x.shape:
+            return f"{name} is {tuple(stored.shape)} in place of {tuple(x.shape)}"
+        if x.is_floating_point() and not stored.is_floating_point():
+            return f"{name} is of {stored.dtype}"
+    superfluous = [name for name in part if name not in wanted]  # as the third blocks of ResNet-34 in ResNet-18
+    return f"{superfluous[0]} is superfluous" if superfluous else ""
 
 
-def named(wanted: dict[str, Tensor], prefix: str) -> Names:
-    """Return the names of an encoder's tensors under a prefix."""
-    return {name: prefix + name for name in wanted}
-
-
-def numbered(wanted: dict[str, Tensor], prefix: str, number_of: dict[str, int]) -> Names:
-    """Return the same names with numbers in place of the encoder's children."""
-    names = {}
-    for name in wanted:
-        child, _, rest = name.partition(".")
-        names[name] = f"{prefix}{number_of[child]}.{rest}"
-    return names
-
-
-def children_of(names: dict[str, Tensor]) -> list[str]:
-    """Return the children that names begin with, in order: conv1, bn1, layer1."""
-    return list(dict.fromkeys(name.partition(".")[0] for name in names))
-
-
-def numbered_children(tensors: dict[str, Tensor]) -> dict[str, set[int]]:
-    """Return the numbers that follow each prefix of a file's names, as children of a torch.nn.Sequential have them."""
-    numbers = {}
-    for name in tensors:
-        parts = name.split(".")
-        for i, part in enumerate(parts[:-1]):
-            if part.isdecimal():
-                prefix = "".join(f"{before}." for before in parts[:i])
-                numbers.setdefault(prefix, set()).add(int(part))
-    return numbers
-
-
-def faults(tensors: dict[str, Tensor], wanted: dict[str, Tensor], names: Names) -> list[str]:
-    """Return what keeps a candidate from being a copy: tensors that are missing, of another shape or superfluous.
-
-    Superfluous are those that belong to the encoder's children, as the third block of ResNet-34's layer1 does in
-    ResNet-18: the rest of the file does not count.
-    """
-    found = []
-    for name, stored in names.items():
-        if stored not in tensors:
-            if not name.endswith(COUNTER):
-                found.append(f"{stored} is missing")
-        elif tensors[stored].shape != wanted[name].shape:
-            shape, right = tuple(tensors[stored].shape), tuple(wanted[name].shape)
-            found.append(f"{stored} is {shape} in place of {right}")
-        elif wanted[name].is_floating_point() and not tensors[stored].is_floating_point():
-            found.append(f"{stored} is of {tensors[stored].dtype}")
-    children = {stored.removesuffix(name.partition(".")[2]) for name, stored in names.items()}
-    known = set(names.values())
-    for stored in tensors:
-        if stored not in known and stored.startswith(tuple(children)):
-            found.append(f"{stored} is superfluous")
-    return found
-
-
-# ---- Which copy ------------------------------------------------------------------------------------------------------
-
-
-def choose(copies: dict[str, Names], prefix: str | None, tensors: dict[str, Tensor], holds: str) -> str:
-    """Return the prefix of the copy that is meant, or of the first of equal ones. InputError, which names all, else."""
-    listed = ", ".join(shown(found) for found in copies)
-    for whole in (prefix, f"{prefix}."):
-        if whole in copies:
-            return whole
-    fitting = [found for found in copies if prefix is None or is_part(prefix, found)]
-    if not fitting:
+def choose(copies: dict[str, Tensors], prefix: str | None, holds: str) -> str:
+    """Return the prefix of the copy that --prefix means; a dot means none. InputError if there is none, or several."""
+    listed = ", ".join(copy or "." for copy in copies)
+    found = list(copies)
+    if prefix is not None:
+        asked = prefix.strip(".")
+        whole = [copy for copy in copies if copy.strip(".") == asked]
+        found = whole or [copy for copy in copies if f".{asked}." in f".{copy}"]
+    if not found:
         raise InputError(f"--prefix {prefix}: {holds} under {listed}; take one of these")
-    first, *others = fitting
-    if all(equal(tensors, copies[first], copies[other]) for other in others):
-        return first
-    example = shown(first)
-    raise InputError(f"{holds} {len(copies)} times, under {listed}; choose one by --prefix, as --prefix {example}")
+    if len(found) > 1:
+        raise InputError(f"{holds} under {listed}; choose one by --prefix, as --prefix {found[0] or '.'}")
+    return found[0]
 
 
-def equal(tensors: dict[str, Tensor], names: Names, others: Names) -> bool:
-    """Whether two copies hold the same numbers."""
-    for name, stored in names.items():
-        if stored not in tensors or others[name] not in tensors:  # a counter that the file does not have
-            continue
-        x, other = tensors[stored], tensors[others[name]]
-        if x.dtype != other.dtype or not torch.equal(x, other):
-            return False
-    return True
+# ---- The weights that a run begins from ------------------------------------------------------------------------------
 
 
-def is_part(prefix: str, found: str) -> bool:
-    """Whether a prefix has this part between dots; "." stands for no prefix."""
-    if prefix == ".":
-        return found == ""
-    return f".{prefix.strip('.')}." in f".{found}"
+def refuse_unfit_weights(flags: dict) -> None:
+    """Raise InputError for weights that are not there, cannot be read, or are of another encoder than the run's.
+
+    Without --stem the data set decides the stem, and is not read yet: then a file that fits with any stem will do.
+    """
+    path = weights_file(os.path.expanduser(flags["init"]))
+    if not os.path.exists(path):
+        raise InputError(f"--init {flags['init']}: no such file")
+    tensors, header = read_tensors(path)
+    if checkpoint.described(header):
+        refuse_other_encoder(path, checkpoint.described(header), flags)
+    elif flags["norm"] == "none":
+        raise InputError(f"--norm none: {path} is of another project, whose encoders have BatchNorm; take --norm bn")
+    else:
+        find_copies(tensors, flags["model"], [flags["stem"]] if flags["stem"] else models.STEMS, path)
 
 
-def shown(prefix: str) -> str:
-    """Return a prefix as messages and the flag have it: no prefix is a dot."""
-    return prefix or "."
+def refuse_other_encoder(path: str | Path, description: dict, of_run: dict) -> None:
+    """Raise InputError if a file of this project holds no encoder, or another than a run with these settings has."""
+    if of_run["prefix"]:
+        raise InputError(f"--prefix {of_run['prefix']}: has no effect on {path}, which is of a run")
+    if description.get("holds") not in ("encoder", "checkpoint"):
+        raise InputError(f"--init {path}: holds {description.get('holds')}, not an encoder")
+    names = ("model", "norm") if of_run["model"] == "alexnet" else ("model", "stem", "norm")
+    settings = description.get("settings", {})
+    needed = [f"--{name} {settings.get(name)}" for name in names if of_run[name] not in (None, settings.get(name))]
+    if needed:
+        raise InputError(f"--init {path}: its encoder needs {' '.join(needed)}")
 
 
-def left_out(tensors: dict[str, Tensor], used: set[str]) -> str:
-    """Name the tensors of a file that are not used."""
-    unused = [name for name in tensors if name not in used]
-    if not unused:
-        return ""
-    more = f" and {len(unused) - 4} more" if len(unused) > 4 else ""
-    return f"; left out: {', '.join(unused[:4])}{more}"
+def initial_encoder(cfg) -> nn.Module | None:
+    """Load the encoder that a run begins from; None without --init, or if its file is gone.
+
+    InputError for a file that does not hold an encoder of the run's architecture, or holds several.
+    """
+    if not cfg.init or not os.path.exists(os.path.expanduser(cfg.init)):
+        return None
+    path = weights_file(os.path.expanduser(cfg.init))
+    _, header = read_tensors(path)
+    if checkpoint.described(header):
+        encoder, description = checkpoint.load_encoder(path)
+        refuse_other_encoder(path, description, vars(cfg))
+    else:
+        encoder, _ = adopt(path, cfg.model, cfg.stem, cfg.prefix)
+    return encoder
 
 
-# ---- Why there is none -----------------------------------------------------------------------------------------------
+def begin_from(encoder: nn.Module, network: nn.Module) -> str:
+    """Copy an encoder's weights and BatchNorm statistics to a network's encoder, and to its target's if it has one.
 
-
-def why_none(path: str | Path, tensors: dict[str, Tensor], wanted: dict[str, Tensor], model: str, stem: str) -> str:
-    """Say why a file holds no copy of an encoder, and what to do."""
-    shard = SHARD.search(Path(path).name)
-    if shard:
-        return (
-            f"does not hold all of {model}: it is a shard ({shard[0]}) of a checkpoint; join the tensors of all its "
-            "shards in one dict and save that by torch.save"
-        )
-    found = candidates(tensors, wanted)
-    suggestion = flags_that_fit(tensors, model, stem)
-    if suggestion:
-        return f"its tensors are not those of --model {model} --stem {stem}; take {suggestion}"
-    faults_of = {prefix: faults(tensors, wanted, names) for prefix, names in found.items()}
-    nearest = min(faults_of, key=lambda prefix: len(faults_of[prefix]), default=None)
-    if nearest is None or len(faults_of[nearest]) >= len(wanted) / 2:
-        sample = ", ".join(list(tensors)[:3]) or "no tensor"
-        fault = f"none of its names belongs to {model}" if nearest is None else f"few of its names belong to {model}"
-        return f"{fault}, under any prefix; it holds {sample}"
-    listed = ", ".join(faults_of[nearest][:3])
-    more = f" and {len(faults_of[nearest]) - 3} more" if len(faults_of[nearest]) > 3 else ""
-    return f"is not {model} with the {stem} stem: {listed}{more}; name the --model and --stem that it was trained with"
-
-
-def flags_that_fit(tensors: dict[str, Tensor], model: str, stem: str) -> str:
-    """Return flags for an encoder that the file does hold, or nothing. The same model with another stem comes first."""
-    for other_stem in STEMS:
-        with torch.device("meta"):
-            wanted = build_encoder(model, other_stem).state_dict()
-        if other_stem != stem and complete_copies(tensors, wanted):
-            return f"--model {model} --stem {other_stem}"
-    if not any(name.endswith(("conv1.weight", "0.weight")) for name in tensors):
-        return ""
-    for other_model in OTHER_MODELS:
-        with torch.device("meta"):
-            wanted = build_encoder(other_model, "imagenet").state_dict()
-        for other_stem in STEMS:
-            if other_stem == "cifar":  # built from the other, which takes a third of a second
-                wanted["conv1.weight"] = wanted["conv1.weight"][:, :, :3, :3]
-            if complete_copies(tensors, wanted):
-                return f"--model {other_model} --stem {other_stem}"
-    return ""
+    Returns a digest of them, a setting of the run.
+    """
+    weights = encoder.state_dict()
+    network.encoder.load_state_dict(weights)
+    if hasattr(network, "target"):
+        network.target.encoder.load_state_dict(weights)
+    return checkpoint.digest(weights, {})[:16]  # enough to tell files apart

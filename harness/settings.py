@@ -24,11 +24,11 @@ from torch import Tensor
 import data
 import models
 from harness import state
-from harness.initial import refuse_unfit_weights
+from harness.foreign import refuse_unfit_weights
 from lib import augment, pictures, processes
 from lib.errors import InputError
 from lib.files import CKPT, RUN_FILES, WEIGHTS, run_folder, weights_file
-from lib.log import PLACES, as_json, other_data
+from lib.log import PLACES, as_json, other_data, same_place
 from lib.sources import has_no_data_dir, has_no_files
 
 NOT_SETTINGS = ("out", "save_every", "resume", "tracker", "workers")  # flags that change nothing in what a run computes
@@ -319,14 +319,17 @@ def refuse_other_run(folder: Path, description: dict, stored: dict) -> None:
     The weights of --init may be gone, since the run has its own: then their digest is taken from the stored state.
     """
     settings, stored_settings = description["settings"], stored["settings"]
-    if settings["init"] and settings["init_digest"] is None:
+    is_gone = settings["init"] and settings["init_digest"] is None
+    if is_gone and same_place(settings["init"], stored_settings["init"] or ""):
         processes.say(f"--init {settings['init']}: is gone, so it is unchecked; the run goes on from its own weights")
         settings["init_digest"] = stored_settings["init_digest"]
     faults = []
     for name, value in as_json(settings).items():
-        if name not in PLACES and value != stored_settings.get(name):
-            flag = "init" if name == "init_digest" else name
-            faults.append(f"--{flag} {value} (it was {stored_settings.get(name)})")
+        before = stored_settings.get(name)
+        if name == "init_digest" and value != before:  # two files may have the same name
+            faults.append(f"--init {settings['init']} [{value}] (it was {stored_settings['init']} [{before}])")
+        elif name not in PLACES and value != before:
+            faults.append(f"--{name} {value} (it was {before})")
     new_data = other_data(description, stored)
     if faults and not new_data:
         raise InputError(

@@ -15,7 +15,7 @@ LIB = (
     *"augment norms errors files log processes streams cli".split(),
     *"encoders tensors nearest pictures surveys sources".split(),
 )
-HARNESS = "checkpoint foreign initial saving settings measure run judging".split()
+HARNESS = "checkpoint foreign state settings measure run judging".split()
 PAGES = ("regularizers", "models", "data", "knn_eval", "linear_eval", "pretrain")
 FLOORS = [  # from the ground: a file imports files of lower floors, and of its own floor those before it
     [f"lib.{name}" for name in LIB],
