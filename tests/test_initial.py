@@ -91,9 +91,9 @@ def test_a_run_goes_on_without_its_file_but_not_from_another(command, folder, re
     code, rows, err = command(pretrain, *flags, weights)
     assert code == 0 and rows == [] and "is gone, so it is unchecked" in err and "run: is finished" in err
     code, rows, err = command(pretrain, *flags, "gone.safetensors")
-    assert code == 2 and rows == [] and "--init gone.safetensors: no such file" in err
+    assert code == 2 and rows == [] and "--init gone.safetensors [None] (it was " in err
     code, rows, err = command(pretrain, *flags[:-1])
-    assert code == 2 and rows == [] and f"--init None (it was {weights} [{digest}])" in err
+    assert code == 2 and rows == [] and f"--init None [None] (it was {weights} [{digest}])" in err
 
 
 def test_weights_that_do_not_fit_are_refused_before_the_data_are_read(
