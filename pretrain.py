@@ -177,7 +177,7 @@ class Training:
 
 def build(cfg: Settings, images: data.Dataset, accelerator: Accelerator) -> Training:
     """Build a network with fresh weights, on its device, and its optimizer; LARS is that of Appendix B.2."""
-    network = models.METHODS[cfg.method](
+    network = models.METHODS[cfg.method].network(
         cfg.model, cfg.stem, cfg.norm, cfg.hidden_dim, cfg.out_dim, cfg.predictor, cfg.queue
     )
     groups = parameter_groups(network, cfg.weight_decay)

@@ -195,7 +195,7 @@ def build_described(holds: str, settings: dict) -> nn.Module:
     architecture = (settings["model"], settings["stem"], settings["norm"])
     if holds == "encoder":
         return models.build_encoder(*architecture)
-    method = models.METHODS[settings["method"]]
+    method = models.METHODS[settings["method"]].network
     heads = [settings["hidden_dim"], settings["out_dim"]]
     return method(*architecture, *heads, settings.get("predictor", "mlp"), settings.get("queue", 0))
 

@@ -250,7 +250,7 @@ def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
 
 def parts_of(flags: dict) -> list[str]:
     """Return the networks of a method that are trained by gradients."""
-    has_predictor = models.METHODS[flags["method"]].has_predictor and flags["predictor"] == "mlp"
+    has_predictor = models.METHODS[flags["method"]].network.has_predictor and flags["predictor"] == "mlp"
     return ["encoder", "projector", "predictor"] if has_predictor else ["encoder", "projector"]
 
 
@@ -285,7 +285,7 @@ def head_layers(part: str, values: dict) -> dict[str, Tensor]:
     in_dim = NARROW
     if part == "predictor":
         in_dim = out_dim
-        hidden_dim = models.METHODS[values["method"]].predictor_width(hidden_dim, out_dim)
+        hidden_dim = models.METHODS[values["method"]].network.predictor_width(hidden_dim, out_dim)
     with torch.device("meta"):
         head = models.mlp(in_dim, hidden_dim, out_dim)
     return models.neurons(SimpleNamespace(**{part: head}), [part])

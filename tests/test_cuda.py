@@ -54,7 +54,7 @@ def on_cuda(split):
 def training_of(method="byol", reg="none", model="test_resnet", hidden_dim=32):
     """What a step works with, on the pretended device."""
     torch.manual_seed(0)
-    network = models.METHODS[method](model, "cifar", "bn", hidden_dim, 16, queue=8).to("cuda:0")
+    network = models.METHODS[method].network(model, "cifar", "bn", hidden_dim, 16, queue=8).to("cuda:0")
     optimizer = Lars(parameter_groups(network, 1e-6), momentum=0.9, trust_coeff=1e-3)
     parts = ["projector", "predictor"] if network.has_predictor else ["projector"]
     cfg = SimpleNamespace(method=method, reg=reg, term=TERMS[reg], s=2, weight=1.0, temperature=0.5, accumulate=1)
