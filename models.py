@@ -239,7 +239,7 @@ METHODS = {
 
 
 def neurons(network: Method, parts: Iterable[str]) -> Layers:
-    """Return `layers_of` these parts: encoder, projector, predictor, or a layer, predictor.out. InputError if grouped."""
+    """Return `layers_of` parts: encoder, projector, predictor, or a layer, predictor.out. InputError if grouped."""
     weights = {}
     for part in parts:
         head, _, inner = part.partition(".")

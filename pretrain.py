@@ -21,7 +21,7 @@ from torch.optim import SGD
 import data
 import models
 from harness import settings
-from harness.measure import gradient_norms, representations
+from harness.measure import representations
 from harness.run import Run
 from harness.settings import Settings
 from knn_eval import nearest_neighbours
@@ -85,7 +85,7 @@ def pretrain(
     prefix: Annotated[str, "of such a file: what stands before the encoder's names, if it holds several"] | None = None,
     norm: Annotated[Literal["bn", "none"], "BatchNorm, or networks without it"] = "bn",
     reg: Annotated[Literal["none", "mhe", "amhe", "uniform"], "energy by chord or angle, or uniformity"] = "none",
-    s: Annotated[float, ">= 0", "power of the energy; 0 is logarithmic"] = 2.0,
+    s: Annotated[float, ">= 0", "<= 10", "power of the energy; 0 is logarithmic"] = 2.0,
     weight: Annotated[float, ">= 0", "lambda of the regularizer"] | None = None,
     reg_on: Annotated[tuple[Literal[*PARTS], ...], "of mhe and amhe; None = the heads, but no neurons below 3-d"]
     | None = None,
@@ -140,8 +140,8 @@ def pretrain(
             for crops, u in run.micro_batches():
                 lr = lr_at(run.step, steps, warmup_steps, cfg.peak_lr)
                 tau = tau_at(run.step, steps, cfg.tau, cfg.tau_end)
-                terms, norms = train_step(training, crops, u, lr, tau)
-                run.after(terms, norms)  # sums for the log; counts the step; saves or stops if that is due
+                terms = train_step(training, crops, u, lr, tau)
+                run.after(terms)  # sums for the log; counts the step; saves or stops if that is due
             row = run.means()
             if "energy" not in row:  # not part of the objective: log the weights' energy now
                 with torch.no_grad():
@@ -151,7 +151,6 @@ def pretrain(
                 row["tau"] = tau_at(run.step - 1, steps, cfg.tau, cfg.tau_end)
             row["lr"] = lr_at(run.step - 1, steps, warmup_steps, cfg.peak_lr)
             run.log(**row, images_per_s=run.images_per_s)  # set by run.means()
-            run.warn_of_collapse(row["std"])
             if run.judges_now():
                 encoder = training.network.encoder
                 run.log_scores("online", nearest_neighbours(encoder, *run.judged_on))
@@ -200,11 +199,11 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
     return [adapted, {"params": others, "weight_decay": 0}]
 
 
-def train_step(training: Training, crops: Tensor, u: Tensor, lr: float, tau: float) -> tuple[dict, dict]:
+def train_step(training: Training, crops: Tensor, u: Tensor, lr: float, tau: float) -> dict[str, Tensor]:
     """Backpropagate one micro-batch; after the last one of a batch, update the weights and the target.
 
     crops (2, b, 3, size, size), which are overwritten, and u (2, b, DRAWS_PER_IMAGE) are as `data.batches` yields them.
-    Returns the terms of `objective` and the norms of the gradients so far, on the device.
+    Returns the terms of `objective`, on the device.
     """
     cfg, images = training.cfg, training.images
     accelerator = training.accelerator
@@ -217,13 +216,12 @@ def train_step(training: Training, crops: Tensor, u: Tensor, lr: float, tau: flo
         layers = training.layers if accelerator.sync_gradients else {}  # in the last micro-batch of a step
         terms = objective(cfg, training.network, layers, *outputs)
         accelerator.backward(terms["loss"])
-        norms = gradient_norms(training.network, accelerator)
         training.optimizer.step()
         training.optimizer.zero_grad()
     if accelerator.sync_gradients and training.network.has_target:
         was_skipped = accelerator.optimizer_step_was_skipped  # by fp16's scaler: the weights are what they were
         training.network.update_target(1 if was_skipped else tau)
-    return {name: term.detach() for name, term in terms.items()}, norms
+    return {name: term.detach() for name, term in terms.items()}
 
 
 # ---- The objective ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What is measured while a network trains, beside its loss: representations, gradients, and numbers that went wrong."""
+"""What is measured while a network trains, beside its loss: representations, floors, and numbers that went wrong."""
 
 import math
 from collections.abc import Iterable
@@ -11,34 +11,22 @@ from torch import Tensor, nn
 
 import data
 import models
-from harness.settings import Settings, idle_flags
-from lib import processes
 from lib.errors import InputError
 from lib.files import CKPT
 from regularizers import alignment, mhe, uniformity
 
 PROBED_IMAGES = 256
 PAIRS_AT_ONCE = 64  # images whose two views are made together
-COLLAPSED = 0.1  # below this part of a full sphere's spread, projections are nearly one point
-COLLAPSED_EPOCHS = 3  # in a row, before it is a warning
 FLOORS_UP_TO = 10_000  # images in the largest bank for which the floors of a k-NN are judged unasked
 FLOORS_MEMORY = 2**31  # bytes of pixels, likewise
 LOW_RANK = 2  # features of a lower effective rank differ in little more than one direction
-SPREADING = {  # features or projections, by flag
-    "lr": "a smaller --lr",
-    "tau": "a --tau and --tau_end nearer 1",
-    "warmup": "a longer --warmup",
-    "reg": "--reg uniform",
-}
-LEARNING = {  # as docs/results.md found it
-    "lr": "a smaller --lr",
-    "optimizer": "--optimizer sgd",
-    "tau": "a --tau and --tau_end further from 1",
-    "reg": "--reg uniform",
-}
-REVIVE = "No step will revive it; start another run with a smaller --lr, or with --norm bn"
-DEAD = 1e-4  # below this part, all projections are one point: the network is dead
+DEAD = 1e-4  # below this part of a full sphere's spread, all projections are one point: the network is dead
 DEAD_G2 = 1 - 1e-5  # above this G2, all features are one point
+DEAD_NETWORK = (
+    "dead network: its outputs are the same for all images, and no step will revive it; start another run with a "
+    "smaller --lr, or with --norm bn"
+)
+ADVICE = "try a smaller --lr, --optimizer sgd or --reg uniform"  # as docs/results.md found it
 
 
 def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[str, float]:
@@ -56,7 +44,6 @@ def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[st
         row[f"block/{name}"] = mhe(outputs, s=0).item()
     if row["g2"] > DEAD_G2:
         row["dead"] = True
-        processes.say(f"WARNING: dead network: the encoder gives all images the same features. {REVIVE}")
     return row
 
 
@@ -141,38 +128,14 @@ def floors_are_cheap(bank: data.Split, queries: data.Split, size: int) -> bool:
     return len(bank.labels) <= FLOORS_UP_TO and bytes_of_pixels <= FLOORS_MEMORY
 
 
-def poor_features(top1: float, floors: dict[str, float], rank: float, cfg: Settings) -> str:
-    """Say what is wrong with features that a vote judges below a floor, or that lie along a line, and the cures."""
+def poor_features(top1: float, floors: dict[str, float], rank: float) -> str:
+    """Say what is wrong with features that lie along a line, or that a vote judges below a floor, and what to try."""
     if rank < LOW_RANK:
-        spread = f"the effective rank of the features is {rank:.2f}: they differ in one direction alone"
-        return f"collapse? {spread}; {advice(SPREADING, cfg)}"
+        return f"collapse? the features differ in one direction alone, their effective rank is {rank:.2f}; {ADVICE}"
     higher = [f"{of} {floor:g}" for of, floor in floors.items() if top1 < floor]
     if higher:
-        return f"the k-NN accuracy, {top1:g} %, lies below its floors: {', '.join(higher)}; {advice(LEARNING, cfg)}"
+        return f"the k-NN accuracy, {top1:g} %, lies below its floors: {', '.join(higher)}; {ADVICE}"
     return ""
-
-
-def advice(cures: dict[str, str], cfg: Settings) -> str:
-    """Say what to try, of cures by flag: those that the method has, and that are not in force."""
-    in_force = {flag for flag, value in (("reg", "uniform"), ("optimizer", "sgd")) if getattr(cfg, flag) == value}
-    left = [text for flag, text in cures.items() if flag not in in_force | idle_flags(cfg.method)]
-    return f"try {', or '.join(left)}"
-
-
-def gradient_norms(network: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
-    """Measure the norms of the gradients of encoder, projector and predictor, on the device.
-
-    In fp16 there are none: its scaler skips steps whose gradients are infinite, so these are no fault.
-    """
-    norms = {}
-    if accelerator.scaler is not None:
-        return norms
-    for part in ("encoder", "projector", "predictor"):
-        parameters = getattr(network, part, nn.Identity()).parameters()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if gradients:
-            norms[f"gradient of {part}"] = nn.utils.get_total_norm(gradients)
-    return norms
 
 
 def first_fault(stored: dict[str, Tensor], latest: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -189,34 +152,11 @@ def refuse_faults(numbers: dict[str, Tensor], network: nn.Module, folder: Path, 
     weights_finite = torch.stack([x.isfinite().all() for x in network.state_dict().values()]).all()
     numbers = {**numbers, "weights": torch.where(weights_finite, 0.0, math.nan)}
     mine = torch.stack(list(numbers.values()))
-    rows = accelerator.gather(mine[None]).tolist()  # one for each process
-    for row in rows:
-        faults = {name: x for name, x in zip(numbers, row) if not math.isfinite(x)}
+    for row in accelerator.gather(mine[None]).tolist():  # one for each process
+        found = dict(zip(numbers, row))
+        faults = [f"{name} {x}" for name, x in found.items() if not math.isfinite(x)]
         if faults:
-            break
-    else:
-        return
-    step = int(dict(zip(numbers, row)).get("step", -1)) + 1
-    listed = ", ".join(f"{name} {x}" for name, x in faults.items())
-    ckpt = folder / CKPT
-    kept = f"{ckpt} is unchanged" if ckpt.exists() else "no checkpoint is written"
-    raise InputError(f"step {step}: not finite: {listed}; {kept}; a smaller --lr or --weight may help")
-
-
-def count_collapsed(share: float, before: int) -> int:
-    """Count the epochs in a row in which projections were nearly one point, from their number before this epoch.
-
-    share: the projections' standard deviation as a share of a full sphere's.
-    """
-    return before + 1 if share < COLLAPSED else 0
-
-
-def warn_of_collapse(share: float, epochs: int, cfg: Settings) -> None:
-    """Warn of a dead network at once, and of a collapse from its third epoch on; share as in `count_collapsed`."""
-    if share < DEAD:
-        processes.say(f"WARNING: dead network: all projections have been the same. {REVIVE}")
-    if epochs >= COLLAPSED_EPOCHS:
-        processes.say(
-            f"WARNING: collapse? For {epochs} epochs all projections have been nearly one point, "
-            f"std {share:.1e} of a full sphere's; {advice(SPREADING, cfg)}"
-        )
+            step = int(found.get("step", -1)) + 1
+            ckpt = folder / CKPT
+            kept = f"{ckpt} is unchanged" if ckpt.exists() else "no checkpoint is written"
+            raise InputError(f"step {step}: not finite: {', '.join(faults)}; {kept}; try a smaller --lr or --weight")

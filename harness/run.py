@@ -75,8 +75,8 @@ class Run:
         self.whole_epochs, self.step = position(self.description, self._stored, folder)
         agreed = {**asdict(cfg), "save_every": flags["save_every"], "view": self.view}
         processes.agree(accelerator, **agreed, steps=steps, step=self.step)
-        self.sums, self.numbers, self.collapsed_epochs = {}, {}, 0
-        self.epoch, self.has_warned = 0, False
+        self.sums, self.numbers = {}, {}
+        self.epoch, self.has_warned, self.is_dead = 0, False, False
         self.log_file, self.signals = None, []
         self._writer = saving.Writer()
 
@@ -116,8 +116,8 @@ class Run:
         for row in self._rows():
             if row.get("of") == "warning":
                 self.has_warned = True
-            if "loss" in row:
-                self.collapsed_epochs = measure.count_collapsed(self._share(row["std"]), self.collapsed_epochs)
+            if row.get("dead"):
+                self.is_dead = True
         if self.step < self.steps:
             settings = {name: str(x) for name, x in asdict(self.cfg).items()}
             self.accelerator.init_trackers("pretrain", settings)
@@ -177,10 +177,10 @@ class Run:
         for crops, _, u in islice(self._stream, steps_left * self.cfg.accumulate):
             yield crops, u
 
-    def after(self, terms: dict[str, Tensor], norms: dict[str, Tensor]) -> None:
+    def after(self, terms: dict[str, Tensor]) -> None:
         """Add the terms of a micro-batch to the sums; after a step, count it, and save or stop if that is due."""
         step = torch.full((), self.step, device=self.accelerator.device)
-        self.numbers = measure.first_fault(self.numbers, {"step": step, **terms, **norms})
+        self.numbers = measure.first_fault(self.numbers, {"step": step, **terms})
         for name, term in terms.items():
             self.sums[name] = self.sums.get(name, 0) + term / self.cfg.accumulate
         if not self.accelerator.sync_gradients:
@@ -206,7 +206,7 @@ class Run:
         row = {}
         for name, total in self.sums.items():
             row[name] = self.accelerator.reduce(total, "mean").item() / self.steps_per_epoch
-        if self._share(row["std"]) < measure.DEAD:
+        if row["std"] * self.cfg.out_dim**0.5 < measure.DEAD:
             row["dead"] = True
         seconds = time.perf_counter() - self._started
         images = (self.step - self._first_step) * self.cfg.batch_size
@@ -215,9 +215,12 @@ class Run:
         return row
 
     def log(self, **columns) -> None:
-        """Print a row, add it to the log, and give its numbers to the tracker."""
+        """Print a row, add it to the log, and give its numbers to the tracker; warn once of a dead network."""
         row = {"stage": "pretrain", "epoch": self.epoch, "step": self.step, **columns}
         emit(row, self.log_file)
+        if row.get("dead") and not self.is_dead:
+            self.is_dead = True
+            processes.say(f"WARNING: {measure.DEAD_NETWORK}")
         prefix = f"{row['of']}/" if "of" in row else ""
         numbers = {prefix + name: x for name, x in row.items() if isinstance(x, float)}
         self.accelerator.log(numbers, step=self.step)
@@ -231,16 +234,6 @@ class Run:
         """Log the accuracy of a k-NN vote, for each k."""
         for k, scores in scores_by_k.items():
             self.log(of=of, split=self.split, k=k, **scores)
-
-    def warn_of_collapse(self, std: float) -> None:
-        """Warn if the projections have been nearly one point for some epochs; `std` as the log has it."""
-        share = self._share(std)
-        self.collapsed_epochs = measure.count_collapsed(share, self.collapsed_epochs)
-        measure.warn_of_collapse(share, self.collapsed_epochs, self.cfg)
-
-    def _share(self, std: float) -> float:
-        """The projections' standard deviation as a share of a full sphere's."""
-        return std * self.cfg.out_dim**0.5
 
     def _rows(self) -> list[dict]:
         """The rows of the run's log that are its own, not a judge's."""
@@ -262,7 +255,7 @@ class Run:
             return
         latest = {row["of"]: row for row in self._rows() if "of" in row}
         floors = {of: latest[of]["top1"] for of in (self.initial_name, "pixels") if of in latest}
-        fault = measure.poor_features(latest["online"]["top1"], floors, latest["representations"]["rank"], self.cfg)
+        fault = measure.poor_features(latest["online"]["top1"], floors, latest["representations"]["rank"])
         if fault:
             self.has_warned = True
             self.log(of="warning", text=fault)

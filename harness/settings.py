@@ -335,12 +335,12 @@ def resolve_images(values: dict, flags: dict, images: data.Dataset) -> Settings:
 
 
 def queue_length(values: dict, n: int) -> int:
-    """Return the number of keys in MoCo's queue. InputError if there are too many to be those of other images."""
+    """Return the number of keys in MoCo's queue. InputError unless it is below the number of images."""
     length = values["queue"] or max(1, min(LONGEST_QUEUE, n // 2))
     if length >= n:
         least = f"{values['dataset']} has {n} images to train on"
-        why = "an image would meet its own earlier projections as negatives"
-        raise InputError(f"--queue {length}: {least}, so {why}; take fewer")
+        why = "the longer the queue, the more images meet their own earlier projections in it"
+        raise InputError(f"--queue {length}: {least}; take fewer, {why}")
     return length
 
 

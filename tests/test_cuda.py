@@ -111,9 +111,9 @@ def test_a_step_waits_for_its_energies_alone(method, reg):
         batches = batches_on_cuda()
         seen.waits.clear()
         for crops, _, u in batches:
-            terms, norms = train_step(training, crops, u, lr=0.1, tau=0.99)
+            terms = train_step(training, crops, u, lr=0.1, tau=0.99)
         assert sum(seen.waits.values()) == (2 if TERMS[reg] == "energy" else 0), seen.waits  # of two steps
-        assert all(isinstance(x, OnCuda) for x in (*terms.values(), *norms.values()))
+        assert all(isinstance(x, OnCuda) for x in terms.values())
 
 
 @pytest.mark.parametrize("shape", [(8, 4), (8, 4, 5, 5)])
@@ -178,7 +178,7 @@ def test_the_micro_batches_of_a_step_wait_once_for_its_energies():
         for is_last in (False, True):
             training.accelerator.sync_gradients = is_last
             crops, _, u = next(batches)
-            terms, _ = train_step(training, crops, u, lr=0.1, tau=0.99)
+            terms = train_step(training, crops, u, lr=0.1, tau=0.99)
             assert ("energy" in terms) == is_last
         assert sum(seen.waits.values()) == 1, seen.waits
 
@@ -218,7 +218,7 @@ def test_a_state_is_saved_from_the_device_and_restored_to_it(monkeypatch):
     with PretendCuda():
         first, second = training_of(reg="mhe"), training_of()
         crops, _, u = next(batches_on_cuda())
-        terms, _ = train_step(first, crops, u, lr=0.1, tau=0.99)
+        terms = train_step(first, crops, u, lr=0.1, tau=0.99)
         tensors = run.captured_state(first.network, first.optimizer, {"loss": terms["loss"]}, first.accelerator)
         stored = {name: x.detach().cpu() for name, x in tensors.items()}
         again = second.network, second.optimizer

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import data
-from harness.judging import accuracy, rank_of, with_labels
+from data import with_labels
+from harness.judging import accuracy, rank_of
 from knn_eval import knn_eval
 from lib.errors import InputError
 from linear_eval import linear_eval

@@ -53,8 +53,8 @@ def test_vote_by_parts_and_tiles_is_the_vote(monkeypatch, tile, part):
     bank, queries = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (40, 25))
     there = [bank], torch.arange(40) % 4, queries, torch.arange(25) % 4
     whole = vote(*there, (1, 15, 40), 0.07)
-    monkeypatch.setattr("harness.nearest.QUERIES_IN_TILE", tile[0])
-    monkeypatch.setattr("harness.nearest.BANK_IN_TILE", tile[1])
+    monkeypatch.setattr("lib.nearest.QUERIES_IN_TILE", tile[0])
+    monkeypatch.setattr("lib.nearest.BANK_IN_TILE", tile[1])
     monkeypatch.setattr("knn_eval.QUERIES_AT_ONCE", tile[0])
     parts = iter(there[0][0].split(part))  # can be read once
     assert vote(parts, *there[1:], (1, 15, 40), 0.07) == whole

@@ -351,9 +351,6 @@ def test_a_folder_may_move_but_not_change(command, shell, folder, picture_folder
     for place in ([], ["--dataset", folder], ["--dataset", picture_folder]):
         code, knn, err = command(knn_eval, ckpt, "--k", 20, *place)
         assert code == 0 and knn[0]["own_data"], err
-        assert err.count(f"dataset {folder}: holds what the training had in {picture_folder}") == (
-            place == ["--dataset", folder]
-        )
         assert rows_of(tmp_path / "run")[-1] == knn[-1]
     _, linear, _ = command(linear_eval, ckpt, "--dataset", folder)
     log = read_log(tmp_path / "run")
@@ -557,27 +554,20 @@ def test_a_full_disk_keeps_the_last_checkpoint(command, folder, whole, tmp_path)
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_fault_is_told_by_step_terms_and_norms(command, folder, tmp_path, monkeypatch):
-    """A gradient that overflows at step 5, of a loss that is finite, and the checkpoint of step 3 stays."""
-    calls = []
+def test_a_fault_is_told_by_its_first_step_and_terms(command, folder, tmp_path, monkeypatch):
+    """A loss that overflows at step 5, and the checkpoint of step 3 stays."""
+    calls, exact = [], models.alignment
 
-    def spoil(grads, *args, **kwargs):
+    def overflowing(x, y):
         calls.append(1)
-        return norm(grads, *args, **kwargs) * (math.inf if len(calls) == 3 * 4 + 1 else 1)
+        return exact(x, y) * (math.inf if len(calls) == 2 * 4 + 1 else 1)  # twice a step
 
-    norm = torch.nn.utils.get_total_norm
-    monkeypatch.setattr("torch.nn.utils.get_total_norm", spoil)
+    monkeypatch.setattr("models.alignment", overflowing)
     code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
     last = err.splitlines()[-1]
-    assert code == 2 and last.startswith("pretrain.py: step 5: not finite: gradient of encoder inf; "), last
+    assert code == 2 and last.startswith("pretrain.py: step 5: not finite: loss inf, byol inf; "), last
     assert "run/ckpt.safetensors is unchanged" in last
     assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 3
-
-
-def test_collapse_is_a_loud_warning(command, folder, monkeypatch):
-    monkeypatch.setattr("pretrain.unit", lambda x: x * 0)
-    code, _, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
-    assert code == 0 and err.count("WARNING: collapse? For 3 epochs") == 1 and "; try a smaller --lr" in err
 
 
 def test_a_dead_network_is_called_dead(command, folder, monkeypatch):
@@ -591,8 +581,7 @@ def test_a_dead_network_is_called_dead(command, folder, monkeypatch):
     judged = [row for row in rows if row.get("of") == "representations"]
     assert len(epochs) == 3 and len(judged) == 2 and all(row["dead"] is True for row in epochs + judged)
     assert [row["g2"] for row in judged] == [1, 1]
-    assert err.count("WARNING: dead network: all projections have been the same") == 3
-    assert err.count("WARNING: dead network: the encoder gives all images the same features") == 2
+    assert err.count("WARNING: dead network: ") == 1
 
 
 def test_sigterm_to_the_process_itself(folder, tmp_path):
