@@ -81,9 +81,9 @@ def vote(
     """Accuracy in percent, {k: {"top1": ..., ...}}, of the vote of the k rows of the bank nearest by cosine.
 
     bank: its features in parts (n_i, d), in order; of several processes each has its own, see `nearest`. queries (m, d)
-    are features, too, of any length. bank_labels (n,), of all parts, and labels (m,) are classes from 0. k is clipped
-    to n. Of classes with equal votes the lower comes first; a class without a vote is a miss. Each process counts the
-    votes of a share of the queries. ValueError unless the parts together have n rows.
+    are features of any length. bank_labels (n,) and labels (m,) are classes from 0. k is clipped to n. Of equal votes
+    the lower class is first; a class without a vote is a miss, also of five or fewer. Each process counts the votes of
+    a share of the queries. ValueError unless the parts together have n rows.
     """
     classes = int(max(bank_labels.max(), labels.max())) + 1
     clipped = [min(neighbours, len(bank_labels)) for neighbours in k]
@@ -93,18 +93,24 @@ def vote(
     chunks = [processes.my_rows(x).split(QUERIES_AT_ONCE) for x in (cosines, rows, labels)]
     for cosine, voters, truth in zip(*chunks):
         advantage = (cosine - cosine[:, :1]).to(finest(cosine.device))
-        weight = (advantage / temperature).exp()  # the nearest has weight 1; only ratios matter, so nothing overflows
+        exponent = advantage / temperature  # of a vote's weight, over that of the nearest: only ratios matter
         for neighbours in ks:
-            votes = weight.new_zeros(len(truth), classes)
-            voted = bank_labels[voters[:, :neighbours]]
-            votes.scatter_add_(1, voted, weight[:, :neighbours])
-            votes[votes == 0] = -torch.inf
+            votes = log_votes(bank_labels[voters[:, :neighbours]], exponent[:, :neighbours], classes)
             ranks[neighbours].append(judging.rank_of(truth, votes))
     scores = {}
     for neighbours, parts in ranks.items():
         ranks_of_all = processes.gather(torch.cat(parts))[: len(labels)]
         scores[neighbours] = judging.accuracy(ranks_of_all, labels)
     return scores
+
+
+def log_votes(voted: Tensor, exponent: Tensor, classes: int) -> Tensor:
+    """Log of the sum of exp(exponent) (m, k) over the votes for each class, (m, classes); voted (m, k) are classes."""
+    nobody = exponent.new_full((len(voted), classes), -torch.inf)
+    highest = nobody.scatter_reduce(1, voted, exponent, "amax")  # of a class: its own, or small weights would be 0
+    weight = (exponent - highest.gather(1, voted)).exp()
+    votes = torch.zeros_like(nobody).scatter_add_(1, voted, weight)
+    return highest + votes.log()
 
 
 if __name__ == "__main__":

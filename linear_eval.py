@@ -10,7 +10,7 @@ result. --cached computes the features of the evaluation view once: much faster,
 import math
 from collections.abc import Iterator
 from itertools import cycle, islice
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,13 @@ from lib.log import emit
 LR = 0.2  # per 256 images, Appendix D
 BATCH_SIZE = 100  # Appendix D
 SWEEP = (0.4, 0.3, 0.2, 0.1, 0.05)  # BYOL's rates, per 256 images
+
+
+class Features(NamedTuple):
+    """What the encoder makes of the images of a split, (n, d), and their labels (n,)."""
+
+    x: Tensor
+    labels: Tensor
 
 
 @judging.judge
@@ -59,14 +66,11 @@ def linear_eval(
     hyper = {"epochs": epochs, "batch_size": batch_size, "weight_decay": weight_decay, "seed": seed}
 
     row = {"stage": "linear_eval", "features": "cached" if cached else "augmented"}
-    if sweep:
-        lr = best_rate(judged, tuning, cached, row, hyper)
-    lr = lr or LR
-    train = ready(judged, images.train, cached)
-    test = ready(judged, images.test, cached=True)
-    with judging.unchanged(judged.encoder):
-        classifier = fit(judged, train, {lr: row}, **hyper)[lr]
-    ranks = rank_of(test.labels, classifier(test.images))  # .images holds features: see `ready`
+    lr = best_rate(judged, tuning, cached, row, hyper) if sweep else lr or LR
+    train = features_of(judged, images.train) if cached else images.train.to(accelerator.device)
+    test = features_of(judged, images.test)
+    classifier = fit(judged, train, {lr: row}, **hyper)[lr]
+    ranks = rank_of(test.labels, classifier(test.x))
     protocol = {**hyper, "lr": lr, "swept": sweep, "train": len(train.labels), "test": len(test.labels)}
     row["epoch"] = epochs
     emit(row | accuracy(ranks, test.labels) | protocol | judged.columns, judged.log)
@@ -74,47 +78,44 @@ def linear_eval(
 
 def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyper: dict) -> float:
     """Train a classifier for each rate of SWEEP and return the rate of the best on the held-out images."""
-    train = ready(judged, tuning.train, cached)
-    held_out = ready(judged, tuning.test, cached=True)
+    train = features_of(judged, tuning.train) if cached else tuning.train.to(judged.accelerator.device)
+    held_out = features_of(judged, tuning.test)
     rows = {rate: {**row, "sweep": rate} for rate in SWEEP}
     top1_of = {}  # not of a rate that diverged
     for rate, classifier in fit(judged, train, rows, **hyper).items():
-        scores = accuracy(rank_of(held_out.labels, classifier(held_out.images)), held_out.labels)
-        result = {**rows[rate], "epoch": hyper["epochs"], **scores, "split": "holdout"}
-        emit(result, judged.log)
+        ranks = rank_of(held_out.labels, classifier(held_out.x))
+        scores = accuracy(ranks, held_out.labels)
+        emit({**rows[rate], "epoch": hyper["epochs"], **scores, "split": "holdout"}, judged.log)
         top1_of[rate] = scores["top1"]
     return max(top1_of, key=top1_of.get)
 
 
-def ready(judged: Judged, split: Split, cached: bool) -> Split:
-    """Bring a split to the device; if cached, features replace the images."""
-    split = split.to(judged.accelerator.device)
-    if not cached:
-        return split
+def features_of(judged: Judged, split: Split) -> Features:
+    """Compute the features of the evaluation views of a split, on the device."""
 
     def embed(part: Split) -> Tensor:
         return models.embed(judged.encoder, data.evaluation_views(part, **judged.view))
 
-    return split._replace(images=processes.embed_in_shares(embed, split, judged.accelerator))
+    split = split.to(judged.accelerator.device)
+    x = processes.embed_in_shares(embed, split, judged.accelerator)
+    return Features(x, split.labels)
 
 
 def fit(
-    judged: Judged, train: Split, rows: dict[float, dict], epochs: int, batch_size: int, weight_decay: float, seed: int
+    judged: Judged, train: Split | Features, rows: dict[float, dict], epochs, batch_size, weight_decay, seed
 ) -> dict[float, nn.Linear]:
-    """Train one linear classifier for each rate, a key of `rows`, all on the same features.
+    """Train one linear classifier for each rate, a key of `rows`, all on the same features; return those by rate.
 
-    train is a split of images, or of features in their place. After each epoch each rate logs a row: its columns in
-    `rows`, then loss, accuracy and the optimizer's rate at its start. Several processes embed a share of each batch,
-    and train the same classifiers on the whole of it. A rate whose loss or weights are not finite logs no more and is
-    left out of the result. InputError if no rate is left.
+    After each epoch each rate logs a row: its columns in `rows`, loss, accuracy and the optimizer's rate at its start.
+    Several processes embed a share of each batch, and train the same classifiers. A rate whose loss or weights are not
+    finite is left out from there on; InputError if none is left.
     """
-    n = len(train.labels)
-    classifiers, groups, diverged = {}, [], set()
+    n, device = len(train.labels), train.labels.device
+    classifiers, groups = {}, []
     for rate in rows:
         torch.manual_seed(seed)  # the same start for each rate
-        classifier = nn.Linear(judged.encoder.num_features, len(judged.images.classes))
-        classifiers[rate] = classifier.to(train.labels.device)
-        groups.append({"params": classifier.parameters(), "lr": rate * batch_size / 256})
+        classifiers[rate] = nn.Linear(judged.encoder.num_features, len(judged.images.classes)).to(device)
+        groups.append({"params": classifiers[rate].parameters(), "lr": rate * batch_size / 256})
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=weight_decay)
     steps_per_epoch = math.ceil(n / batch_size)
     steps = steps_per_epoch * epochs
@@ -122,8 +123,8 @@ def fit(
     batches = feature_batches(judged, train, epochs, batch_size, seed)
     with tqdm(total=steps, unit="step", disable=not judged.accelerator.is_main_process) as bar:
         for epoch in range(1, epochs + 1):
-            total_loss, correct = torch.zeros(2, len(rows), device=train.labels.device)
-            rates_now = schedule.get_last_lr()
+            total_loss, correct = torch.zeros(2, len(classifiers), device=device)
+            rates_now = dict(zip(rows, schedule.get_last_lr()))
             for features, labels in islice(batches, steps_per_epoch):
                 logits = [classifier(features) for classifier in classifiers.values()]
                 losses = torch.stack([cross_entropy(x, labels) for x in logits])
@@ -137,43 +138,40 @@ def fit(
                 bar.update()
             mean_loss = (total_loss / n).tolist()
             train_top1 = (100 * correct / n).tolist()
-            for i, (rate, row) in enumerate(rows.items()):
-                if rate in diverged:
+            for rate, loss, top1 in zip([*classifiers], mean_loss, train_top1):
+                if not math.isfinite(loss) or not classifiers[rate].weight.isfinite().all():
+                    del classifiers[rate]
+                    fault = f"--lr {rate}: the loss is not finite after epoch {epoch}"
+                    if not classifiers:
+                        raise InputError(f"{fault}; take a smaller one")
+                    processes.say(f"{fault}; the sweep goes on without it")
                     continue
-                weights = classifiers[rate].weight
-                if not math.isfinite(mean_loss[i]) or not weights.isfinite().all():
-                    diverged.add(rate)
-                    judging.note_divergence(rate, epoch, len(rows), all_diverged=len(diverged) == len(rows))
-                    continue
-                numbers = {"loss": mean_loss[i], "train_top1": round(train_top1[i], 4), "rate": rates_now[i]}
-                emit({**row, "epoch": epoch, **numbers}, judged.log)
-    return {rate: classifier for rate, classifier in classifiers.items() if rate not in diverged}
+                numbers = {"loss": loss, "train_top1": round(top1, 4), "rate": rates_now[rate]}
+                emit({**rows[rate], "epoch": epoch, **numbers}, judged.log)
+    return classifiers
 
 
 def feature_batches(
-    judged: Judged, train: Split, epochs: int, batch_size: int, seed: int
+    judged: Judged, train: Split | Features, epochs: int, batch_size: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield features (b, d) and labels (b,) of all epochs: of random crops and flips, or features as they are."""
     n = len(train.labels)
-    are_features = isinstance(train.images, Tensor) and train.images.ndim == 2
-    if are_features:
+    if isinstance(train, Features):
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
             order = torch.randperm(n, generator=generator).to(train.labels.device)
             for chosen in order.split(batch_size):
-                yield train.images[chosen], train.labels[chosen]
+                yield train.x[chosen], train.labels[chosen]
         return
     view, accelerator = judged.view, judged.accelerator
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    epoch_numbers = range(1, epochs + 1)
-    crops = data.batches(train, batch_size, view["size"], seed, epoch_numbers, views=1, drop_last=False, **share)
+    crops = data.batches(train, batch_size, view["size"], seed, range(1, epochs + 1), views=1, drop_last=False, **share)
     lengths = [min(batch_size, n - start) for start in range(0, n, batch_size)]
     for (x, labels, _), length in zip(crops, cycle(lengths)):
         with torch.no_grad():
             views = normalise(x[0], view["mean"], view["std"])
             features = judged.encoder(views).float()
-        features = accelerator.gather(features)
-        labels = accelerator.gather(labels)
+        features, labels = accelerator.gather((features, labels))
         yield features[:length], labels[:length]  # shares are equal in length: rows past the end repeat
 
 

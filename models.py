@@ -1,6 +1,6 @@
 """Everything that has parameters: encoders, heads, and the methods as networks.
 
-network = BYOL("resnet18", "cifar", norm="bn", hidden_dim=4096, out_dim=256)
+network = BYOL("resnet18", "cifar", norm="bn", hidden_dim=4096, out_dim=256)  # METHODS lists the others
 z, p, t = network(v1, v2)  # projections, predictions and the target's projections of both views
 loss = network.loss(z, p, t)
 network.update_target(tau)
@@ -8,9 +8,8 @@ features = embed(network.encoder, [v1])
 """
 
 import copy
-from collections import OrderedDict
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +30,8 @@ def build_encoder(name: str, stem: str, norm: str = "bn") -> nn.Module:
     """Build timm's ResNet `name`, or AlexNet, without classifier: (b, 3, h, w) to (b, d), d = `.num_features`.
 
     stem "imagenet" is the ResNet as it is; "cifar" has a 3x3 convolution of stride 1 and padding 1 and no max-pooling,
-    Appendix B.1; "stride2" is the same with stride 2, a quarter of the work. With norm "none" there is no BatchNorm,
-    Table 4. InputError for a name that is neither a ResNet of timm nor alexnet.
+    Appendix B.1; "stride2" is the same with stride 2. norm "none" is without BatchNorm, Table 4. InputError for a name
+    that is neither a ResNet of timm nor alexnet.
     """
     if name == "alexnet":
         encoder = encoders.AlexNet()
@@ -77,24 +76,19 @@ def with_norm(network: nn.Module, norm: str) -> nn.Module:
 # ---- Heads and methods -----------------------------------------------------------------------------------------------
 def mlp(in_dim: int, hidden_dim: int, out_dim: int, norm: str = "bn", ends_in_norm: bool = False) -> nn.Sequential:
     """Build a projector or predictor, (b, in_dim) to (b, out_dim), Section 3.6; the last layer has no bias."""
-    layers = OrderedDict(
-        hidden=nn.Linear(in_dim, hidden_dim),
-        norm=nn.BatchNorm1d(hidden_dim),
-        relu=nn.ReLU(inplace=True),
-        out=nn.Linear(hidden_dim, out_dim, bias=False),
-    )
+    head = nn.Sequential()
+    head.hidden = nn.Linear(in_dim, hidden_dim)
+    head.norm = nn.BatchNorm1d(hidden_dim)
+    head.relu = nn.ReLU(inplace=True)
+    head.out = nn.Linear(hidden_dim, out_dim, bias=False)
     if ends_in_norm:
-        layers["end"] = nn.BatchNorm1d(out_dim, affine=False)
-    return with_norm(nn.Sequential(layers), norm)
+        head.end = nn.BatchNorm1d(out_dim, affine=False)
+    return with_norm(head, norm)
 
 
 class Method(nn.Module):
     """Encoder f and projector g, which both views pass; a subclass says what else there is, and what is minimised."""
 
-    title = ""  # its name in tables
-    formula = ""  # of the loss, with settings in braces
-    flags = ()  # of pretrain.py that have an effect on it, but not on every method
-    numbers: ClassVar = {}  # in place of the recipe's
     has_predictor = False  # q, on top of g
     has_target = False  # moving averages of f and g, Section 3.3
     has_bottleneck = False  # the predictor's hidden layer has out_dim / 4 neurons, and BatchNorm ends the projector
@@ -107,8 +101,9 @@ class Method(nn.Module):
         if self.has_predictor and predictor == "mlp":
             self.predictor = mlp(out_dim, self.predictor_width(hidden_dim, out_dim), out_dim, norm)
         if self.has_target:
-            copies = OrderedDict(encoder=copy.deepcopy(self.encoder), projector=copy.deepcopy(self.projector))
-            self.target = nn.Sequential(copies)
+            self.target = nn.Sequential()
+            self.target.encoder = copy.deepcopy(self.encoder)
+            self.target.projector = copy.deepcopy(self.projector)
             self.target.requires_grad_(False)
 
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[Pair, Pair, Pair]:
@@ -135,41 +130,30 @@ class Method(nn.Module):
     def update_target(self, tau: float) -> None:
         """target <- tau target + (1 - tau) online, for parameters of encoder and projector; buffers stay its own."""
         online = [*self.encoder.parameters(), *self.projector.parameters()]
-        target = list(self.target.parameters())
-        torch._foreach_lerp_(target, online, 1 - tau)
+        torch._foreach_lerp_(list(self.target.parameters()), online, 1 - tau)
 
 
 class BYOL(Method):
     """Predict the target's projection of the other view, Section 3.3; Grill et al. (2020)."""
 
-    title = "BYOL"
-    formula = "byol = E |p1 - t2|^2 + E |p2 - t1|^2 of unit rows, 0 ... 8 (Eq. 3 in both directions)"
-    flags = ("predictor", "tau", "tau_end")
     has_predictor = has_target = True
 
     def loss(self, z, p, t, temperature=None):
         return alignment(p[0], t[1]) + alignment(p[1], t[0])
 
 
-class SimSiam(BYOL):
+class SimSiam(Method):
     """Predict the projection of the other view, without a target; Chen & He (2021)."""
 
-    title = "SimSiam"
-    formula = "simsiam = -E cos(p1, z2) / 2 - E cos(p2, z1) / 2, no gradient to z, -1 ... 1 (Chen & He, Eq. 2)"
-    flags = ("predictor",)
-    has_target = False
-    has_bottleneck = True
+    has_predictor = has_bottleneck = True
 
     def loss(self, z, p, t, temperature=None):
-        return super().loss(z, p, t) / 4 - 1  # |p - t|^2 = 2 - 2 cos(p, t)
+        p1, p2, z1, z2 = map(unit, (*p, *t))  # zero rows stay zero: their cosine is 0
+        return -((p1 * z2).sum(1) + (p2 * z1).sum(1)).mean() / 2
 
 
 class SimCLR(Method):
     """Tell the other view of an image from all other views of the batch; Chen et al. (2020)."""
-
-    title = "SimCLR"
-    formula = "simclr = E -log softmax(z_i . z_j / {temperature:g}) of unit rows (Eq. 1)"
-    flags = ("temperature",)
 
     def loss(self, z, p, t, temperature=0.5):
         return info_nce(*z, temperature)
@@ -178,17 +162,13 @@ class SimCLR(Method):
 class MoCo(Method):
     """Tell the target's projection of the other view from those of earlier batches, a queue; Chen et al. (2020), v2."""
 
-    title = "MoCo"
-    formula = "moco = E -log softmax(z_i . t_j / {temperature:g}) of unit rows, j: the other view, {queue} earlier ones"
-    flags = ("temperature", "tau", "tau_end", "queue")
-    numbers: ClassVar = {"temperature": 0.2}
     has_target = True
 
     def __init__(self, name, stem, norm, hidden_dim: int, out_dim: int, predictor="mlp", queue=4096):
         super().__init__(name, stem, norm, hidden_dim, out_dim)
         self.register_buffer("queue", unit(torch.randn(queue, out_dim)))
         self.register_buffer("oldest", torch.tensor(0))  # the row of the queue that is replaced next
-        self.keys = []  # t of all micro-batches of this step, for update_target
+        self.keys = []  # t of all micro-batches of this step: `loss` adds to them, `update_target` takes them
 
     def loss(self, z, p, t, temperature=0.2):
         self.keys += t
@@ -213,29 +193,53 @@ class MoCo(Method):
         self.keys.clear()
 
 
+OFF_DIAGONAL = 0.0051  # weighs the second sum of Barlow Twins
+
+
 class BarlowTwins(Method):
     """Make each feature correlate between the views, and different features not; Zbontar et al. (2021)."""
 
-    title = "Barlow Twins"
-    off_diagonal = 0.0051  # weighs the second sum
-    formula = f"barlow = sum (1 - C_ii)^2 + {off_diagonal} sum C_ij^2, i != j, C: correlations (Zbontar et al., Eq. 1)"
-    numbers: ClassVar = {"out_dim": 2048}
-
     def loss(self, z, p, t, temperature=None):
-        x, y = (unit((view - view.mean(0)).T) for view in z)  # a row is a feature, over the batch
+        x, y = map(standardised, z)
         squares = (x @ y.T - torch.eye(len(x), device=x.device)).square()
         on_diagonal = squares.diagonal().sum()
-        return on_diagonal + self.off_diagonal * (squares.sum() - on_diagonal)
+        return on_diagonal + OFF_DIAGONAL * (squares.sum() - on_diagonal)
 
 
-METHODS = {"byol": BYOL, "simclr": SimCLR, "simsiam": SimSiam, "moco": MoCo, "barlow": BarlowTwins}
+def standardised(view: Tensor) -> Tensor:
+    """Features of a view (b, out_dim) as rows of mean 0 and length 1; 0 for one that varies by its rounding alone."""
+    centred = view - view.mean(0)
+    rounding = 8 * torch.finfo(view.dtype).eps * view.abs().amax(0)
+    varies = centred.abs().amax(0) > rounding
+    return unit((centred * varies).T)
+
+
+class Facts(NamedTuple):
+    """What there is to know of a method: its network, its name in tables, and what its command line says and takes."""
+
+    network: type[Method]
+    title: str
+    flags: tuple[str, ...]  # of pretrain.py that have an effect on it, but not on every method
+    numbers: dict[str, float]  # in place of the recipe's
+    formula: str  # of the loss, with settings in braces
+
+
+METHODS = {
+    "byol": Facts(BYOL, "BYOL", ("predictor", "tau", "tau_end"), {},
+        "byol = E |p1 - t2|^2 + E |p2 - t1|^2 of unit rows, 0 ... 8 (Eq. 3 in both directions)"),
+    "simclr": Facts(SimCLR, "SimCLR", ("temperature",), {},
+        "simclr = E -log softmax(z_i . z_j / {temperature:g}) of unit rows (Eq. 1)"),
+    "simsiam": Facts(SimSiam, "SimSiam", ("predictor",), {},
+        "simsiam = -E cos(p1, z2) / 2 - E cos(p2, z1) / 2, no gradient to z, -1 ... 1 (Chen & He, Eq. 2)"),
+    "moco": Facts(MoCo, "MoCo", ("temperature", "tau", "tau_end", "queue"), {"temperature": 0.2},
+        "moco = E -log softmax(z_i . t_j / {temperature:g}) of unit rows, j: the other view, {queue} earlier ones"),
+    "barlow": Facts(BarlowTwins, "Barlow Twins", (), {"out_dim": 2048},
+        f"barlow = sum (1 - C_ii)^2 + {OFF_DIAGONAL} sum C_ij^2, i != j, C: correlations (Zbontar et al., Eq. 1)"),
+}  # fmt: skip
 
 
 def neurons(network: Method, parts: Iterable[str]) -> Layers:
-    """Return {layer: weight} of the layers in `parts`, see `regularizers.layers_of`; each row of a weight is a neuron.
-
-    parts: encoder, projector, predictor, or layers of these: predictor.out. InputError for a grouped convolution.
-    """
+    """Return `layers_of` parts: encoder, projector, predictor, or a layer, predictor.out. InputError if grouped."""
     weights = {}
     for part in parts:
         head, _, inner = part.partition(".")

@@ -86,7 +86,7 @@ def pretrain(
     prefix: Annotated[str, "of such a file: what stands before the encoder's names, if it holds several"] | None = None,
     norm: Annotated[Literal["bn", "none"], "BatchNorm, or networks without it"] = "bn",
     reg: Annotated[Literal["none", "mhe", "amhe", "uniform"], "energy by chord or angle, or uniformity"] = "none",
-    s: Annotated[float, ">= 0", "power of the energy; 0 is logarithmic"] = 2.0,
+    s: Annotated[float, ">= 0", "<= 10", "power of the energy; 0 is logarithmic"] = 2.0,
     weight: Annotated[float, ">= 0", "lambda of the regularizer"] | None = None,
     reg_on: Annotated[tuple[Literal[*PARTS], ...], "of mhe and amhe; None = the heads, but no neurons below 3-d"]
     | None = None,
@@ -172,7 +172,7 @@ class Training:
 
 def build(cfg: Settings, images: data.Dataset, accelerator: Accelerator) -> Training:
     """Build a network, with fresh weights or an encoder of --init, and its optimizer; LARS is that of Appendix B.2."""
-    network = models.METHODS[cfg.method](
+    network = models.METHODS[cfg.method].network(
         cfg.model, cfg.stem, cfg.norm, cfg.hidden_dim, cfg.out_dim, cfg.predictor, cfg.queue
     )
     initial = initial_encoder(cfg)  # None without --init, or if its file is gone: a run that goes on has its weights

@@ -1,4 +1,4 @@
-"""Every scalar of the paper as a plain function of tensors.
+"""Every scalar of the paper, Durrant & Leontidis (2022), as a plain function of tensors; torch is all it needs.
 
     alignment(x, y)     Eq. A.1; with alpha = 2 it is BYOL's loss, Eq. 3
     uniformity(x)       Eq. 2
@@ -10,7 +10,6 @@
 Each function projects its rows to the unit sphere, and computes in fp32 (float64 stays float64) even under autocast. A
 zero row, of length 1e-12 or less, stays at the centre: at distance 1 and angle pi/2 from other rows, at 0 from other
 zero rows, with gradient 0. Energies have their gradient by backward alone: torch.func and second derivatives raise.
-Equations: Durrant & Leontidis (2022). To copy this file, torch is all you need.
 """
 
 import itertools
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import is_parametrized
 
 Layers = dict[str, Tensor]  # the weight of each layer, by the layer's name
 ZERO = 1e-12  # a row of at most this length has no direction; torch.nn.functional.normalize uses the same bound
@@ -38,11 +38,11 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2) -> Tensor:
 def uniformity(x: Tensor, t: float = 2) -> Tensor:
     """Log of the mean Gaussian potential over pairs, Eq. 2: log E exp(-t ||x_i - x_j||^2) over i != j, within [-4t, 0].
 
-    x: (n, d), n >= 2. ValueError for another shape or t <= 0. The expectation of Eq. 2 includes i = j; the estimator of
-    its authors leaves these pairs out, and so does this function.
+    x: (n, d), n >= 2. The expectation of Eq. 2 includes i = j; the estimator of its authors leaves these pairs out, and
+    so does this function. ValueError for another shape, or unless 0 < t <= 10: t multiplies the rounding of cosines.
     """
-    if x.ndim != 2 or len(x) < 2 or not 0 < t < math.inf:
-        raise ValueError(f"uniformity takes (n, d) with n >= 2 and t > 0, not {tuple(x.shape)}, {t}")
+    if x.ndim != 2 or len(x) < 2 or not 0 < t <= 10:
+        raise ValueError(f"uniformity takes (n, d) with n >= 2, and 0 < t <= 10, not {tuple(x.shape)}, {t}")
     with torch.autocast(x.device.type, enabled=False):
         x = unit(x)
         half = x.detach().any(1) / 2  # of the squared length, which is 1 or 0
@@ -55,7 +55,7 @@ def uniformity(x: Tensor, t: float = 2) -> Tensor:
 def info_nce(x: Tensor, y: Tensor, temperature: float = 0.5) -> Tensor:
     """SimCLR's loss, Eq. 1: mean over the 2n rows of both tensors of -log softmax(cosines / temperature) at its pair.
 
-    x, y: (n, d), row i of both from the same image. The other 2n - 2 rows are negatives; the paper's M = 2B - 1 counts
+    x, y: (n, d), row i of both from the same image; 2n - 2 rows are negatives; the paper's M = 2B - 1 counts
     the positive. ValueError unless the shapes agree and temperature > 0.
     """
     _check_pairs(x, y, "temperature", temperature)
@@ -69,15 +69,14 @@ def info_nce(x: Tensor, y: Tensor, temperature: float = 0.5) -> Tensor:
 def _check_pairs(x, y, name, number):
     """Raise ValueError unless x and y are (n, d) both, and the number called `name` is above 0."""
     if x.shape != y.shape or x.ndim != 2 or not 0 < number < math.inf:
-        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
-        raise ValueError(f"takes two (n, d) tensors and {name} > 0, not {shapes} and {number}")
+        raise ValueError(f"takes two (n, d) tensors and {name} > 0, not {[*x.shape]}, {[*y.shape]} and {number}")
 
 
 def mhe(weight: Tensor, s: float = 2) -> Tensor:
     """Hyperspherical energy of a layer, Eq. 5 / (N (N - 1)): mean over i != j of ||w_i - w_j||^-s for unit rows w.
 
-    weight: (N, ...), one neuron a row of weight.flatten(1); N = 1 has no pair and the energy 0. s >= 0; s = 0 is the
-    mean of log(1 / ||w_i - w_j||). Distances below 1e-4 count as 1e-4. ValueError for a weight below 2-d or s < 0.
+    weight: (N, ...), a row a neuron, which alone has energy 0. At s = 0 it is the mean of log(1 / ||w_i - w_j||).
+    Distances below 1e-4 count as 1e-4, too close for fp32 at s > 8. ValueError for less than 2-d, or s not in 0 ... 10.
     """
     return _energies([weight], s, angular=False)[0]
 
@@ -91,7 +90,7 @@ def energy_of(network: nn.Module | Layers, s: float = 2, angular: bool = True, h
     """Energy of each layer, {layer: scalar}: `amhe`, or `mhe` if not angular. A network may be {layer: weight}, too.
 
     half_space: for each neuron w, -w is a neuron, too, so that opposite ones repel as equal ones do, as in wy1iu/MHE.
-    `layers_of` says which layers a network has. ValueError if it has none, for a weight below 2-d, or for s < 0.
+    ValueError for a network without layers, see `layers_of`, and as from `mhe`.
     """
     layers = network if isinstance(network, dict) else layers_of(network)
     if not layers:
@@ -105,29 +104,39 @@ def energy_of(network: nn.Module | Layers, s: float = 2, angular: bool = True, h
 def layers_of(network: nn.Module) -> Layers:
     """Weights (N, ...) of the linear layers and convolutions of a network, {layer: weight}; a row is a neuron.
 
-    A weight that layers share counts once. Left out are norms, biases, embeddings, the input of nn.MultiheadAttention,
-    and grouped convolutions: rows of different groups see different inputs, so no angle lies between them.
+    A weight that layers share counts once, parametrized or not. Left out are norms, biases, embeddings, the input of
+    nn.MultiheadAttention, and grouped convolutions, whose rows see different inputs, so that they have no angle.
     """
     network = getattr(network, "_orig_mod", network)  # of torch.compile
     if isinstance(network, nn.parallel.DistributedDataParallel):
         network = network.module
-    weights, seen = {}, set()
+    found = {}
     for name, module in network.named_modules():
         is_grouped = getattr(module, "groups", 1) > 1
-        if is_grouped or not isinstance(module, (nn.Linear, _ConvNd)) or id(module.weight) in seen:
-            continue
-        seen.add(id(module.weight))
-        is_transposed = isinstance(module, _ConvTransposeNd)  # its weight is (in, N, ...)
-        layer = name.replace("_orig_mod.", "")
-        weights[layer] = module.weight.transpose(0, 1) if is_transposed else module.weight
-    return weights
+        if isinstance(module, (nn.Linear, _ConvNd)) and not is_grouped:
+            weight, sources = _weight_of(module)
+            if isinstance(module, _ConvTransposeNd):  # its weight is (in, N, ...)
+                weight = weight.transpose(0, 1)
+            layer = name.replace("_orig_mod.", "")
+            found.setdefault(sources, (layer, weight))
+    return dict(found.values())
+
+
+def _weight_of(module):
+    """The weight of a layer, and the tensors that it is made of: a parametrized one is new at each access."""
+    if not is_parametrized(module, "weight"):
+        return module.weight, (module.weight,)
+    maker = module.parametrizations.weight
+    was_training = maker.training
+    weight = maker.eval()()  # in training mode spectral_norm would take a step of its iteration
+    maker.train(was_training)
+    return weight, (*maker.parameters(recurse=False), *maker.buffers(recurse=False))
 
 
 def energy_by_definition(weight: Tensor, s: float, angular: bool) -> Tensor:
-    """Eq. 5 and Eq. A.3 as they are printed, / (N (N - 1)): the reference that tests compare with.
+    """Eq. 5, or Eq. A.3 if angular, as printed, / (N (N - 1)): the reference of tests. N >= 2, at most one zero row.
 
-    Arguments as for `mhe`, but N >= 2, at most one zero row; angular chooses Eq. A.3. It keeps several N x N matrices
-    for autograd, and in fp32 close pairs lose their digits: the result is 2 % off at an angle of 1e-3.
+    It keeps several N x N matrices for autograd, and in fp32 it is 2 % off at an angle of 1e-3.
     """
     w = unit(weight.flatten(1))
     is_pair = ~torch.eye(len(w), dtype=bool, device=w.device)
@@ -157,11 +166,9 @@ def _inverse_norm(x: Tensor) -> Tensor:
 
 
 # ---- The same energies, fast and exact -------------------------------------------------------------------------------
-#
-# The gradient has a closed form: with cosines c_ij = w_i . w_j, dE/dw_i = 2 / (N (N - 1)) sum_j f'(c_ij) w_j. So one
-# sweep over blocks of the symmetric Gram matrix yields energy and gradient together, and keeps no block. In fp32 a
-# cosine near 1 or -1 has lost the digits of its angle: a layer with such a pair is computed again in float64.
-
+# The gradient has a closed form: with cosines c_ij, dE/dw_i = 2 / (N (N - 1)) sum_j f'(c_ij) w_j. So one sweep over
+# blocks of the symmetric Gram matrix yields energy and gradient together, and keeps no block. In fp32 a cosine near 1
+# or -1 has lost the digits of its angle: a layer with such a pair is computed again in float64.
 SMALLEST = 1e-4  # smaller distances count as this, so that the energy is finite; close neurons are still pushed apart
 NEAR = 0.99  # layers with a |cosine| beyond this are computed in float64
 CPU_BLOCK = 512  # rows in a block: 1 MB of cosines, to fit a cache
@@ -169,8 +176,8 @@ GPU_BLOCK = 2048  # for few launches
 
 
 def _energies(weights, s, angular):
-    if not 0 <= s < math.inf:
-        raise ValueError(f"an energy takes s >= 0, not {s}")
+    if not 0 <= s <= 10:
+        raise ValueError(f"an energy takes s from 0 to 10, not {s}: z^-s of close rows would leave the range of fp32")
     for weight in weights:
         if weight.ndim < 2:
             raise ValueError(f"an energy takes a weight (N, ...) of 2 dimensions or more, not {tuple(weight.shape)}")
@@ -205,10 +212,7 @@ class _Energies(torch.autograd.Function):
 
 
 def _sweep(weight, s, angular, want_grad, exact=False):
-    """Mean energy of a weight, its gradient, and whether fp32 is too coarse for them; exact wants float64.
-
-    fp32 is too coarse if a cosine lies beyond NEAR, if a row is zero, or if the square of its length has overflowed.
-    """
+    """Mean energy of a weight, its gradient, and whether fp32 is too coarse for them; exact wants float64."""
     x = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
     inverse_norm = _inverse_norm(x)
     w = x * inverse_norm
@@ -238,16 +242,15 @@ def _sweep(weight, s, angular, want_grad, exact=False):
         value, slope = _potential(cosine, s, angular, want_grad)
         if i == j:
             value.fill_diagonal_(0)
-        times = 1 if i == j else 2  # a block off the diagonal has a mirror image
-        energy.add_(value.sum(), alpha=times)
+        energy.add_(value.sum(), alpha=1 if i == j else 2)  # a block off the diagonal has a mirror image
         if not want_grad:
             continue
         if i == j:
             slope.fill_diagonal_(0)
-        grad[i].addmm_(slope, w[j])
-        if i != j:
+        else:
             grad[j].addmm_(slope.T, w[i])
-    is_coarse = is_zero.any() | (peaks.abs() > NEAR).any()
+        grad[i].addmm_(slope, w[j])
+    is_coarse = is_zero.any() | (peaks.abs() > NEAR).any()  # rows whose squared length overflows count as zero
     pairs = max(1, len(w) * (len(w) - 1))  # a single neuron has no pair and the energy 0
     if want_grad:
         along_row = (grad * w).sum(1, keepdim=True)

@@ -187,4 +187,4 @@ def build_described(holds: str, settings: dict) -> nn.Module:
     if holds == "encoder":
         return models.build_encoder(*architecture)
     heads = (settings["hidden_dim"], settings["out_dim"], settings["predictor"], settings["queue"])
-    return models.METHODS[settings["method"]](*architecture, *heads)
+    return models.METHODS[settings["method"]].network(*architecture, *heads)

@@ -1,4 +1,4 @@
-"""What is measured while a network trains, beside its loss: representations, gradients, and numbers that went wrong."""
+"""What is measured while a network trains, beside its loss: representations, floors, and numbers that went wrong."""
 
 import math
 from collections.abc import Iterable
@@ -17,14 +17,16 @@ from regularizers import alignment, mhe, uniformity
 
 PROBED_IMAGES = 256
 PAIRS_AT_ONCE = 64  # images whose two views are made together
-COLLAPSED = 0.1  # below this part of a full sphere's spread, projections are nearly one point
-COLLAPSED_EPOCHS = 3  # in a row, before it is a warning
 FLOORS_UP_TO = 10_000  # images in the largest bank for which the floors of a k-NN are judged unasked
 FLOORS_MEMORY = 2**31  # bytes of pixels, likewise
 LOW_RANK = 2  # features of a lower effective rank differ in little more than one direction
-DEAD_WARNING = "dead network: all images get the same output, for good; start another run with a smaller --lr"
-DEAD = 1e-4  # below this part, all projections are one point: the network is dead
+DEAD = 1e-4  # below this part of a full sphere's spread, all projections are one point: the network is dead
 DEAD_G2 = 1 - 1e-5  # above this G2, all features are one point
+DEAD_NETWORK = (
+    "dead network: its outputs are the same for all images, and no step will revive it; start another run with a "
+    "smaller --lr, or with --norm bn"
+)
+ADVICE = "try a smaller --lr, --optimizer sgd or --reg uniform"  # as docs/results.md found it
 
 
 def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[str, float]:
@@ -127,17 +129,13 @@ def floors_are_cheap(bank: data.Split, queries: data.Split, size: int) -> bool:
     return len(bank.labels) <= FLOORS_UP_TO and bytes_of_pixels <= FLOORS_MEMORY
 
 
-def poor_features(rows: list[dict]) -> str:
-    """Say what is wrong with features below a floor, or along a line, by the rows of a run's log; nothing otherwise."""
-    latest = {row["of"]: row for row in rows if "of" in row}
-    rank, top1 = latest["representations"]["rank"], latest["online"]["top1"]
+def poor_features(top1: float, floors: dict[str, float], rank: float) -> str:
+    """Say what is wrong with features that lie along a line, or that a vote judges below a floor, and what to try."""
     if rank < LOW_RANK:
-        return f"collapse? The effective rank of the features is {rank:.2f}: they differ in one direction alone"
-    floors = {of: latest[of]["top1"] for of in ("untrained", "init", "pixels") if of in latest}
+        return f"collapse? the features differ in one direction alone, their effective rank is {rank:.2f}; {ADVICE}"
     higher = [f"{of} {floor:g}" for of, floor in floors.items() if top1 < floor]
     if higher:
-        below = f"the k-NN accuracy, {top1:g} %, lies below its floors: {', '.join(higher)}"
-        return f"{below}; try a smaller --lr, or --reg uniform"
+        return f"the k-NN accuracy, {top1:g} %, lies below its floors: {', '.join(higher)}; {ADVICE}"
     return ""
 
 
@@ -155,15 +153,11 @@ def refuse_faults(numbers: dict[str, Tensor], network: nn.Module, folder: Path, 
     weights_finite = torch.stack([x.isfinite().all() for x in network.state_dict().values()]).all()
     numbers = {**numbers, "weights": torch.where(weights_finite, 0.0, math.nan)}
     mine = torch.stack(list(numbers.values()))
-    rows = accelerator.gather(mine[None]).tolist()  # one for each process
-    for row in rows:
-        faults = {name: x for name, x in zip(numbers, row) if not math.isfinite(x)}
+    for row in accelerator.gather(mine[None]).tolist():  # one for each process
+        found = dict(zip(numbers, row))
+        faults = [f"{name} {x}" for name, x in found.items() if not math.isfinite(x)]
         if faults:
-            break
-    else:
-        return
-    step = int(dict(zip(numbers, row)).get("step", -1)) + 1
-    listed = ", ".join(f"{name} {x}" for name, x in faults.items())
-    ckpt = folder / CKPT
-    kept = f"{ckpt} is unchanged" if ckpt.exists() else "no checkpoint is written"
-    raise InputError(f"step {step}: not finite: {listed}; {kept}; a smaller --lr or --weight may help")
+            step = int(found.get("step", -1)) + 1
+            ckpt = folder / CKPT
+            kept = f"{ckpt} is unchanged" if ckpt.exists() else "no checkpoint is written"
+            raise InputError(f"step {step}: not finite: {', '.join(faults)}; {kept}; try a smaller --lr or --weight")

@@ -172,7 +172,7 @@ class Run:
         numbers = {prefix + name: x for name, x in row.items() if isinstance(x, float)}
         self.accelerator.log(numbers, step=self.step)
         if row.get("dead"):
-            self.warn("dead", measure.DEAD_WARNING)
+            self.warn("dead", measure.DEAD_NETWORK)
 
     def log_scores(self, of: str, scores_by_k: dict[int, dict[str, float]]) -> None:
         """Log the accuracy of a k-NN vote, for each k."""
@@ -196,8 +196,9 @@ class Run:
     def end_epoch(self) -> None:
         """Save the state between two epochs if that is due, and stop if a signal came; warn of poor features."""
         if self.log_file and self.judges_now() and 3 * self.step >= self.steps:  # before, they may be poor
-            rows = [row for row in read_rows(self.folder) if row["stage"] == "pretrain"]
-            fault = measure.poor_features(rows)
+            latest = {row["of"]: row for row in read_rows(self.folder) if row["stage"] == "pretrain" and "of" in row}
+            floors = {of: latest[of]["top1"] for of in ("untrained", "init", "pixels") if of in latest}
+            fault = measure.poor_features(latest["online"]["top1"], floors, latest["representations"]["rank"])
             if fault:
                 self.warn("features", fault)
         self.sums = {}

@@ -238,7 +238,7 @@ def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
 
 def parts_of(flags: dict) -> list[str]:
     """Return the networks of a method that are trained by gradients."""
-    has_predictor = models.METHODS[flags["method"]].has_predictor and flags["predictor"] == "mlp"
+    has_predictor = models.METHODS[flags["method"]].network.has_predictor and flags["predictor"] == "mlp"
     return ["encoder", "projector", "predictor"] if has_predictor else ["encoder", "projector"]
 
 
@@ -249,7 +249,7 @@ def narrow_layers(values: dict) -> list[str]:
     would outweigh the loss by far, and its gradient comes from the few pairs that happen to be closest.
     """
     hidden_dim, out_dim = values["hidden_dim"], values["out_dim"]
-    predictor_width = models.METHODS[values["method"]].predictor_width(hidden_dim, out_dim)
+    predictor_width = models.METHODS[values["method"]].network.predictor_width(hidden_dim, out_dim)
     dimensions = {"projector.out": hidden_dim, "predictor.hidden": out_dim, "predictor.out": predictor_width}
     heads = parts_of(values)
     return [layer for layer, width in dimensions.items() if width < NARROW and layer.partition(".")[0] in heads]

@@ -24,18 +24,18 @@ def in_parts(batches: Iterable[Tensor]) -> Iterator[Iterator[Tensor]]:
 def nearest(queries: Tensor, bank: Iterable[Tensor], n: int, k: int) -> tuple[Tensor, Tensor]:
     """Cosines (m, k) of each query (m, d) with the k nearest of n rows of a bank, in falling order, and their numbers.
 
-    This is normalize(queries) @ normalize(bank).T and its topk, k clipped to n, but `bank` yields parts (n_i, d), one
-    after the other, and is never whole. All processes pass the same queries, and each its own parts; rows are numbered
-    through the parts of all, one process after the other, and all processes get the same result. Of equal cosines any
-    may come first; which one also depends on the parts. ValueError unless all parts together have n rows.
+    This is unit(queries) @ unit(bank).T and its topk, k clipped to n, but `bank` yields parts (n_i, d), one after the
+    other, and is never whole. All processes pass the same queries, and each its own parts; rows are numbered through
+    the parts of all, one process after the other, and all get the same result. Of equal cosines any may come first;
+    which one also depends on the parts. ValueError unless all parts together have n rows.
     """
-    queries = normalize(queries)
+    queries = unit(queries)
     cosines = queries.new_empty(len(queries), 0)
     rows = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     buffer = queries.new_empty(0)  # one for all tiles: new memory costs a fifth
     rows_seen = 0
     for part in bank:
-        for vectors in map(normalize, part.split(BANK_IN_TILE)):
+        for vectors in map(unit, part.split(BANK_IN_TILE)):
             if buffer.numel() < QUERIES_IN_TILE * len(vectors):
                 buffer = queries.new_empty(QUERIES_IN_TILE * len(vectors))
             best_of_tiles = []
@@ -56,8 +56,13 @@ def nearest(queries: Tensor, bank: Iterable[Tensor], n: int, k: int) -> tuple[Te
     return cosines, rows
 
 
+def unit(x: Tensor) -> Tensor:
+    """Rows of x (n, d) of any length, projected to the unit sphere; a zero row stays zero."""
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
+    return normalize(x / (largest.clamp_min(1e15) / 1e15))  # by 1, unless squares would overflow
+
+
 def _best(cosines: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k highest of cosines (m, candidates), in falling order, and their rows."""
     best, order = cosines.topk(min(k, cosines.shape[1]))
     return best, rows.gather(1, order)
 

@@ -264,7 +264,7 @@ def test_a_folder_of_a_run_is_its_checkpoint_and_encoder_its_weights(command, sh
     [
         ("", "energy.py: takes one file, or two to compare, before and after; not 0"),
         ("a a a", "energy.py: takes one file, or two to compare, before and after; not 3"),
-        ("a --s -1", "--s -1: expected a number >= 0 and <= 50"),
+        ("a --s -1", "--s -1: expected a number >= 0 and <= 10"),
         ("nowhere", "nowhere: no such file"),
         ("a nowhere", "nowhere: no such file"),
         ("embedded vectors", "vectors: no weight in it"),

@@ -189,11 +189,11 @@ def test_a_folder_of_timm_is_judged_like_ours(command, encoder, folder, tmp_path
     flags = ["hub", "--model", "test_resnet", "--dataset", folder, "--k", 5]
     code, (row, untrained, _), err = command(knn_eval, *flags)
     assert code == 0 and row["top1"] == untrained["top1"] and row["prefix"] == "", err
-    assert "its blocks are timm's" in row["assumed"][0] and "normalised by mean and std of" in row["assumed"][1]
+    assert f"the strides of --stem imagenet, and mean {tuple(row['mean'])} and std {tuple(row['std'])}" in err
     own = inputs[0]
     inputs.clear()
-    code, (given,), _ = command(knn_eval, *flags, "--nofloors", "--mean", "0.5,0.5,0.5", "--std", "0.25")
-    assert code == 0 and given["assumed"] == row["assumed"][:1] and given["mean"] == [0.5] * 3
+    code, (given,), err = command(knn_eval, *flags, "--nofloors", "--mean", "0.5,0.5,0.5", "--std", "0.25")
+    assert code == 0 and "and mean (0.5, 0.5, 0.5) and std (0.25, 0.25, 0.25)" in err and given["mean"] == [0.5] * 3
     pixels = own * torch.tensor(row["std"])[:, None, None] + torch.tensor(row["mean"])[:, None, None]
     torch.testing.assert_close(inputs[0], (pixels - 0.5) / 0.25, rtol=1e-4, atol=1e-5)
 

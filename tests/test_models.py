@@ -110,7 +110,7 @@ def test_without_norm_there_is_none(name):
 @pytest.mark.parametrize("method", list(models.METHODS))
 def test_methods_differ_in_their_parts_alone(byol, method):
     """With the weights that it shares with BYOL, a method makes the same projections, predictions and keys."""
-    network = models.METHODS[method]("resnet18", "imagenet", "bn", 16, 8, queue=4)
+    network = models.METHODS[method].network("resnet18", "imagenet", "bn", 16, 8, queue=4)
     missing, _ = network.load_state_dict(byol.state_dict(), strict=False) if method != "simsiam" else ([], [])
     assert set(missing) <= {"queue", "oldest"}
     views = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -244,7 +244,7 @@ def test_the_first_step_of_a_method_is_the_one_written_by_hand(command, folder, 
     tensors, _ = checkpoint.load(tmp_path / "run" / "ckpt.safetensors")
 
     torch.manual_seed(0)
-    network = models.METHODS[method]("test_resnet", "imagenet", "bn", 32, out_dim, queue=40)
+    network = models.METHODS[method].network("test_resnet", "imagenet", "bn", 32, out_dim, queue=40)
     before = {name: x.clone() for name, x in network.state_dict().items()}
     pictures = data.load(str(folder))
     ((crops, _, u),) = data.batches(pictures.train, 32, 48, 0, range(1))
@@ -282,7 +282,7 @@ def assert_objective(method, temperature, reg, s):
     """Compare `objective` with the sums written out here."""
     values = {"method": method, "temperature": temperature, "reg": reg, "s": s, "weight": 3.0, "accumulate": 1}
     cfg = SimpleNamespace(**values, term={"none": None, "uniform": "uniformity"}.get(reg, "energy"))
-    network = models.METHODS[method]("test_resnet", "imagenet", "bn", 8, 5, queue=9).double()
+    network = models.METHODS[method].network("test_resnet", "imagenet", "bn", 8, 5, queue=9).double()
     generator = torch.Generator().manual_seed(0)
     z, p, t = torch.randn(3, 2, 12, 5, generator=generator, dtype=torch.float64)
     layers = {name: torch.randn(7, 4, generator=generator, dtype=torch.float64) for name in ("first", "second")}
@@ -412,7 +412,7 @@ def test_neurons_of_fewer_than_3_dimensions_are_regularized_by_name_alone(flags,
     values = settings.resolve_recipe(flags, RECIPES, world=1)
     cfg = settings.Settings(**(values | {"stem": "cifar", "blur_p": (0, 0)}))
     with torch.device("meta"):
-        network = models.METHODS[cfg.method]("resnet18", "cifar", "bn", cfg.hidden_dim, cfg.out_dim)
+        network = models.METHODS[cfg.method].network("resnet18", "cifar", "bn", cfg.hidden_dim, cfg.out_dim)
     layers = models.neurons(network, cfg.reg_on)
     assert set(layers) == regularized
     said = settings.announcement(cfg, flags, layers)

@@ -42,7 +42,7 @@ PRETRAIN = {
     "--method moco --predictor none": "--predictor none: has no effect with --method moco",
     "--queue 64": "--queue 64: has no effect with --method byol",
     "--method moco --queue 0": "--queue 0: expected a whole number >= 1",
-    "--method moco --queue 2000": "--queue 2000: photos has 2000 images to train on, so an image would meet its own",
+    "--method moco --queue 2000": "--queue 2000: photos has 2000 images to train on; take fewer, the longer",
     "--method simclr --temperature 0": "--temperature 0: expected a number > 0",
     "--temperature 0.1": "--temperature 0.1: has no effect with --method byol",
     "--tau 1.1": "--tau 1.1: expected a number >= 0 and <= 1",

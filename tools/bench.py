@@ -309,8 +309,8 @@ def trainer(accelerator: Accelerator, batch_size: int, **flags) -> tuple[Trainin
 
     def call() -> None:
         crops, _, u = next(batches)
-        terms, norms = train_step(training, crops, u, 0.1, 0.99)
-        numbers.update(first_fault(numbers, terms | norms))
+        terms = train_step(training, crops, u, 0.1, 0.99)
+        numbers.update(first_fault(numbers, terms))
 
     return training, call
 
@@ -715,7 +715,7 @@ def linear(accelerator: Accelerator) -> Iterator[Contest]:
 
     def ours() -> nn.Linear:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            classifiers = linear_eval.fit(judged, train, {0.2: {}}, **hyper)
+            classifiers = linear_eval.fit(judged, linear_eval.Features(*train[:2]), {0.2: {}}, **hyper)
         return classifiers[0.2]
 
     train_rows, train_labels = as_numpy(train.images), as_numpy(train.labels)
