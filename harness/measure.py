@@ -69,7 +69,8 @@ def geometry(encoder: nn.Module, images: data.Dataset, view: dict, device: torch
     sample = probed(images.test).to(device)
     row = sphere_statistics(models.embed(encoder, data.evaluation_views(sample, **view)))
     pairs = []
-    for crops, _, u in data.batches(sample, PAIRS_AT_ONCE, view["size"], seed=0, epochs=[1], drop_last=False):
+    steps = range(math.ceil(len(sample.labels) / PAIRS_AT_ONCE))
+    for crops, _, u in data.batches(sample, view["size"], PAIRS_AT_ONCE, seed=0, steps=steps, drop_last=False):
         views = data.two_views(crops, u, view["mean"], view["std"], images.blur_p, images.solarise_p)
         pairs.append(models.embed(encoder, views).chunk(2))
     x, y = map(torch.cat, zip(*pairs))

@@ -98,14 +98,12 @@ class Run:
         self.pretraining = self.train if shares_images else images.pretraining.to(device)
         self._stream = data.batches(
             self.pretraining,
-            self.cfg.batch_size,
             images.size,
+            self.cfg.batch_size,
             self.cfg.seed,
-            range(self.whole_epochs + 1, self.cfg.epochs + 1),
-            start=self.step - self.whole_epochs * self.steps_per_epoch,
+            range(self.step, self.steps),
             micro_batches=self.cfg.accumulate,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
+            share=(self.accelerator.process_index, self.accelerator.num_processes),
         )
 
     def announce(self, lines: list[str]) -> None:
@@ -172,7 +170,7 @@ class Run:
             yield epoch
 
     def micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield crops and draws of the micro-batches that are left in the epoch; see `data.batches`."""
+        """Yield crops and u of the micro-batches that are left in the epoch; see `data.batches`."""
         steps_left = self.epoch * self.steps_per_epoch - self.step
         for crops, _, u in islice(self._stream, steps_left * self.cfg.accumulate):
             yield crops, u

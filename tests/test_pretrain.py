@@ -74,7 +74,7 @@ def test_one_step_is_the_one_written_by_hand(command, folder, tmp_path, optimize
     network = models.BYOL("resnet18", "imagenet", "bn", 32, 16)
     before = {name: x.clone() for name, x in network.state_dict().items()}
     pictures = data.load(str(folder))
-    ((crops, _, u),) = data.batches(pictures.train, 48, 32, 5, [1])
+    ((crops, _, u),) = data.batches(pictures.train, 32, 48, 5, [0])
     both = torch.cat(data.two_views(crops, u, pictures.mean, pictures.std, jitter=jitter, grey_p=grey))
     z1, z2 = (z := network.projector(network.encoder(both))).chunk(2)
     p1, p2 = network.predictor(z).chunk(2)
@@ -118,7 +118,7 @@ def test_four_steps_are_those_written_by_hand(command, folder, tmp_path):
     before = {name: w.detach().clone() for name, w in network.named_parameters()}
     online = [(name, w) for name, w in network.named_parameters() if w.requires_grad]
     velocity = dict.fromkeys(dict(online), 0)
-    batches = data.batches(pictures.train, 24, 32, 5, [1, 2])
+    batches = data.batches(pictures.train, 32, 24, 5, range(4))
     for (crops, _, u), rate, tau in zip(batches, rates, taus):
         _, p, t = network(*data.two_views(crops, u, pictures.mean, pictures.std))
         network.zero_grad()
@@ -170,7 +170,7 @@ def test_accumulation_averages_gradients_over_micro_batches(command, folder, tmp
     network = models.BYOL("resnet18", "imagenet", "none", 32, 16)
     before = {name: x.clone() for name, x in network.named_parameters()}
     pictures, loss = data.load(str(folder)), 0
-    for crops, _, u in data.batches(pictures.train, 48, 32, 0, [1], micro_batches=8):
+    for crops, _, u in data.batches(pictures.train, 32, 48, 0, [0], micro_batches=8):
         z, p, t = network(*data.two_views(crops, u, pictures.mean, pictures.std))
         loss += (alignment(p[0], t[1]) + alignment(p[1], t[0])) / 8
         loss += 3 * (uniformity(z[0]) + uniformity(z[1])) / 2 / 8 if reg == "uniform" else 0
@@ -248,7 +248,7 @@ def test_the_first_step_of_a_method_is_the_one_written_by_hand(command, folder, 
     network = models.METHODS[method]("test_resnet", "imagenet", "bn", 32, out_dim, queue=40)
     before = {name: x.clone() for name, x in network.state_dict().items()}
     pictures = data.load(str(folder))
-    ((crops, _, u),) = data.batches(pictures.train, 48, 32, 0, [1])
+    ((crops, _, u),) = data.batches(pictures.train, 32, 48, 0, [0])
     both = torch.cat(data.two_views(crops, u, pictures.mean, pictures.std))
     z = network.projector(network.encoder(both))
     p = network.predictor(z) if method in ("byol", "simsiam") else z
