@@ -1,7 +1,7 @@
 """Load a data set by name; make batches of random crops, the two augmented views and the evaluation view.
 
     dataset = load("photos")  # or "cifar10", "imagenet", ..., or a folder of pictures
-    for crops, labels, u in batches(dataset.pretraining, 64, dataset.size, seed=0, epochs=[1]):
+    for crops, labels, u in batches(dataset.pretraining, dataset.size, 64, seed=0, steps=range(100)):
         v1, v2 = two_views(crops, u, dataset.mean, dataset.std)
 
 Small images lie in memory as uint8, and move with `Split.to`. Pictures of a large set stay in files; workers read them.
@@ -12,7 +12,9 @@ import math
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -21,7 +23,6 @@ from torchvision.transforms.v2 import functional as F
 from lib import augment, pictures, processes, sources
 from lib.augment import DRAWS_PER_IMAGE, Change, named_draws, normalise
 from lib.errors import InputError
-from lib.sources import Split
 
 # ---- Data sets -------------------------------------------------------------------------------------------------------
 # size: side of the views in pixels, Appendix B.5. stem: Appendix B.1. holdout: images of a class that `hold_out`
@@ -45,6 +46,23 @@ IMAGENET_HOLDOUT = 10_009
 EVAL_CROP = 0.875  # of the shorter side: 28 of CIFAR's 32 pixels, 84 of STL-10's 96, 224 of 256, Appendix B.5
 
 
+class Split(NamedTuple):
+    """Images, uint8 (n, 3, h, w) or Files, and their classes, int64 (n,); -1 is an image without one."""
+
+    images: Tensor | pictures.Files
+    labels: Tensor
+    paths: np.ndarray | None = None  # (n,), of the files of pictures, also of those that were read into memory
+
+    def rows(self, rows: Tensor) -> "Split":
+        """Return the images of these rows, their labels and paths."""
+        paths = None if self.paths is None else self.paths[rows.cpu().numpy()]
+        return Split(self.images[rows], self.labels[rows], paths)
+
+    def to(self, device) -> "Split":
+        """Return the same on another device."""
+        return Split(self.images.to(device), self.labels.to(device), self.paths)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A data set's splits, and its facts: the fields after `test` are explained at FACTS."""
@@ -63,9 +81,9 @@ class Dataset:
 
     def to(self, device) -> "Dataset":
         """Return the same with its images on another device, each split once."""
-        train, test = self.train.to(device), self.test.to(device)
+        train = self.train.to(device)
         pretraining = train if self.pretraining is self.train else self.pretraining.to(device)
-        return replace(self, pretraining=pretraining, train=train, test=test)
+        return replace(self, pretraining=pretraining, train=train, test=self.test.to(device))
 
     def view(self, crop: float) -> dict:
         """Return the keyword arguments of `evaluation_views`, with the central `crop` of the side."""
@@ -78,8 +96,10 @@ def load(name: str, data_dir: str = "data", pretraining: bool = False, skip_brok
     With `pretraining`, STL-10's 100,000 images without labels are read too, and a folder may hold pictures without
     classes. InputError for a set that cannot be read, and for a broken picture unless `skip_broken` leaves these out.
     """
-    classes, train, test, unlabeled, facts = sources.read(name, data_dir, FACTS, pretraining, skip_broken)
-    return Dataset(classes, unlabeled or train, train, test, **facts)
+    classes, parts, facts = sources.read(name, data_dir, FACTS, pretraining, skip_broken)
+    train, test, *unlabeled = [Split(*part) for part in parts]
+    learnt = unlabeled[0] if unlabeled else train
+    return Dataset(classes, learnt, train, test, **facts)
 
 
 def hold_out(dataset: Dataset) -> Dataset:
@@ -94,7 +114,11 @@ def hold_out(dataset: Dataset) -> Dataset:
     if dataset.holdout is None:
         held = order[-IMAGENET_HOLDOUT:]
     else:
-        held = sources.held_out(labels, order, dataset.holdout)
+        rows, place_in_class = by_class(labels, order)
+        counts = labels.bincount().double()
+        wanted = dataset.holdout * counts / counts.mean()  # the same part of each class
+        wanted = wanted.round().clamp_min(1)
+        held = rows[place_in_class < wanted[labels[rows]]]
     is_held = torch.zeros(len(labels), dtype=torch.bool)
     is_held[held] = True
     kept = (~is_held).nonzero()[:, 0]
@@ -129,11 +153,20 @@ def with_labels(images: Dataset, part: float) -> Dataset:
             f"{enough:g} keeps one of each class"
         )
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    rows, place_in_class = sources.by_class(labels, order)
+    rows, place_in_class = by_class(labels, order)
     kept = rows[place_in_class < wanted[labels[rows]]]
     train = images.train.rows(kept.sort().values)
     per_class = images.holdout or IMAGENET_HOLDOUT / len(images.classes)
     return replace(images, train=train, holdout=part * per_class)
+
+
+def by_class(labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort images by class, those of a class in the order (n,): their row numbers, and the place of each, from 0."""
+    sorted_rows = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount()
+    firsts = counts.cumsum(0) - counts  # where each class begins
+    place_in_class = torch.arange(len(labels)) - firsts.repeat_interleave(counts)
+    return sorted_rows, place_in_class
 
 
 # ---- The two views, Appendix B.5 -------------------------------------------------------------------------------------
@@ -149,8 +182,8 @@ def two_views(
 ) -> tuple[Tensor, Tensor]:
     """Make the two views (b, 3, size, size) of crops (2, b, 3, size, size); overwrites float crops.
 
-    crops: uint8, or floats in [0, 1], cropped and flipped. u: draws (2, b, DRAWS_PER_IMAGE), uniform on [0, 1), on the
-    CPU: each image has draws of its own. Then come colour jitter, grey, blur and solarisation, the last two with a
+    crops: uint8, or floats in [0, 1], cropped and flipped. u: (2, b, DRAWS_PER_IMAGE), uniform on [0, 1), on the CPU:
+    each image has numbers of its own. Then come colour jitter, grey, blur and solarisation, the last two with a
     probability for each view, and normalisation by mean and std. jitter is a part, 0 ... 1, of BYOL's strength.
     """
     probabilities = torch.tensor([blur_p, solarise_p]).repeat_interleave(crops.shape[1], 1)
@@ -159,7 +192,7 @@ def two_views(
 
 
 def augmented(x: Tensor, u: Tensor, probabilities: Tensor, mean: tuple, std: tuple, jitter, grey_p) -> Tensor:
-    """Augment crops x (n, 3, size, size) by draws u (n, DRAWS_PER_IMAGE); overwrites a float x.
+    """Augment crops x (n, 3, size, size) by u (n, DRAWS_PER_IMAGE); overwrites a float x.
 
     probabilities (n, 2) are those of blur and of solarisation.
     """
@@ -176,7 +209,7 @@ def augmented(x: Tensor, u: Tensor, probabilities: Tensor, mean: tuple, std: tup
 
 
 def colour_changes(u: Tensor, jitter=1.0, grey_p=GREY_P) -> list[Change]:
-    """Choose colour jitter, in an order of its own for each image, and grey by draws u, for `augment.change`."""
+    """Choose colour jitter, in an order of its own for each image, and grey by u, for `augment.change`."""
     draws = named_draws(u)
     strength = jitter * torch.tensor(STRENGTH)
     factors = (2 * draws["factors"] - 1) * strength + torch.tensor(NEUTRAL)
@@ -203,26 +236,32 @@ def batches(
     views: int = 2,
     drop_last: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield crops (views, b, 3, size, size), labels (b,) and draws u (views, b, DRAWS_PER_IMAGE) of these steps.
+    """Yield crops (views, b, 3, size, size), labels (b,) and u (views, b, DRAWS_PER_IMAGE), uniform on [0, 1).
 
-    steps count from 0 over all epochs. Order and draws are functions of (seed, epoch, step).
+    steps: the steps' numbers, from 0 over the whole run. Each batch is cut into `micro_batches` parts, and each part
+    into equal shares; share: (rank, world) of this process. Order and u are functions of (seed, epoch, place in the
+    epoch) alone, whatever the device, the micro-batches and the processes. Crops of images in memory are in [0, 1],
+    those of files uint8, and files are read ahead. u is on the CPU. InputError if a file cannot be read.
     """
     n = len(split.labels)
-    steps_per_epoch = n // batch_size if drop_last else -(-n // batch_size)
+    steps_per_epoch = n // batch_size if drop_last else math.ceil(n / batch_size)
 
     def plan() -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield row numbers (b,) and draws of each micro-batch of this process."""
-        latest = None
-        for count in steps:
-            epoch, step = divmod(count, steps_per_epoch)
-            if epoch != latest:
-                order = torch.randperm(n, generator=_generator(seed, epoch + 1)).split(batch_size)
-                latest = epoch
-            rows = order[step]
-            u = torch.rand(views, len(rows), DRAWS_PER_IMAGE, generator=_generator(seed, epoch + 1, step))
+        """Yield row numbers (b,) and u of each micro-batch of this process."""
+        last_epoch = None
+        for step in steps:
+            epoch = step // steps_per_epoch + 1
+            place = step % steps_per_epoch
+            if epoch != last_epoch:
+                last_epoch = epoch
+                order = torch.randperm(n, generator=_generator(seed, epoch))
+                rows_by_step = order.split(batch_size)
+            rows = rows_by_step[place]
+            u = torch.rand(views, len(rows), DRAWS_PER_IMAGE, generator=_generator(seed, epoch, place))
             parts = zip(rows.tensor_split(micro_batches), u.tensor_split(micro_batches, 1))
             for part, part_u in parts:
                 mine = processes.share(len(part), *share)
+                # index_select: part_u[:, mine] starts torch's threads, which take cores from the workers
                 yield part[mine], part_u.index_select(1, mine)
 
     device = split.labels.device

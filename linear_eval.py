@@ -164,9 +164,10 @@ def feature_batches(
                 yield train.x[chosen], train.labels[chosen]
         return
     view, accelerator = judged.view, judged.accelerator
-    share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    crops = data.batches(train, batch_size, view["size"], seed, range(1, epochs + 1), views=1, drop_last=False, **share)
+    share = (accelerator.process_index, accelerator.num_processes)
     lengths = [min(batch_size, n - start) for start in range(0, n, batch_size)]
+    steps = range(epochs * len(lengths))
+    crops = data.batches(train, view["size"], batch_size, seed, steps, share=share, views=1, drop_last=False)
     for (x, labels, _), length in zip(crops, cycle(lengths)):
         with torch.no_grad():
             views = normalise(x[0], view["mean"], view["std"])

@@ -14,7 +14,6 @@ Each file imports only those above it.
     tensors     tensors out of a file of any project, whatever its name
     nearest     the nearest rows of a large bank, which passes in parts, divided over processes
     pictures    pictures in files: which there are, how one is read, many of them read ahead by workers
-    surveys     what pictures are like, kept from one start to the next
     sources     the embedded photographs, torchvision's data sets, folders of pictures
 
 `augment` and `norms` need torch and torchvision alone, so that you can copy them, after `regularizers.py`.

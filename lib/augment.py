@@ -1,10 +1,12 @@
 """What the views are made of: crop and flip, colour operations, blur, solarisation, of whole batches of images.
 
-    crops = crop_flip(images, u, size)             # u: draws (b, DRAWS_PER_IMAGE), uniform on [0, 1)
+    crops = crop_flip(images, u, size)             # u: (b, DRAWS_PER_IMAGE), uniform on [0, 1)
     change(crops, [(hue, is_turned, shift)])       # some images of the batch, each by a number of its own
 
-torchvision's transforms draw once a batch; here each image has draws of its own. Strengths and probabilities are the
+torchvision's transforms draw once a batch; here each image has numbers of its own. Strengths and probabilities are the
 recipe of `data.two_views`. The tests hold each operation against torchvision's, image by image.
+
+This file needs torch, torchvision and numpy alone, so that you can copy it.
 """
 
 import functools
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms.v2 import functional as F
 
-# How many uniform draws of an image each choice of a view takes. A crop is tried ten times, as in torchvision.
+# How many of the numbers u of an image each choice of a view takes. A crop is tried ten times, as in torchvision.
 DRAWS = {
     "area": 10,
     "aspect": 10,
@@ -40,9 +42,9 @@ CHUNK_ON_GPU = 2**26  # numbers: 256 MB in fp32
 
 
 def named_draws(u: Tensor) -> dict[str, Tensor]:
-    """Return the draws u (..., DRAWS_PER_IMAGE) by the name of the choice they are for.
+    """Return u (..., DRAWS_PER_IMAGE) by the name of the choice that its columns are for.
 
-    A choice that takes one draw has (...), any other (..., DRAWS[name]).
+    A choice that takes one number has (...), any other (..., DRAWS[name]).
     """
     columns = u.split(list(DRAWS.values()), -1)
     return {name: column.squeeze(-1) for name, column in zip(DRAWS, columns)}
@@ -96,7 +98,7 @@ def change(x: Tensor, changes: list[Change]) -> None:
 def in_chunks(make: Callable, per_image: tuple[Tensor, ...], *arguments) -> Tensor:
     """Return make(*per_image, *arguments), made of as many images at a time as are quickest on their device.
 
-    per_image: the images and what there is for each, such as its draws.
+    per_image: the images and what there is for each, such as its u.
     """
     images = per_image[0]
     chunk = CHUNK_ON_CPU if images.device.type == "cpu" else CHUNK_ON_GPU
@@ -109,7 +111,7 @@ def in_chunks(make: Callable, per_image: tuple[Tensor, ...], *arguments) -> Tens
 
 
 def crop_views(images: Tensor, u: Tensor, size: int) -> Tensor:
-    """Return `crop_flip` of images (b, 3, h, w) for each view's draws u (views, b, DRAWS_PER_IMAGE), all at once."""
+    """Return `crop_flip` of images (b, 3, h, w) for the u (views, b, DRAWS_PER_IMAGE) of each view, all at once."""
     views = len(u)
     crops = crop_flip(images.repeat(views, 1, 1, 1), u.flatten(0, 1), size)
     return crops.unflatten(0, (views, -1))
@@ -118,7 +120,7 @@ def crop_views(images: Tensor, u: Tensor, size: int) -> Tensor:
 def crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
     """Random resized crop (8-100 % of the area, aspect 3/4-4/3, bicubic) and flip, Appendix B.5.
 
-    uint8 (b, 3, h, w) and draws (b, DRAWS_PER_IMAGE) to (b, 3, size, size) in [0, 1]. Crop, antialiased resize and flip
+    uint8 (b, 3, h, w) and u (b, DRAWS_PER_IMAGE) to (b, 3, size, size) in [0, 1]. Crop, antialiased resize and flip
     of an image are together W_y @ image @ W_x^T, with one row of weights per output pixel.
     """
     return in_chunks(_crop_flip, (images, u), size)

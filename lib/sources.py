@@ -1,19 +1,16 @@
 """Where data sets come from: the embedded photographs, torchvision's sets, and folders of pictures.
 
-Each source returns the names of the classes and a `Split` for training and for testing. `_read` chooses the source
-by the name; what is known of the sets that have one, FACTS, stands in data.py.
+Each source returns the names of the classes and two or three parts, of which data.py makes splits: to train on, to
+judge by, and images without labels. What is known of the sets that have a name, FACTS, stands in data.py.
 """
 
 import contextlib
 import difflib
 import os
 import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,105 +21,46 @@ from torchvision.transforms.v2 import functional as F
 
 from lib import files, pictures, processes
 from lib.errors import InputError
-from lib.pictures import Files
-from lib.surveys import Kept
 
 Classes = tuple[str, ...]
 Channels = tuple[float, ...]  # a number for each channel
-Found = tuple[Classes, "Split", "Split", dict]  # classes, train, test, facts
+Part = tuple  # images, uint8 (n, 3, h, w) or pictures.Files; labels, int64 (n,); and, of files, their paths (n,)
+Found = tuple[Classes, list[Part], dict]  # classes, parts, facts
+Pairs = list[tuple[str, int]]  # paths of pictures, and the class of each
 
-PHOTOGRAPHS = (
-    "astronaut",
-    "brick",
-    "chelsea",
-    "coffee",
-    "coins",
-    "grass",
-    "gravel",
-    "hubble_deep_field",
-    "immunohistochemistry",
-    "retina",
-)
+PHOTOGRAPHS = "astronaut brick chelsea coffee coins grass gravel hubble_deep_field immunohistochemistry retina".split()
 MAKERS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}
+FORMS = {"cifar10": "python", "cifar100": "python", "stl10": "binary"}  # of several that their authors offer
 IN_DATA_DIR = (*MAKERS, "imagenet")
 DOWNLOAD_LOCK = ".download.lock"
-FORMS = {"cifar10": "python", "cifar100": "python", "stl10": "binary"}  # of several that their authors offer
 MEMORY = 2**30  # bytes of pictures of a folder, up to which they are kept in memory
+SAMPLE = 2000  # pictures, of which the mean and the like are taken where not all fit there
 NO_CLASS = -1  # the label of an image without a class
-FLAT = 16  # of 255: a picture whose values differ by less in each channel is nearly of one colour
 
 
-class Split(NamedTuple):
-    """Images, uint8 (n, 3, h, w) or Files, and their classes, int64 (n,); -1 is an image without one."""
-
-    images: Tensor | Files
-    labels: Tensor
-    paths: np.ndarray | None = None  # (n,), of the files of pictures, also of those that were read into memory
-
-    def rows(self, rows: Tensor) -> "Split":
-        """Return the images of these rows, their labels and paths."""
-        paths = None if self.paths is None else self.paths[rows.cpu().numpy()]
-        return Split(self.images[rows], self.labels[rows], paths)
-
-    def to(self, device) -> "Split":
-        """Return the same on another device."""
-        return Split(self.images.to(device), self.labels.to(device), self.paths)
-
-
-def by_class(labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort images by class, those of a class in the order (n,): their row numbers, and the place of each, from 0."""
-    sorted_rows = order[labels[order].argsort(stable=True)]
-    counts = labels.bincount()
-    firsts = counts.cumsum(0) - counts  # where each class begins
-    place_in_class = torch.arange(len(labels)) - firsts.repeat_interleave(counts)
-    return sorted_rows, place_in_class
-
-
-def held_out(labels: Tensor, order: Tensor, images_per_class: float) -> Tensor:
-    """Return the first images of each class in the order (n,): so many on average, and the same part of each class."""
-    rows, place_in_class = by_class(labels, order)
-    counts = labels.bincount().double()
-    wanted = (images_per_class * counts / counts.mean()).round().clamp_min(1)
-    return rows[place_in_class < wanted[labels[rows]]]
-
-
-def pixel_statistics(images: Tensor) -> tuple[Channels, Channels]:
-    """Return mean and standard deviation of each channel of uint8 images (n, 3, h, w), as parts of 255, to 4 digits."""
-    values = torch.arange(256, dtype=torch.float64) / 255
-    histograms = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
-    counts = torch.stack(histograms).double()
-    sums, squares = counts @ values, counts @ values.square()
-    return _mean_and_std(sums, squares, counts[0].sum())
-
-
-def _mean_and_std(sums: Tensor, squares: Tensor, n: Tensor) -> tuple[Channels, Channels]:
-    """Return mean and standard deviation, to 4 digits, of n numbers a channel from their sums and those of squares."""
-    mean = sums / n
-    variance = squares / n - mean.square()
-    std = variance.clamp_min(1 / 255**2).sqrt()  # one flat colour has none, and views are divided by it
-    return _rounded(mean), _rounded(std)
-
-
-def _rounded(numbers: Tensor) -> Channels:
-    return tuple(round(number, 4) for number in numbers.tolist())
-
-
-# ---- A set by its name -----------------------------------------------------------------------------------------------
-
-
-def read(
-    name: str, data_dir: str, facts: dict[str, dict], pretraining: bool, skip_broken: bool
-) -> tuple[Classes, Split, Split, Split | None, dict]:
+def read(name: str, data_dir: str, facts: dict[str, dict], pretraining: bool, skip_broken: bool) -> Found:
     """Read the data set called `name`, of those that have facts, or the folder of pictures at that path.
 
-    Returns its classes, its training and test set, images without labels for pretraining if it has some, and its facts,
-    with mean and std. InputError as from `data.load`.
+    Returns its classes, its parts, and its facts, with mean and std. InputError as from `data.load`.
     """
-    classes, train, test, unlabeled, own_facts = _read(name, data_dir, facts, pretraining, skip_broken)
+    name, data_dir = os.path.expanduser(name), os.path.expanduser(data_dir)
+    own_facts = facts.get(name)
+    if own_facts and os.path.isdir(name) and os.path.realpath(name) != os.path.realpath(data_dir):
+        processes.say(f"dataset {name}: the set of that name, not the folder; --dataset ./{name} is the folder")
+    if name == "imagenet":
+        root = Path(data_dir)
+        return folder(f"dataset imagenet: --data_dir {root}", root, ["val"], own_facts, pretraining, skip_broken)
+    if not own_facts and os.path.isdir(name):
+        return folder(f"dataset {Path(name)}", Path(name), ["test", "val"], None, pretraining, skip_broken)
+    if not own_facts:
+        suggestions = difflib.get_close_matches(name, facts, 1)
+        hint = f" (did you mean {suggestions[0]}?)" if suggestions else ""
+        raise InputError(f"dataset {name}: neither {', '.join(facts)} nor a folder{hint}")
+    classes, parts = photos() if name == "photos" else torchvision_set(name, Path(data_dir), unlabeled=pretraining)
     if own_facts["mean"] is None:
-        mean, std = pixel_statistics(train.images)
+        mean, std = pixel_statistics(histograms_of(parts[0][0]))
         own_facts = {**own_facts, "mean": mean, "std": std}
-    return classes, train, test, unlabeled, own_facts
+    return classes, parts, own_facts
 
 
 def has_no_data_dir(name: str) -> bool:
@@ -135,34 +73,26 @@ def has_no_files(name: str) -> bool:
     return name == "photos" or name in MAKERS
 
 
-def _read(name: str, data_dir: str, facts: dict[str, dict], pretraining: bool, skip_broken: bool) -> tuple:
-    """Do what `read` does, but for mean and std where they are not known."""
-    name, data_dir = os.path.expanduser(name), os.path.expanduser(data_dir)
-    own_facts = facts.get(name)
-    if own_facts and os.path.isdir(name) and os.path.realpath(name) != os.path.realpath(data_dir):
-        processes.say(f"dataset {name}: the set of that name, not the folder; --dataset ./{name} is the folder")
-    options = (own_facts, pretraining, skip_broken)
-    if name == "photos":
-        return *photos(), None, own_facts
-    if name == "imagenet":
-        classes, train, test, found = folder("dataset imagenet: --data_dir", Path(data_dir), ("val",), *options)
-        return classes, train, test, None, found
-    if own_facts:
-        classes, (train, test, *unlabeled) = torchvision_set(name, data_dir, unlabeled=pretraining)
-        return classes, train, test, unlabeled[0] if unlabeled else None, own_facts
-    if os.path.isdir(name):
-        classes, train, test, found = folder("dataset", Path(name), ("test", "val"), *options)
-        return classes, train, test, None, found
-    suggestions = difflib.get_close_matches(name, facts, 1)
-    hint = f" (did you mean {suggestions[0]}?)" if suggestions else ""
-    raise InputError(f"dataset {name}: neither {', '.join(facts)} nor a folder{hint}")
+def histograms_of(images: Tensor) -> Tensor:
+    """Count how often each value comes in each channel of uint8 images (n, 3, h, w): (3, 256)."""
+    return torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
+
+
+def pixel_statistics(histograms: Tensor) -> tuple[Channels, Channels]:
+    """Return mean and standard deviation of each channel as parts of 255, to 4 digits, from its histogram (3, 256)."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    shares = histograms / histograms.sum(1, keepdim=True, dtype=torch.float64)
+    mean = shares @ values
+    variance = shares @ values.square() - mean.square()
+    std = variance.clamp_min(1 / 255**2).sqrt()  # one flat colour has none, and views are divided by it
+    return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) for x in std.tolist())
 
 
 # ---- The embedded photographs ----------------------------------------------------------------------------------------
 
 
-def photos() -> tuple[Classes, Split, Split]:
-    """Return classes, train and test of the ten photographs that ship inside scikit-image.
+def photos() -> tuple[Classes, list[Part]]:
+    """Return the classes and parts of the ten photographs that ship inside scikit-image.
 
     Windows of 64x64 pixels, shrunk to 32x32: 200 a photograph from its left 70 %, 50 from its right 30 %, so that no
     pixel is in both. InputError without scikit-image.
@@ -181,7 +111,9 @@ def photos() -> tuple[Classes, Split, Split]:
         border = int(0.7 * image.shape[2])
         train.append(_patches(image[:, :, :border], 200, generator))
         test.append(_patches(image[:, :, border:], 50, generator))
-    return PHOTOGRAPHS, _by_class(train), _by_class(test)
+    labels = torch.arange(len(PHOTOGRAPHS))
+    parts = [(torch.cat(images), labels.repeat_interleave(len(images[0]))) for images in (train, test)]
+    return tuple(PHOTOGRAPHS), parts
 
 
 def _patches(image: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -189,341 +121,180 @@ def _patches(image: Tensor, n: int, generator: torch.Generator) -> Tensor:
     _, height, width = image.shape
     top = torch.randint(height - 63, (n,), generator=generator)
     left = torch.randint(width - 63, (n,), generator=generator)
-    windows = []
-    for y, x in zip(top.tolist(), left.tolist()):
-        windows.append(image[:, y : y + 64, x : x + 64])
-    windows = torch.stack(windows)
-    return F.resize(windows, [32, 32], InterpolationMode.BICUBIC, antialias=True)
-
-
-def _by_class(images: list[Tensor]) -> Split:
-    """Return the images of each class, (n, 3, h, w), as one split."""
-    n = len(images[0])
-    labels = torch.arange(len(images)).repeat_interleave(n)
-    return Split(torch.cat(images), labels)
+    windows = [image[:, y : y + 64, x : x + 64] for y, x in zip(top.tolist(), left.tolist())]
+    return F.resize(torch.stack(windows), [32, 32], InterpolationMode.BICUBIC, antialias=True)
 
 
 # ---- torchvision's sets ----------------------------------------------------------------------------------------------
 
 
-def torchvision_set(name: str, data_dir: str, unlabeled: bool) -> tuple[Classes, list[Split]]:
-    """Return the classes and splits of cifar10, cifar100 or stl10, downloaded to `data_dir` if need be.
+def torchvision_set(name: str, root: Path, unlabeled: bool) -> tuple[Classes, list[Part]]:
+    """Return the classes and parts of cifar10, cifar100 or stl10, downloaded to `root` if need be.
 
-    The splits are train and test and, of stl10 with `unlabeled`, its 100,000 images without a label. InputError if they
-    can be neither read nor downloaded.
+    Of stl10 there are, with `unlabeled`, its 100,000 images without a label, too. InputError if they can be neither
+    read nor downloaded.
     """
+    options = [{"train": True}, {"train": False}]
     if name == "stl10":
-        parts = [{"split": "train"}, {"split": "test"}]
-        if unlabeled:
-            parts.append({"split": "unlabeled"})
-    else:
-        parts = [{"train": True}, {"train": False}]
-    sets = _downloaded(name, Path(data_dir), parts)
-    return tuple(sets[0].classes), [_split_of(part) for part in sets]
-
-
-def _downloaded(name: str, root: Path, parts: list[dict]) -> list[datasets.VisionDataset]:
-    """Return parts of a set, read or downloaded; where neither can be done, folders made for it are removed again."""
-    maker = MAKERS[name]
-    with contextlib.suppress(OSError, RuntimeError):  # it is not there, or not whole
-        return [maker(root, **part) for part in parts]
-    missing_folders = [place for place in (root, *root.parents) if not os.path.exists(place)]
+        options = [{"split": part} for part in ("train", "test", "unlabeled")[: 2 + unlabeled]]
     try:
-        with contextlib.redirect_stdout(sys.stderr), _downloading(name, root):  # standard output is for rows
-            return [maker(root, download=True, **part) for part in parts]
+        sets = [MAKERS[name](root, **part) for part in options]
+    except (OSError, RuntimeError):  # it is not there, or not whole
+        sets = _downloaded(name, root, options)
+    parts = []
+    for each in sets:
+        images = torch.from_numpy(each.data)
+        if name == "stl10":
+            parts.append((images, torch.from_numpy(each.labels).long()))
+        else:  # torchvision keeps these as (n, h, w, 3), and their labels in a list
+            parts.append((images.permute(0, 3, 1, 2).contiguous(), torch.tensor(each.targets)))
+    return tuple(sets[0].classes), parts
+
+
+def _downloaded(name: str, root: Path, options: list[dict]) -> list[datasets.VisionDataset]:
+    """Download the parts of a set, one command at a time: two would write the same file. The lock's file stays."""
+    maker = MAKERS[name]
+    processes.say(f"dataset {name}: is downloaded to {root}, once no other command does that")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with open(root / DOWNLOAD_LOCK, "w") as file, contextlib.redirect_stdout(sys.stderr):  # rows go to the other
+            with contextlib.suppress(OSError):  # there are no locks
+                files.lock(file, wait=True)
+            return [maker(root, download=True, **part) for part in options]
     except (OSError, RuntimeError) as e:
-        with contextlib.suppress(OSError):
-            if root in missing_folders:
-                (root / DOWNLOAD_LOCK).unlink(missing_ok=True)
-            for place in missing_folders:
-                place.rmdir()
         raise InputError(
             f"dataset {name}: cannot be read from or downloaded to {root} ({e}); put its {FORMS[name]} version at "
             f"{root / maker.base_folder}, or take the embedded set, --dataset photos"
         ) from e
 
 
-@contextlib.contextmanager
-def _downloading(name: str, root: Path) -> Iterator[None]:
-    """Let one command at a time download to a folder: two would write the same file. The lock's file stays."""
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / DOWNLOAD_LOCK, "w") as file:
-        try:
-            files.lock(file, wait=False)
-        except BlockingIOError:
-            processes.say(f"dataset {name}: another command downloads to {root}; waiting for it")
-            files.lock(file, wait=True)
-        except OSError:  # there are no locks
-            pass
-        yield
-
-
-def _split_of(stored: datasets.VisionDataset) -> Split:
-    """Return images as (n, 3, h, w) and their labels; torchvision keeps CIFAR's as (n, h, w, 3) and in a list."""
-    images = torch.from_numpy(stored.data)
-    if isinstance(stored, datasets.STL10):
-        return Split(images, torch.from_numpy(stored.labels).long())
-    images = images.permute(0, 3, 1, 2).contiguous()
-    return Split(images, torch.tensor(stored.targets))
-
-
 # ---- A folder of pictures --------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Listing:
-    """The pictures of one part of a folder, and the class of each."""
-
-    paths: list[str]
-    labels: list[int]
-
-    def keep(self, rows: list[int]) -> None:
-        """Drop all pictures but these."""
-        self.paths = [self.paths[row] for row in rows]
-        self.labels = [self.labels[row] for row in rows]
-
-    def in_files(self, white: int | None = None) -> Split:
-        """Return a split of pictures that stay in files; `white` as in Files."""
-        labels = torch.tensor(self.labels, dtype=torch.long)
-        files = Files(self.paths, white)
-        return Split(files, labels, files.paths)
-
-    def in_memory(self, images: list[Tensor]) -> Split:
-        """Return a split of these images, which are the pictures."""
-        labels = torch.tensor(self.labels, dtype=torch.long)
-        stacked = torch.stack(images) if images else torch.empty(0)
-        return Split(stacked, labels, np.array(self.paths))
-
-
-class Layout(NamedTuple):
-    """What a folder holds. Without classes all pictures are in `train`, and `fault` says why there are none."""
-
-    classes: Classes
-    train: Listing
-    test: Listing
-    left_out: Counter  # numbers of files by the reason
-    not_used: list[str]  # names of folders beside train and test
-    fault: str = ""
-
-
-def folder(
-    what: str, root: Path, tests: tuple[str, ...], facts: dict | None, pretraining: bool, skip_broken: bool
-) -> Found:
-    """Return classes, train, test and facts of a folder with train/ and one of `tests`, each with a sub-folder a class.
+def folder(name: str, root: Path, tests: list[str], facts: dict | None, pretraining: bool, skip_broken: bool) -> Found:
+    """Return classes, parts and facts of a folder with train/ and one of `tests`, each with a sub-folder a class.
 
     Pictures of one size are read into memory, if they fit; others stay in files. With `facts`, which are those of a set
     that is known to be large, all stay in files, and none is looked at unless broken ones are to be skipped. With
-    `pretraining` the pictures may be without classes. `what` names the folder in messages. InputError for a broken
-    picture, unless these are to be skipped, and for a folder that is not laid out like this.
+    `pretraining` the pictures may be without classes. `name` is the folder's in messages. InputError for a broken
+    picture that is met, unless these are to be skipped, and for a folder that is not laid out like this.
     """
-    name = f"{what} {root}"
-    layout = _layout(name, root, tests)
-    if layout.fault and (facts or not pretraining or not layout.train.paths):
-        raise InputError(f"{name}: {layout.fault}")
-    is_surveyed = not facts or skip_broken
-    if is_surveyed:
-        train, test = _survey(root, layout, skip_broken)
-    _refuse_empty_classes(name, layout)
-    processes.say(f"{name}: {_contents(layout)}")
-    white = None
-    if is_surveyed:
-        white = _white(np.concatenate([train, test]))
-        _say_what_is_odd(name, layout, train, test, white)
+    try:
+        classes, parts, told = _listed(name, root, tests, may_lack_classes=pretraining and not facts)
+    except OSError as e:
+        raise InputError(f"{e.filename}: cannot be read ({e.strerror})") from e
+    if skip_broken:
+        parts = _without_broken(name, parts)
+    train, test = parts
+    told = f"{len(classes)} classes, {len(train)} pictures to train on, {len(test)} to judge by; {told}"
+    for pairs in parts if classes else [train]:
+        missing = {*range(len(classes))} - {label for _, label in pairs}
+        if missing or not pairs:
+            in_class = f" in class {classes[min(missing)]}" if classes else ""
+            raise InputError(f"{name}: no picture that can be read{in_class}; {told}")
+    processes.say(f"{name}: {told}")
+    paths = [np.array([path for path, _ in pairs]) for pairs in parts]
+    labels = [torch.tensor([label for _, label in pairs], dtype=torch.long) for pairs in parts]
     if facts:
-        return layout.classes, layout.train.in_files(white), layout.test.in_files(white), facts
-    if _fit_in_memory(train, test):
-        return _set_in_memory(layout, white, skip_broken)
-    return _set_in_files(layout, train, white)
-
-
-def _survey(root: Path, layout: Layout, skip_broken: bool) -> list[np.ndarray]:
-    """Return what SURVEY lists of the pictures of train and of test; broken ones are dropped from the layout."""
-    surveys = []
-    with Kept(root) as kept:
-        for listing in (layout.train, layout.test):
-            rows, surveys_of_part = kept.survey(listing.paths, skip_broken)
-            listing.keep(rows)
-            surveys.append(surveys_of_part)
-    return surveys
-
-
-def _set_in_memory(layout: Layout, white: int, skip_broken: bool) -> Found:
-    """Return a set of pictures of one size, read, and its facts."""
-    splits = []
-    for listing in (layout.train, layout.test):
-        rows, images = pictures.sound(listing.paths, partial(pictures.read, white=white), skip_broken)
-        listing.keep(rows)
-        splits.append(listing.in_memory(images))
-    train, test = splits
-    side = min(train.images.shape[2:])
-    facts = _facts(layout, side, *pixel_statistics(train.images))
-    return layout.classes, train, test, facts
-
-
-def _set_in_files(layout: Layout, surveys: np.ndarray, white: int) -> Found:
-    """Return a set of pictures that stay in files, and its facts, of the surveys of those to train on."""
-    steps = _steps(surveys, white)[:, None]  # of the values of each picture
-    sums = (surveys["sums"] / steps).sum(0)
-    squares = (surveys["squares"] / steps**2).sum(0)
-    n = (surveys["height"] * surveys["width"]).sum()
-    mean, std = _mean_and_std(torch.from_numpy(sums), torch.from_numpy(squares), torch.tensor(n))
-    side = int(torch.from_numpy(_shorter_side(surveys)).median())
-    facts = _facts(layout, side, mean, std)
-    return layout.classes, layout.train.in_files(white), layout.test.in_files(white), facts
-
-
-def _shorter_side(surveys: np.ndarray) -> np.ndarray:
-    return np.minimum(surveys["height"], surveys["width"])
-
-
-def _steps(surveys: np.ndarray, white: int) -> np.ndarray:
-    """Return the value that is white in each picture."""
-    return np.where(surveys["is_deep"], white, 255)
-
-
-def _white(surveys: np.ndarray) -> int:
-    """Return the value that is white in the pictures of 16 bits: one for all, or dark ones would become bright."""
-    deep = surveys[surveys["is_deep"] == 1]
-    return pictures.white_of(deep["highest"].max(initial=0))
-
-
-def _facts(layout: Layout, side: int, mean: Channels, std: Channels) -> dict:
-    """Return what data.FACTS holds of a named set, for a folder: `side` is that of its pictures, the shorter one."""
-    images_per_class = len(layout.train.labels) / max(1, len(layout.classes))
-    return {
-        "size": min(side, 224),
-        "stem": "cifar" if side <= 32 else "imagenet",
-        "mean": mean,
-        "std": std,
-        "holdout": images_per_class / 10,
-    }
-
-
-# ---- What a folder holds ---------------------------------------------------------------------------------------------
-
-
-def _layout(name: str, root: Path, tests: tuple[str, ...]) -> Layout:
-    """Return what a folder holds. InputError where train and test do not hold the same classes."""
-    wanted = f"train/ and {'/ or '.join(tests)}/ must hold a sub-folder of pictures for each class"
-    train = root / "train"
-    classes = pictures.class_folders(train)
-    test = _test_folder([root / part for part in tests], classes)
-    test_classes = pictures.class_folders(test)
-    # Where the folder has parts, only train/ is trained on: the rest was laid aside to judge by.
-    has_parts = train.is_dir() or test.is_dir()
-    not_used = []
-    if has_parts and os.access(root, os.R_OK):
-        not_used = sorted({*pictures.class_folders(root)} - {train.name, test.name})
-    left_out = Counter()
-    fault = _fault_of_part(train, classes) or _fault_of_part(test, test_classes)
-    if not fault:
-        _refuse_other_classes(name, classes, test_classes, test.name)
-        if len(classes) > 1:
-            _, *train_listing = pictures.find_classes(train, left_out)
-            _, *test_listing = pictures.find_classes(test, left_out)
-            return Layout(classes, Listing(*train_listing), Listing(*test_listing), left_out, not_used)
-        fault = f"one class, {classes[0]}"
-        wanted += ", two or more"
-    place = train if has_parts else root
-    paths = pictures.find(place, left_out) if place.is_dir() else []
-    labels = [NO_CLASS] * len(paths)
-    return Layout((), Listing(paths, labels), Listing([], []), left_out, not_used, f"{fault}; {wanted}")
-
-
-def _test_folder(folders: list[Path], classes: Classes) -> Path:
-    """Return the first folder that holds these classes, or the first that holds any, or that is there, or the first."""
-    has_same_classes = [pictures.class_folders(path) == classes != () for path in folders]
-    has_classes = [pictures.class_folders(path) != () for path in folders]
-    is_there = [path.is_dir() for path in folders]
-    for condition in (has_same_classes, has_classes, is_there):
-        if any(condition):
-            return folders[condition.index(True)]
-    return folders[0]
-
-
-def _fault_of_part(part: Path, classes: Classes) -> str:
-    """Say why train or test has no classes; nothing if it has some."""
-    if classes:
-        return ""
-    if not part.is_dir():
-        return f"no folder {part}"
-    n = len(pictures.find(part))
-    if n:
-        return f"{part} holds {n} pictures and no sub-folders; sort them by their classes"
-    return f"{part} holds no class"
-
-
-def _contents(layout: Layout) -> str:
-    """Say how many classes and pictures there are, and what is left out."""
-    n_train, n_test = len(layout.train.paths), len(layout.test.paths)
-    if layout.fault:
-        line = f"{n_train} pictures to train on, none to judge by ({layout.fault})"
+        images = [pictures.Files(each) for each in paths]
     else:
-        line = f"{len(layout.classes)} classes, {n_train} pictures to train on, {n_test} to judge by"
-    line += f"; left out: {pictures.in_words(layout.left_out)}"
-    if layout.not_used:
-        line += f"; folders that are not used: {', '.join(layout.not_used[:5])}"
-        line += ", ..." if len(layout.not_used) > 5 else ""
-    return line
+        images, facts = _images_and_facts(*paths)
+        facts["holdout"] = len(train) / max(1, len(classes)) / 10
+    return classes, list(zip(images, labels, paths)), facts
 
 
-def _say_what_is_odd(name: str, layout: Layout, train: np.ndarray, test: np.ndarray, white: int) -> None:
-    """Say what the pictures are that few mean them to be: put on white, of fewer bits, of one colour, all alike."""
-    surveys = np.concatenate([train, test])
-    paths = layout.train.paths + layout.test.paths
-    n = len(surveys)
-    n_transparent = surveys["is_transparent"].sum()
-    if n_transparent:
-        processes.say(f"{name}: {n_transparent} of {n} pictures are transparent in places, which become white")
-    n_deep = surveys["is_deep"].sum()
-    if n_deep and white < 2**16 - 1:
-        highest = surveys["highest"][surveys["is_deep"] == 1].max()
-        processes.say(
-            f"{name}: {n_deep} of {n} pictures have 16 bits a pixel and no value above {highest}, so that {white} is "
-            "taken for white"
-        )
-    is_flat = surveys["spread"] * 255 < FLAT * _steps(surveys, white)
-    flat = np.flatnonzero(is_flat)
-    if len(flat):
-        processes.say(f"{name}: {len(flat)} of {n} pictures are of one colour, or nearly so, as {paths[flat[0]]}")
-    if _are_alike(layout.train.paths, train):
-        processes.say(f"{name}: the {len(train)} pictures to train on are all alike")
+def _listed(name: str, root: Path, tests: list[str], may_lack_classes: bool) -> tuple[Classes, list[Pairs], str]:
+    """Return the classes, the pictures to train on and those to judge by, and what is left out, in words.
+
+    Without classes all pictures are to train on. InputError if they may not lack them, or if those of test are others.
+    """
+    train = root / "train"
+    left_out = Counter()
+    classes = _classes(train, left_out)
+    # Of test/ and val/ the one that shares most classes with train/.
+    test = root / max(tests, key=lambda part: len({*classes} & {*_classes(root / part, Counter())}))
+    test_classes = _classes(test, left_out)
+    unpaired = sorted({*classes} ^ {*test_classes})
+    if classes and test_classes and unpaired:
+        as_seen = {unicodedata.normalize("NFC", label).strip() for label in unpaired}
+        written = repr if len(as_seen) == len(unpaired) else ascii  # some look alike: show how they differ
+        places = [f"{written(label)} in {'train' if label in classes else test.name} alone" for label in unpaired[:5]]
+        raise InputError(f"{name}: train and {test.name} do not hold the same classes: {', '.join(places)}")
+    fault = ""
+    for part, found in ((test, test_classes), (train, classes)):
+        if len(found) < 2:
+            fault = f"{part} is no folder of two or more classes"
+    if fault and not may_lack_classes:
+        needed = " or ".join(f"{part}/" for part in tests)
+        raise InputError(f"{name}: {fault}; train/ and {needed} must hold a sub-folder of pictures for each class")
+    # Where the folder has parts, only train/ is trained on: the rest was laid aside to judge by.
+    has_parts = any((root / part).is_dir() for part in ("train", *tests))
+    if fault:
+        paths = pictures.find(train if has_parts else root, left_out, {})
+        classes, parts = (), [[(path, NO_CLASS) for path in paths], []]
+    else:
+        parts = _by_class(name, train, test, classes, left_out)
+    if has_parts:
+        others = {*_classes(root, Counter())} - {train.name, test.name}
+        left_out |= {f"folder {other}/": 1 for other in sorted(others)}
+    reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common(10) if n)
+    unjudged = f" (nothing is judged: {fault})" if fault else ""
+    return classes, parts, f"left out: {reasons or 'nothing'}{unjudged}"
 
 
-def _are_alike(paths: list[str], surveys: np.ndarray) -> bool:
-    """Whether pictures are the same in their surveys and, the first hundred, in their pixels."""
-    if len(paths) < 2 or (surveys != surveys[0]).any():
-        return False
-    first = pictures.read(paths[0])
-    return all(torch.equal(pictures.read(path), first) for path in paths[1:100])
+def _classes(part: Path, left_out: Counter) -> Classes:
+    """Return the names of the sub-folders of a folder but hidden ones, sorted; count what else it holds."""
+    names = []
+    for path in sorted(part.iterdir()) if part.is_dir() else []:
+        if pictures.is_hidden(path.name):
+            left_out["hidden"] += 1
+        elif path.is_dir():
+            names.append(path.name)
+        else:
+            left_out["beside the folders of the classes" if path.exists() else f"linked to nothing ({path})"] += 1
+    return tuple(names)
 
 
-def _refuse_other_classes(name: str, classes: Classes, test_classes: Classes, test: str) -> None:
-    """Raise InputError for classes that train or test alone has; it names five of them."""
-    unpaired = sorted(set(classes) ^ set(test_classes))
-    places = []
-    for label in unpaired[:5]:
-        part = "train" if label in classes else test
-        places.append(f"{label} in {part} alone")
-    if places:
-        raise InputError(f"{name}: train and {test} do not hold the same classes: {', '.join(places)}")
+def _by_class(name: str, train: Path, test: Path, classes: Classes, left_out: Counter) -> list[Pairs]:
+    """Return the pictures of train and of test, class by class; say where two places are one."""
+    parts = [[], []]
+    place_by_folder = {}
+    twice = []
+    for pairs, part in zip(parts, (train, test)):
+        for label, class_name in enumerate(classes):
+            places = {}
+            pairs += [(path, label) for path in pictures.find(part / class_name, left_out, places)]
+            twice += [f"{places[real]} is {place_by_folder[real]}" for real in places if real in place_by_folder]
+            place_by_folder |= places
+    if twice:
+        processes.say(f"{name}: {len(twice)} folders come twice: {', '.join(twice[:3])}")
+    return parts
 
 
-def _fit_in_memory(train: np.ndarray, test: np.ndarray) -> bool:
-    """Whether the pictures make one tensor that is not too large."""
-    surveys = np.concatenate([train, test])
-    height, width = surveys["height"], surveys["width"]
-    if (height != height[0]).any() or (width != width[0]).any():
-        return False
-    return 3 * height.sum() * width[0] <= MEMORY
+def _without_broken(name: str, parts: list[Pairs]) -> list[Pairs]:
+    """Return the pairs whose picture can be read; count the others, and name ten."""
+    paths = [path for pairs in parts for path, _ in pairs]
+    fault_by_path = {}
+    for path, fault in zip(paths, pictures.by_workers(pictures.fault_of, paths)):
+        if fault:
+            fault_by_path[path] = fault
+    if fault_by_path:
+        lines = [f"{name}: skipped {len(fault_by_path)} of {len(paths)} pictures:", *[*fault_by_path.values()][:10]]
+        processes.say("\n  ".join(lines))
+    return [[pair for pair in pairs if pair[0] not in fault_by_path] for pairs in parts]
 
 
-def _refuse_empty_classes(name: str, layout: Layout) -> None:
-    """Raise InputError if no picture is left to train on, or none of some class."""
-    for listing in (layout.train, layout.test):
-        labels = set(listing.labels)
-        for label, class_name in enumerate(layout.classes):
-            if label not in labels:
-                raise InputError(f"{name}: no picture that can be read in class {class_name}")
-    if not layout.train.paths:
-        raise InputError(f"{name}: no picture that can be read")
+def _images_and_facts(train: np.ndarray, test: np.ndarray) -> tuple[list, dict]:
+    """Return the images of both parts, in memory or as Files, and what data.FACTS holds of a named set."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    sample = train[order[:SAMPLE].sort().values.numpy()]
+    white = pictures.white_of(sample)
+    in_memory = pictures.in_memory([*train, *test], white, MEMORY)
+    if in_memory is None:
+        images = [pictures.Files(train, white), pictures.Files(test, white)]
+        side, histograms = pictures.side_and_histograms(sample, white)
+    else:
+        images = in_memory.split([len(train), len(test)])
+        side, histograms = min(in_memory.shape[2:]), histograms_of(images[0])
+    mean, std = pixel_statistics(histograms)
+    return images, {"size": min(side, 224), "stem": "cifar" if side <= 32 else "imagenet", "mean": mean, "std": std}

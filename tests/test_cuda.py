@@ -65,7 +65,7 @@ def training_of(method="byol", reg="none", model="test_resnet", hidden_dim=32):
 
 
 def batches_on_cuda(**flags):
-    return data.batches(on_cuda(images()), BATCH, 32, seed=0, epochs=[1], **flags)
+    return data.batches(on_cuda(images()), 32, BATCH, seed=0, steps=range(len(images().labels) // BATCH), **flags)
 
 
 def test_the_instrument_counts_waits_and_launches():
@@ -91,12 +91,12 @@ def test_the_instrument_refuses_tensors_of_two_devices():
 @pytest.mark.parametrize("size", [32, 224])
 def test_batches_and_views_wait_for_nothing_and_are_those_of_a_cpu(size):
     blur_p, solarise_p = (1.0, 0.1), (0.0, 0.5)
-    crops, _, u = next(data.batches(images(size=size), 8, size, seed=0, epochs=[1]))
+    crops, _, u = next(data.batches(images(size=size), size, 8, seed=0, steps=[0]))
     expected = data.two_views(crops, u, VIEW["mean"], VIEW["std"], blur_p, solarise_p)
     with PretendCuda() as seen:
         split = on_cuda(images(size=size))
         seen.waits.clear()
-        crops, labels, u = next(data.batches(split, 8, size, seed=0, epochs=[1]))
+        crops, labels, u = next(data.batches(split, size, 8, seed=0, steps=[0]))
         views = data.two_views(crops, u, VIEW["mean"], VIEW["std"], blur_p, solarise_p)
         assert labels.device == CUDA and not seen.waits
         for view, same in zip(views, expected):

@@ -205,7 +205,7 @@ def test_stl10_in_its_format_on_disk(monkeypatch, tmp_path):
     assert (read.stem, read.size, len(read.classes)) == ("imagenet", 64, 10)
     judged = data.load("stl10", str(tmp_path))
     assert judged.pretraining is judged.train
-    ((crops, _, _),) = data.batches(read.pretraining, 3, 64, 0, [1])
+    ((crops, _, _),) = data.batches(read.pretraining, 64, 3, 0, [0])
     assert crops.shape == (2, 3, 3, 64, 64)
 
 
@@ -228,10 +228,10 @@ def test_imagenet_is_cropped_from_its_files(imagenet):
     read = data.load("imagenet", str(imagenet), pretraining=True)
     assert (read.size, read.stem, read.blur_p, read.solarise_p) == (224, "imagenet", (1, 0.1), (0, 0.2))
     assert read.train.labels.tolist() == [0] * 4 + [1] * 4 and read.pretraining is read.train
-    order = torch.cat([labels for _, labels, _ in data.batches(read.train, 4, 224, 0, [1])])
+    order = torch.cat([labels for _, labels, _ in data.batches(read.train, 224, 4, 0, range(2))])
     assert order.bincount().tolist() == [4, 4]
     one = read.train.rows(torch.tensor([2]))
-    ((crops, _, u),) = data.batches(one, 1, 224, 0, [1])
+    ((crops, _, u),) = data.batches(one, 224, 1, 0, [0])
     image = F.pil_to_tensor(PIL.Image.open(one.images.paths[0]))
     for mine, v in zip(crops[:, 0], u):
         draws = augment.named_draws(v)
@@ -255,7 +255,7 @@ def test_a_file_that_a_worker_cannot_read_is_named(imagenet, tmp_path):
     (tmp_path / "broken" / "train" / "n01440764" / "1.png").write_bytes(b"no picture")
     read = data.load("imagenet", str(tmp_path / "broken"))
     with pytest.raises(InputError, match=r"^[^\n]*n01440764/1.png: not a picture that can be read[^\n]*$"):
-        list(data.batches(read.train, 8, 224, 0, [1]))
+        list(data.batches(read.train, 224, 8, 0, [0]))
 
 
 def test_imagenet_without_its_folders(tmp_path):
@@ -357,7 +357,7 @@ def test_every_batch_and_view_has_draws_of_its_own(monkeypatch):
     """Of 60 epochs of two images, each a batch: no draws come twice, as a few seeds or one for all views would do."""
     split = data.Split(torch.zeros(2, 3, 1, 1, dtype=torch.uint8), torch.arange(2))
     monkeypatch.setattr(augment, "crop_flip", lambda images, u, size: images)
-    u = torch.cat([u for _, _, u in data.batches(split, 1, 1, 0, range(60))])
+    u = torch.cat([u for _, _, u in data.batches(split, 1, 1, 0, range(120))])
     assert u.shape == (240, 1, augment.DRAWS_PER_IMAGE) and len(u.unique(dim=0)) == 240
 
 
@@ -365,30 +365,29 @@ def test_batches_are_functions_of_seed_and_epoch():
     colours = torch.arange(103, dtype=torch.uint8)
     split = data.Split(colours[:, None, None, None].expand(-1, 3, 2, 2), torch.arange(103))
 
-    def epoch(seed, *epochs, **kwargs):
-        return list(data.batches(split, 10, 4, seed, epochs, **kwargs))
+    def some(seed, steps, **options):
+        return list(data.batches(split, 4, 10, seed, steps, **options))
 
-    first, second = epoch(0, 1), epoch(0, 2)
+    first, second = some(0, range(10)), some(0, range(10, 20))
     labels = torch.cat([b[1] for b in first])
     assert len(first) == 10 and labels.unique().numel() == 100
     for crops, labels_, u in first:
         assert crops.shape == (2, 10, 3, 4, 4) and u.shape == (2, 10, augment.DRAWS_PER_IMAGE)
         torch.testing.assert_close(crops, (labels_ / 255)[:, None, None, None].expand(2, -1, 3, 4, 4))
-    assert sum(len(b[1]) for b in epoch(0, 1, drop_last=False)) == 103
-    assert epoch(0, 1, views=1)[0][0].shape == (1, 10, 3, 4, 4)
-    assert all(torch.equal(x, y) for a, b in zip(first, epoch(0, 1)) for x, y in zip(a, b))
-    for other in (second, epoch(1, 1)):
+    assert sum(len(b[1]) for b in some(0, range(11), drop_last=False)) == 103
+    assert some(0, [0], views=1)[0][0].shape == (1, 10, 3, 4, 4)
+    for other in (second, some(1, range(10))):
         assert not torch.equal(torch.cat([b[1] for b in other]), labels)
         assert not torch.equal(other[0][2], first[0][2])
-    stream = epoch(0, 1, 2, start=7)
+    stream = some(0, range(7, 20))
     assert len(stream) == 13
     assert all(torch.equal(x, y) for a, b in zip(stream, first[7:] + second) for x, y in zip(a, b))
 
 
 def test_parts_and_shares_make_up_the_batch():
     split = data.Split(torch.zeros(24, 3, 2, 2, dtype=torch.uint8), torch.arange(24))
-    whole = list(data.batches(split, 12, 4, 0, [1]))
-    shares = [list(data.batches(split, 12, 4, 0, [1], micro_batches=3, rank=rank, world=2)) for rank in range(2)]
+    whole = list(data.batches(split, 4, 12, 0, range(2)))
+    shares = [list(data.batches(split, 4, 12, 0, range(2), micro_batches=3, share=(rank, 2))) for rank in range(2)]
     for step, (_, labels, u) in enumerate(whole):
         micro = [share[3 * step + part] for part in range(3) for share in shares]
         assert [len(x[1]) for x in micro] == [2] * 6

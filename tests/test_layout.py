@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIB = (
     *"augment norms errors files log processes streams cli".split(),
-    *"encoders tensors nearest pictures surveys sources".split(),
+    *"encoders tensors nearest pictures sources".split(),
 )
 HARNESS = "checkpoint foreign state settings measure run judging".split()
 PAGES = ("regularizers", "models", "data", "knn_eval", "linear_eval", "pretrain")

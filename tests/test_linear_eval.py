@@ -63,7 +63,7 @@ def test_features_are_of_crops_and_flips_alone(judged):
     photos, train = judged.images, judged.images.train.rows(torch.arange(48))
     batches = list(feature_batches(judged, train, epochs=2, batch_size=20, seed=3))
     assert [len(labels) for _, labels in batches] == 2 * [20, 20, 8]
-    crops = data.batches(train, 20, 32, 3, [1, 2], views=1, drop_last=False)
+    crops = data.batches(train, 32, 20, 3, range(len(batches)), views=1, drop_last=False)
     for (features, labels), (x, true_labels, _) in zip(batches, crops):
         pixels = F.normalize(x[0], photos.mean, photos.std)
         torch.testing.assert_close(features, pixels.flatten(1))

@@ -63,7 +63,7 @@ def test_a_training_step_and_what_is_measured(photos, monkeypatch, flags):
     values = settings.resolve_recipe(flags, pretrain.RECIPES, 1)
     cfg = settings.resolve_images(values, flags, photos)
     training = pretrain.build(cfg, photos, accelerator)
-    crops, _, u = next(data.batches(photos.train, 16, photos.size, seed=0, epochs=[1]))
+    crops, _, u = next(data.batches(photos.train, photos.size, 16, seed=0, steps=[0]))
     noise = torch.randint(256, (16, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     split = data.Split(noise, torch.arange(16))
     with WithoutFloat64():

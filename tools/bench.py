@@ -303,8 +303,7 @@ def trainer(accelerator: Accelerator, batch_size: int, **flags) -> tuple[Trainin
     cfg = resolve_images(values, flags, images)
     training = build(cfg, images, accelerator)
     split = images.pretraining.to(accelerator.device)
-    epochs = itertools.count(1)
-    batches = data.batches(split, batch_size, images.size, 0, epochs)
+    batches = data.batches(split, images.size, batch_size, 0, itertools.count())
     numbers = {}
 
     def call() -> None:
@@ -590,7 +589,7 @@ def stream(accelerator: Accelerator) -> Iterator[Contest]:
         split = data.Split(Files(paths), labels)
 
         def ours() -> None:
-            for crops, _, _ in data.batches(split, batch_size, size, seed=0, epochs=[1]):
+            for crops, _, _ in data.batches(split, size, batch_size, seed=0, steps=range(n // batch_size)):
                 assert crops.shape == (2, batch_size, 3, size, size)
 
         def theirs() -> None:
@@ -639,7 +638,8 @@ def features(accelerator: Accelerator) -> tuple[data.Split, data.Split]:
     def embedded(split: data.Split, epochs: int) -> data.Split:
         split = split.to(accelerator.device)
         rows, labels = [], []
-        for crops, y, _ in data.batches(split, 500, images.size, seed=0, epochs=range(epochs), views=1):
+        steps = range(epochs * (len(split.labels) // 500))
+        for crops, y, _ in data.batches(split, images.size, 500, seed=0, steps=steps, views=1):
             x = normalise(crops[0], images.mean, images.std)
             rows.append(models.embed(encoder, [x]))
             labels.append(y)

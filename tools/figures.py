@@ -374,8 +374,7 @@ def contact_sheet(images: data.Dataset, n: int = 8, pairs: int = 3):
     for crop in (1.0, data.EVAL_CROP):
         views = data.evaluation_views(sample, images.size, crop, **plain)
         columns.append(torch.cat(list(views)))
-    for epoch in range(pairs):
-        ((crops, order, u),) = data.batches(sample, n, images.size, seed=0, epochs=[epoch])
+    for crops, order, u in data.batches(sample, images.size, n, seed=0, steps=range(pairs)):
         views = data.two_views(crops, u, **plain, blur_p=images.blur_p, solarise_p=images.solarise_p)
         columns += [view[order.argsort()] for view in views]
     titles = ["image", "evaluation", *["view 1", "view 2"] * pairs]

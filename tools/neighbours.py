@@ -20,7 +20,6 @@ from harness.settings import name_of_weights
 from lib import processes
 from lib.errors import InputError
 from lib.nearest import nearest
-from lib.sources import by_class
 from tools.embed import features_of
 from tools.groups import method_name
 
@@ -103,7 +102,7 @@ def draw_queries(labels: Tensor, n: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(SEED)
     order_in_class = torch.randperm(len(labels), generator=generator)
-    rows, place_in_class = by_class(labels + 1, order_in_class)  # + 1: it takes no negative labels
+    rows, place_in_class = data.by_class(labels + 1, order_in_class)  # + 1: it takes no negative labels
     order_of_classes = torch.randperm(len(labels), generator=generator)  # so that of many, not the first n are drawn
     first_places = place_in_class[order_of_classes].argsort(stable=True)[:n]
     drawn = rows[order_of_classes[first_places]]
