@@ -74,10 +74,9 @@ def find(folder: str | Path, left_out: Counter, places: dict[str, str]) -> list[
     folders by their real paths. OSError for a folder that may not be read.
     """
     real_folder = os.path.realpath(folder)
-    first = Path(next(iter(places), ""))
-    if first.is_relative_to(real_folder):
-        left_out["linked to a folder above"] += 1
-    if first.is_relative_to(real_folder) or real_folder in places:
+    leads_up = Path(next(iter(places), "")).is_relative_to(real_folder)
+    left_out["linked to a folder above"] += leads_up
+    if leads_up or real_folder in places:
         return []
     places[real_folder] = str(folder)
     paths, folders = [], []
@@ -194,17 +193,13 @@ def in_memory(paths: Sequence[str], white: int, most_bytes: int) -> Tensor | Non
 
 def side_and_histograms(paths: Sequence[str], white: int) -> tuple[int, Tensor]:
     """Return the median of the pictures' shorter sides, and how often each value comes in each channel, (3, 256)."""
-    sides = []
-    histograms = torch.zeros(3, 256, dtype=torch.int64)
-    for size, counts in by_workers(functools.partial(_size_and_histogram, white=white), paths):
-        sides.append(min(size))
-        histograms += torch.tensor(counts).view(3, 256)
-    return int(torch.tensor(sides).median()), histograms
+    rows = torch.tensor(list(by_workers(functools.partial(_side_and_histograms, white=white), paths)))
+    return int(rows[:, 0].median()), rows[:, 1:].sum(0).view(3, 256)
 
 
-def _size_and_histogram(path: str, white: int) -> tuple[tuple[int, int], list[int]]:
+def _side_and_histograms(path: str, white: int) -> list[int]:
     picture = _rgb(path, white)
-    return picture.size, picture.histogram()
+    return [min(picture.size), *picture.histogram()]
 
 
 def crops(files: Files, size: int, micro_batches: Iterator, device: torch.device) -> Iterator[Tensor]:

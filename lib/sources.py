@@ -30,7 +30,6 @@ Pairs = list[tuple[str, int]]  # paths of pictures, and the class of each
 
 PHOTOGRAPHS = "astronaut brick chelsea coffee coins grass gravel hubble_deep_field immunohistochemistry retina".split()
 MAKERS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}
-FORMS = {"cifar10": "python", "cifar100": "python", "stl10": "binary"}  # of several that their authors offer
 IN_DATA_DIR = (*MAKERS, "imagenet")
 DOWNLOAD_LOCK = ".download.lock"
 MEMORY = 2**30  # bytes of pictures of a folder, up to which they are kept in memory
@@ -163,7 +162,7 @@ def _downloaded(name: str, root: Path, options: list[dict]) -> list[datasets.Vis
             return [maker(root, download=True, **part) for part in options]
     except (OSError, RuntimeError) as e:
         raise InputError(
-            f"dataset {name}: cannot be read from or downloaded to {root} ({e}); put its {FORMS[name]} version at "
+            f"dataset {name}: cannot be read from or downloaded to {root} ({e}); put it at "
             f"{root / maker.base_folder}, or take the embedded set, --dataset photos"
         ) from e
 
@@ -174,10 +173,9 @@ def _downloaded(name: str, root: Path, options: list[dict]) -> list[datasets.Vis
 def folder(name: str, root: Path, tests: list[str], facts: dict | None, pretraining: bool, skip_broken: bool) -> Found:
     """Return classes, parts and facts of a folder with train/ and one of `tests`, each with a sub-folder a class.
 
-    Pictures of one size are read into memory, if they fit; others stay in files. With `facts`, which are those of a set
-    that is known to be large, all stay in files, and none is looked at unless broken ones are to be skipped. With
-    `pretraining` the pictures may be without classes. `name` is the folder's in messages. InputError for a broken
-    picture that is met, unless these are to be skipped, and for a folder that is not laid out like this.
+    Pictures of one size are read into memory, if they fit; others, and those of a set with `facts`, which is large, stay
+    in files. With `pretraining` they may be without classes. `name` is the folder's in messages. InputError
+    for a broken picture that is met, unless these are to be skipped, and for a folder that is not laid out like this.
     """
     try:
         classes, parts, told = _listed(name, root, tests, may_lack_classes=pretraining and not facts)
@@ -187,11 +185,12 @@ def folder(name: str, root: Path, tests: list[str], facts: dict | None, pretrain
         parts = _without_broken(name, parts)
     train, test = parts
     told = f"{len(classes)} classes, {len(train)} pictures to train on, {len(test)} to judge by; {told}"
-    for pairs in parts if classes else [train]:
+    for pairs in parts:
         missing = {*range(len(classes))} - {label for _, label in pairs}
-        if missing or not pairs:
-            in_class = f" in class {classes[min(missing)]}" if classes else ""
-            raise InputError(f"{name}: no picture that can be read{in_class}; {told}")
+        if missing:
+            raise InputError(f"{name}: no picture that can be read in class {classes[min(missing)]}; {told}")
+    if not train:
+        raise InputError(f"{name}: no picture that can be read; {told}")
     processes.say(f"{name}: {told}")
     paths = [np.array([path for path, _ in pairs]) for pairs in parts]
     labels = [torch.tensor([label for _, label in pairs], dtype=torch.long) for pairs in parts]
@@ -274,14 +273,11 @@ def _by_class(name: str, train: Path, test: Path, classes: Classes, left_out: Co
 def _without_broken(name: str, parts: list[Pairs]) -> list[Pairs]:
     """Return the pairs whose picture can be read; count the others, and name ten."""
     paths = [path for pairs in parts for path, _ in pairs]
-    fault_by_path = {}
-    for path, fault in zip(paths, pictures.by_workers(pictures.fault_of, paths)):
-        if fault:
-            fault_by_path[path] = fault
-    if fault_by_path:
-        lines = [f"{name}: skipped {len(fault_by_path)} of {len(paths)} pictures:", *[*fault_by_path.values()][:10]]
-        processes.say("\n  ".join(lines))
-    return [[pair for pair in pairs if pair[0] not in fault_by_path] for pairs in parts]
+    fault_by_path = dict(zip(paths, pictures.by_workers(pictures.fault_of, paths)))
+    faults = [fault for fault in fault_by_path.values() if fault]
+    if faults:
+        processes.say("\n  ".join([f"{name}: skipped {len(faults)} of {len(paths)} pictures:", *faults[:10]]))
+    return [[pair for pair in pairs if not fault_by_path[pair[0]]] for pairs in parts]
 
 
 def _images_and_facts(train: np.ndarray, test: np.ndarray) -> tuple[list, dict]:
