@@ -527,6 +527,8 @@ def test_zero_and_coincident_rows_of_features(f):
         lambda: info_nce(torch.ones(3, 2), torch.ones(2, 2)),
         lambda: info_nce(torch.ones(3, 2), torch.ones(3, 2), 0),
         lambda: amhe(torch.ones(3, 2), math.inf),
+        lambda: amhe(torch.ones(3, 2), 10.1),
+        lambda: uniformity(torch.ones(3, 2), 10.1),
         lambda: uniformity(torch.ones(3, 2), math.nan),
         lambda: alignment(torch.ones(3, 2), torch.ones(3, 2), math.nan),
         lambda: info_nce(torch.ones(3, 2), torch.ones(3, 2), math.nan),
