@@ -277,4 +277,5 @@ def tau_at(step: int, steps: int, tau: float, end: float = 1) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(pretrain)
+    groups = dict(dataset="data", method="method", reg="regularizer", temperature="recipe", blur_p="views", seed="run")
+    cli.run(pretrain, groups)
