@@ -277,5 +277,6 @@ def tau_at(step: int, steps: int, tau: float, end: float = 1) -> float:
 
 
 if __name__ == "__main__":
-    groups = dict(dataset="data", method="method", reg="regularizer", temperature="recipe", blur_p="views", seed="run")
+    groups = {"dataset": "data", "method": "method", "reg": "regularizer"}
+    groups |= {"temperature": "recipe", "blur_p": "views", "seed": "run"}
     cli.run(pretrain, groups)

@@ -27,7 +27,6 @@ from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import fire
-from fire.decorators import SetParseFn
 
 from lib.errors import InputError, Stopped
 from lib.log import is_main
@@ -56,8 +55,8 @@ DEAD_WORKER = "as where memory, or /dev/shm, is short: give more, or take a smal
 def run(stage: Callable, groups: Mapping[str, str] | None = None) -> None:
     """Call a stage with the flags of the command line, and end the program as a shell expects.
 
-    groups: the title of each group of flags in --help, by its first flag. InputError ends the program with one line and
-    exit code 2, a signal with one line and 128 + its number.
+    groups: titles in --help, by the first flag of each group. InputError ends the program with one line and exit code
+    2, a signal with one line and 128 + its number.
     """
     open_streams()
     try:
@@ -101,13 +100,13 @@ def defaults(stage: Callable) -> dict[str, Any]:
 # ---- From words to values --------------------------------------------------------------------------------------------
 def by_fire(function: Callable, words: list[str], signature: inspect.Signature) -> Any:
     """Have Fire call a function with the values that words give to the flags of a signature; return what it returns."""
-    command = SetParseFn(str)(lambda *places, **texts: function(with_values(signature, places, texts)))
+    command = fire.decorators.SetParseFn(str)(lambda *places, **texts: function(with_values(signature, places, texts)))
     return fire.Fire(command, spelled_out(words, signature.parameters), serialize=lambda _: None)  # it prints nothing
 
 
 def spelled_out(words: list[str], flags: Mapping[str, inspect.Parameter]) -> list[str]:
     """Return words with each flag as --name=text, which leaves Fire nothing to guess. InputError as from `read`."""
-    words, spelled, given = list(words), [], set()
+    words, spelled, given = [*words], [], set()
     names = [name for name, flag in flags.items() if flag.kind is not flag.VAR_POSITIONAL]
     switches = [name for name in names if described(flags[name].annotation)[0] == IN_WORDS[bool]]
     while words:
@@ -136,9 +135,7 @@ def spelled_out(words: list[str], flags: Mapping[str, inspect.Parameter]) -> lis
 def hint(name: str, flags: list[str]) -> str:
     """Return what may have been meant by the name of a flag that is not there, or which flags are."""
     meanings = {flag.replace("_", ""): f"--{flag}" for flag in flags}
-    for word, meaning in ELSEWHERE.items():
-        if meaning.endswith(LAUNCHER) or meaning in meanings.values():
-            meanings[word] = meaning
+    meanings |= {word: text for word, text in ELSEWHERE.items() if text.endswith(LAUNCHER) or text[2:] in flags}
     for alike in difflib.get_close_matches(name.replace("_", "").lower(), meanings, 1, cutoff=0.8):
         return f"did you mean {meanings[alike]}?"
     return f"known: {', '.join('--' + flag for flag in flags)}"
@@ -218,18 +215,17 @@ def help_text(stage: Callable, groups: Mapping[str, str]) -> str:
     paragraphs = [textwrap.fill(f"{os.path.basename(sys.argv[0])}: {purpose}", 80)]
     flags = inspect.signature(stage).parameters
     column = 6 + max(map(len, flags), default=0)
+    lines = textwrap.TextWrapper(80, subsequent_indent=" " * column, break_on_hyphens=False)
     for name, flag in flags.items():
         if name in groups or len(paragraphs) == 1:
             paragraphs.append(groups.get(name, "flags"))
         values, meaning = described(flag.annotation)
         default = ",".join(map(str, flag.default)) if isinstance(flag.default, tuple) else flag.default
         text = f"{values}: {meaning}".removesuffix(": ")
-        if flag.default is not flag.empty:
-            text += f" [{default}]"
+        text += "" if default is flag.empty else f" [{default}]"
         typed = f"--{name}" if flag.kind is flag.KEYWORD_ONLY else name.upper()
-        indent = f"  {typed}".ljust(column)
-        line = textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=" " * column, break_on_hyphens=False)
-        paragraphs[-1] += f"\n{line}"
+        lines.initial_indent = f"  {typed}".ljust(column)
+        paragraphs[-1] += "\n" + lines.fill(text)
     example = re.search(r"^    ([^#\n]+)", inspect.getmodule(stage).__doc__ or "", re.MULTILINE)
     if example:
         paragraphs.append(f"example\n  {example[1]}")
@@ -240,10 +236,10 @@ def help_text(stage: Callable, groups: Mapping[str, str]) -> str:
 def open_streams() -> None:
     """Open the null device for a closed stream, whose number a checkpoint would take; escape letters a stream lacks."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # takes the lowest free number
-        if hasattr(getattr(sys, name), "reconfigure"):  # notebooks have other streams
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  # takes the lowest free number
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):  # notebooks have other streams
+            stream.reconfigure(errors="backslashreplace")
 
 
 def end_without_output(e: OSError) -> None:
