@@ -294,4 +294,6 @@ def tau_at(step: int, steps: int, tau: float, end: float = 1) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(pretrain)
+    groups = {"dataset": "data", "method": "method", "reg": "regularizer"}
+    groups |= {"temperature": "recipe", "blur_p": "views", "seed": "run"}
+    cli.run(pretrain, groups)

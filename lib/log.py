@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from tqdm import tqdm
 
 from lib import files
@@ -25,7 +26,6 @@ from lib.errors import InputError
 from lib.files import LOG, run_folder, weights_file, write_whole
 
 ROUNDING = 1e-6  # of mean and std: another processor sums in another order
-LONGEST_LINE = 2**20  # bytes at a log's end in which a line that was cut short is looked for
 PLACES = ("dataset", "data_dir", "init")  # settings that say where something lies: `other_data` compares what data hold
 
 
@@ -35,90 +35,139 @@ def is_main() -> bool:
 
 
 def emit(row: dict, log: Path | None = None) -> None:
-    """Print a row as one line of JSON on standard output and, with `log`, add it to that file before.
+    """Print a row as one line of JSON and, with `log`, add it to that file before: standard output may be full.
 
-    Of several processes the first does so. ValueError for a NaN; InputError if the log, or standard output, cannot be
-    written to.
+    Of several processes the first does so. ValueError for a NaN; InputError if the log cannot be written to.
     """
     if not is_main():
         return
     line = json.dumps(row, allow_nan=False)
     if log is not None:
-        _append(line, log)  # first, so that the row is kept where standard output fails
+        with _alone(log) as file:
+            content = file.read()
+            last_line = content.rpartition(b"\n")[2]
+            if _row(last_line):
+                file.write(b"\n")
+            else:
+                file.truncate(len(content) - len(last_line))  # cut short, by a process that was killed as it wrote
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())  # as of a checkpoint: a power cut must not take the rows before it
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
 
 
-def _append(line: str, log: Path) -> None:
-    """Add a line to a log, in place of a last line without an end, left by a process that was killed as it wrote."""
+def read_rows(folder: Path) -> list[dict]:
+    """Return the rows of a run's log, without broken lines, which are named, and a last one that was cut short.
+
+    InputError for a log that cannot be read, or that begins with something else than a row of a stage.
+    """
+    log = folder / LOG
+    try:
+        with open(log, "rb") as file:
+            return _rows(file, log)
+    except OSError as e:
+        raise InputError(f"{folder}: not a run folder, its {LOG} cannot be read ({e.strerror})") from e
+
+
+def rewind(folder: Path, epoch: int) -> list[dict]:
+    """Drop from a log the rows of epochs after `epoch`, and broken lines; return the rows that stay.
+
+    The first row counts as epoch 0, so that -1 drops all of a run.
+    """
+    log = folder / LOG
     with _alone(log) as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - LONGEST_LINE))
-        cut_line = file.read().rpartition(b"\n")[2]
-        file.truncate(end - len(cut_line))
-        file.write(line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())  # a checkpoint is on the disk at once: a power cut must not take the rows before it
+        rows = _rows(file, log)
+        kept = [row for row in rows if row["stage"] != "pretrain" or row.get("epoch", 0) <= epoch]
+        if files.fcntl is None:
+            file.close()  # Windows puts no file in place of one that is open
+        with write_whole(log) as new:
+            new.writelines(json.dumps(row).encode() + b"\n" for row in kept)
+    return kept
 
 
 @contextlib.contextmanager
 def _alone(log: Path) -> Iterator[BinaryIO]:
-    """Yield a log, to read and add to; other processes that call this for it wait, where there are locks.
-
-    A run that goes on puts a new file in place of its log; who waited for the old one takes the new one. InputError if
-    the log cannot be written to.
-    """
-    is_current = False
+    """Yield a log, to read and add to; other processes that want it wait. InputError if it cannot be written to."""
     try:
-        while not is_current:
+        while True:
             with open(log, "ab+") as file:
                 with contextlib.suppress(OSError):  # there are no locks; `run.claim` has said so
                     files.lock(file, wait=True)
-                is_current = os.path.exists(log) and os.path.samestat(os.fstat(file.fileno()), os.stat(log))
-                if is_current:
+                # Who has waited while `rewind` put a new file in place takes that one.
+                if os.path.exists(log) and os.path.samestat(os.fstat(file.fileno()), os.stat(log)):
+                    file.seek(0)
                     yield file
+                    return
     except OSError as e:
         raise InputError(f"{log}: cannot be written ({e.strerror})") from e
 
 
+def _rows(file: BinaryIO, log: Path) -> list[dict]:
+    """Return the rows of an open log, as `read_rows` does."""
+    *lines, last_line = file.read().split(b"\n")
+    if _row(last_line):  # it lacks its end alone
+        lines.append(last_line)
+    rows = []
+    for n, line in enumerate(lines, 1):
+        row = _row(line)
+        if row:
+            rows.append(row)
+        elif line.strip() and not rows:
+            raise InputError(f"{log}: line {n} was not written by a command of this project")
+        elif is_main():
+            print(f"{log}: line {n} is broken, and left out", file=sys.stderr)
+    return rows
+
+
+def _row(line: bytes) -> dict | None:
+    """Return the row that a line holds, if it holds one; a byte-order mark may stand before it."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and "stage" in row else None
+
+
+def log_of(checkpoint: str, description: dict) -> Path | None:
+    """Return the log of the run that a checkpoint, or its folder, belongs to, for a judge to add its rows to.
+
+    None without a log that can be written to, or if it is of other settings or data than `description`, which is the
+    checkpoint's: one that was copied into the folder of another run must not leave its scores there.
+    """
+    nowhere = dict.fromkeys(PLACES)
+    log = run_folder(weights_file(checkpoint)) / LOG
+    try:
+        first_row = read_rows(log.parent)[0]
+        is_same = first_row["settings"] | nowhere == description["settings"] | nowhere
+        is_same = is_same and first_row["stage"] == "pretrain" and not other_data(description, first_row)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return log if is_same and os.access(log, os.W_OK) else None
+
+
 def contents(images, holdout: bool = False) -> dict:
     """Return what a data.Dataset holds, for `other_data`; with `holdout` its test set is of its training set."""
-    counts = {"train": len(images.train.labels), "test": len(images.test.labels)}
-    if holdout:
-        counts = {"train": sum(counts.values())}
+    train, test = len(images.train.labels), len(images.test.labels)
+    counts = {"train": train + test} if holdout else {"train": train, "test": test}
     return {"classes": list(images.classes), **counts}
 
 
 def other_data(mine: dict, theirs: dict) -> list[str]:
     """Name what the data of one run hold that those of another did not, of the facts that both descriptions have.
 
-    A description is that of a checkpoint, or the first row of a log: classes and counts stand in its "data", size, mean
-    and std in its "view". A folder may move; its path decides only where nothing is known of what it holds.
+    A description is that of a checkpoint, or the first row of a log: "data" has classes and counts, "view" the rest.
     """
-    mine, theirs = as_json(mine), as_json(theirs)
-    facts = mine.get("view", {}) | mine.get("data", {})
-    their_facts = theirs.get("view", {}) | theirs.get("data", {})
-    known = [name for name in facts if name in their_facts and name != "crop"]  # the crop is a setting
-    if not known:
-        place, their_place = (each.get("settings", {}).get("dataset", "") for each in (mine, theirs))
-        return [] if same_place(place, their_place) else [f"dataset {place} (it was {their_place})"]
+    facts, their_facts = (as_json(each.get("view", {}) | each.get("data", {})) for each in (mine, theirs))
     faults = []
-    for name in known:
-        value, their_value = facts[name], their_facts[name]
+    for name, value in facts.items():
+        their_value = their_facts.get(name, value)
         if name == "classes":
-            new = sorted({*value} - {*their_value})
-            gone = sorted({*their_value} - {*value})
-            faults += [f"class {each} is new" for each in new[:3]] + [f"class {each} is gone" for each in gone[:3]]
-        elif not _equal(value, their_value):
+            faults += [f"class {each} is new" for each in sorted({*value} - {*their_value})[:3]]
+            faults += [f"class {each} is gone" for each in sorted({*their_value} - {*value})[:3]]
+        elif name != "crop" and not np.allclose(value, their_value, rtol=0, atol=ROUNDING):  # the crop is a setting
             faults.append(f"{name} {value} (it was {their_value})")
     return faults
-
-
-def _equal(fact: object, other: object) -> bool:
-    """Whether two facts are equal, mean and std but for ROUNDING."""
-    if isinstance(fact, list) and isinstance(other, list) and len(fact) == len(other):
-        return all(abs(x - y) <= ROUNDING for x, y in zip(fact, other))
-    return fact == other
 
 
 def same_place(place: str, other: str) -> bool:
@@ -129,78 +178,6 @@ def same_place(place: str, other: str) -> bool:
 def as_json(values: dict) -> dict:
     """Return the values as they come back from a file: tuples as lists."""
     return json.loads(json.dumps(values))
-
-
-def log_of(checkpoint: str, description: dict) -> Path | None:
-    """Return the log of the run folder that a checkpoint lies in, for a judge to add its rows to.
-
-    A checkpoint is a file in that folder or in its folder `encoder`, or one of these two folders. None where there is
-    no log, where it cannot be written to, or where it is of a run with other settings or other data: a checkpoint that
-    was copied into the folder of another run must not leave its scores there. The data may have moved. `description` is
-    the checkpoint's.
-    """
-    nowhere = dict.fromkeys(PLACES)
-    log = run_folder(weights_file(checkpoint)) / LOG
-    try:
-        with open(log) as file:
-            first_row = json.loads(file.readline())
-        same_stage = first_row["stage"] == "pretrain"
-        same_settings = first_row["settings"] | nowhere == description["settings"] | nowhere
-        same_data = not other_data(description, first_row)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-    if same_stage and same_settings and same_data and os.access(log, os.W_OK):
-        return log
-    return None
-
-
-def read_rows(folder: Path) -> list[dict]:
-    """Return the rows of a run's log; a last line that was cut short does not count.
-
-    A broken line is left out, and named on standard error. InputError for a log that cannot be read, or whose first
-    line is no row of a stage.
-    """
-    try:
-        content = (folder / LOG).read_bytes()
-    except OSError as e:
-        raise InputError(f"{folder}: not a run folder, its {LOG} cannot be read ({e.strerror})") from e
-    return _rows(content, folder / LOG)
-
-
-def _rows(content: bytes, log: Path) -> list[dict]:
-    """Return the rows of a log's content, as `read_rows` does."""
-    whole_lines = content.split(b"\n")[:-1]
-    rows = []
-    for n, line in enumerate(whole_lines, 1):
-        try:
-            row = json.loads(line)
-            _ = row["stage"]
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
-            if n == 1:
-                raise InputError(f"{log}: line 1 was not written by a command of this project") from e
-            if is_main():
-                print(f"{log}: line {n} is broken, and left out", file=sys.stderr)
-            continue
-        rows.append(row)
-    return rows
-
-
-def rewind(folder: Path, epoch: int) -> list[dict]:
-    """Drop from a log the rows of epochs after `epoch`, which will be written again; return the rows that stay.
-
-    The first row counts as epoch 0, so that -1 drops all of a run. Broken lines go, too, and one that was cut short.
-    """
-    log = folder / LOG
-    with _alone(log) as file:
-        file.seek(0)
-        rows = _rows(file.read(), log)
-        kept = [row for row in rows if row["stage"] != "pretrain" or row.get("epoch", 0) <= epoch]
-        if files.fcntl is None:
-            file.close()  # Windows puts no file in place of one that is open
-        with write_whole(log) as new:
-            for row in kept:
-                new.write(json.dumps(row).encode() + b"\n")
-    return kept
 
 
 def provenance() -> dict:

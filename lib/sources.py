@@ -173,9 +173,9 @@ def _downloaded(name: str, root: Path, options: list[dict]) -> list[datasets.Vis
 def folder(name: str, root: Path, tests: list[str], facts: dict | None, pretraining: bool, skip_broken: bool) -> Found:
     """Return classes, parts and facts of a folder with train/ and one of `tests`, each with a sub-folder a class.
 
-    Pictures of one size are read into memory, if they fit; others, and those of a set with `facts`, which is large, stay
-    in files. With `pretraining` they may be without classes. `name` is the folder's in messages. InputError
-    for a broken picture that is met, unless these are to be skipped, and for a folder that is not laid out like this.
+    Pictures of one size are read into memory, if they fit; others, and those of a set with `facts`, which is large,
+    stay in files. With `pretraining` they may be without classes. `name` is the folder's in messages. InputError for a
+    broken picture that is met, unless these are to be skipped, and for a folder that is not laid out like this.
     """
     try:
         classes, parts, told = _listed(name, root, tests, may_lack_classes=pretraining and not facts)

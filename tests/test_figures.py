@@ -48,7 +48,8 @@ SETTINGS |= {"eval_crop": 0.875, "epochs": 2}
 def write_run(folder, seed=0, scores=(60.0, 70.0), linear=None, **changes):
     """A log as pretrain.py and its judges write it."""
     folder.mkdir()
-    rows = [{"stage": "pretrain", "settings": {**SETTINGS, "seed": seed, **changes}, "view": {}}]
+    settings = {**SETTINGS, "seed": seed, **changes}
+    rows = [{"stage": "pretrain", "settings": settings, "data": {"classes": [settings["dataset"]]}}]
     for epoch, top1 in enumerate(scores, 1):
         where = {"stage": "pretrain", "epoch": epoch, "step": 10 * epoch}
         means = {"loss": 1.0, "uniformity": -2.0 - seed, "alignment": 0.5, "energy": 1.6 / epoch, "images_per_s": 100.0}
@@ -365,7 +366,7 @@ def test_neighbours_of_pictures_in_files_and_without_classes(drawn, trained, fol
 @pytest.mark.parametrize(
     "words, line",
     [
-        ("", "NAME is missing"),
+        ("", "missing a required argument: 'name'"),
         ("nice runs", "NAME nice: expected circle, energy, dynamics"),
         ("knn", "knn: takes run folders"),
         ("views run", "views: takes --dataset and no runs"),

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIB = (
-    *"augment norms errors files log processes streams cli".split(),
+    *"augment norms errors files log processes cli".split(),
     *"encoders tensors nearest pictures sources".split(),
 )
 HARNESS = "checkpoint foreign state settings measure run judging".split()

@@ -25,7 +25,7 @@ import models
 from harness import checkpoint
 from harness.measure import refuse_faults
 from knn_eval import knn_eval
-from lib import cli, nearest, pictures, processes, streams
+from lib import cli, nearest, pictures, processes
 from lib.errors import InputError
 from lib.files import CKPT, ENCODER, LOG
 from linear_eval import linear_eval
@@ -327,7 +327,7 @@ def test_evaluations_are_those_of_one_process(two, command, folder):
 
 
 def test_what_is_said_beside_a_bar_has_a_line_of_its_own(capsys):
-    with streams.guarded(), tqdm(total=2, file=sys.stderr) as bar:
+    with tqdm(total=2, file=sys.stderr) as bar:
         bar.update()
         processes.say("WARNING: this")
     assert "\rWARNING: this\n" in capsys.readouterr().err
