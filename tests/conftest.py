@@ -1,7 +1,14 @@
-"""Small real data: patches of the embedded photographs, written as a folder of PNG files."""
+"""Small real data: patches of the embedded photographs, written as a folder of PNG files. What test files share."""
+
+import os
+
+# Before torch is imported, for this process and those that it starts: pytest has a worker a core, so each takes one
+# thread. A GPU may round otherwise each time.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
 
 import json
-import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,10 +19,11 @@ import data
 from lib import cli
 from pretrain import pretrain
 
-os.environ["ACCELERATE_USE_CPU"] = "true"  # a GPU may round otherwise each time; read when an Accelerator is made
 ROOT = Path(__file__).parent.parent
-SMALL = "--recipe cifar10-300 --model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16".split()
-SMALL += "--batch_size 16 --epochs 2 --eval_every 1 --lr 8".split()
+TINY = "--recipe cifar10-300 --model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 16".split()
+SMALL = [*TINY, *"--epochs 2 --eval_every 1 --lr 8".split()]
+REPRODUCE = (ROOT / "docs" / "reproduce.md").read_text()
+ROWS = re.findall(r"^\| (\S+, [^|]+) \| `(--dataset [^`]+)` \| ([\d.]+)", REPRODUCE, re.M)  # name, flags and top-1
 
 
 @pytest.fixture(scope="session")
@@ -65,13 +73,24 @@ def command(shell):
     return run
 
 
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def rows_of(run):
+    """The rows of a run's log."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def files_of(run):
+    """The bytes of each file of a run folder."""
+    return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
-def trained(folder, tmp_path_factory):
-    """A finished run on the small folder."""
+def trained(finished, tmp_path_factory):
+    """A finished run on the small folder, a copy for each test file: judges add rows to its log."""
+    return shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="session")
+def finished(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     argv = ["pretrain.py", "--dataset", str(folder), "--reg", "mhe", "--out", str(out), *SMALL]
     with pytest.MonkeyPatch.context() as patch:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import files_of
 
 import models
 from harness import checkpoint, settings
@@ -49,11 +50,6 @@ def assert_same_run(run, whole):
         assert {**told, "command": None} == {**meant, "command": None}
     assert files_of(run).keys() == files_of(whole).keys()
     assert (run / "encoder" / "config.json").read_bytes() == (whole / "encoder" / "config.json").read_bytes()
-
-
-def files_of(run):
-    """The bytes of each file of a run folder."""
-    return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
