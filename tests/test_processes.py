@@ -35,6 +35,7 @@ from linear_eval import linear_eval
 from pretrain import pretrain
 from regularizers import info_nce, uniformity
 
+pytestmark = pytest.mark.xdist_group("processes")  # all by one worker: the fixture `two` takes long
 IN_FLOAT64 = ["--lr", "0.1", "--eval_every", "0", "--epochs", "2"]  # 6 steps; a judge would embed float32 views
 IN_FLOAT32 = ["--lr", "0.1", "--eval_every", "5", "--epochs", "5", "--norm", "none"]  # 15 steps
 METHODS = (
