@@ -25,10 +25,9 @@ RUN_FILES = (LOG, CKPT, WEIGHTS, CONFIG)
 
 @contextlib.contextmanager
 def write_whole(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file to write bytes to, which appears under its name when it is whole, or not at all.
+    """Yield a file to write bytes to. It is hidden, and takes the name `path` in one step once it is on the disk.
 
-    The bytes go to a hidden file beside it, which takes the name in one step once they are on the disk: a process that
-    is killed, or a disk that is full, leaves what was there before. InputError if the file cannot be written.
+    A process that is killed, or a disk that is full, leaves what was there before. InputError if it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -44,14 +43,16 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    with contextlib.suppress(OSError):  # the new name, too, where the file system can: a power cut would lose it
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def weights_file(path: str | Path) -> str | Path:
-    """Return the file of weights that a path names: the path itself, or what such a folder holds.
-
-    Of a run folder it is the whole state; of a folder that timm reads, a run's or another project's, the weights.
-    """
+    """Return the file of weights that a path names: itself, or of a run's folder its state, of timm's the weights."""
     for name in (CKPT, Path(WEIGHTS).name):
         file = os.path.join(path, name)
         if os.path.isfile(file):
@@ -62,7 +63,7 @@ def weights_file(path: str | Path) -> str | Path:
 def run_folder(file: str | Path) -> Path:
     """Return the folder of the run that a file of weights belongs to, by its name: where it lies, or one further up."""
     file = Path(os.path.abspath(file))
-    is_encoder = file.parts[-2:] == Path(WEIGHTS).parts
+    is_encoder = file.match(WEIGHTS)
     return file.parent.parent if is_encoder else file.parent
 
 
@@ -70,8 +71,7 @@ def lock(file: IO, wait: bool) -> None:
     """Keep a file from the locks of other processes until it is closed.
 
     BlockingIOError if another process has it, unless this one is to wait; OSError where there are no locks, as on some
-    network file systems, and on Windows. lockf, not flock: forked workers of the loader would inherit a flock, and
-    would keep the file locked for some seconds after this process is killed.
+    network file systems. lockf, not flock, which workers of the loader would hold for seconds after this one is killed.
     """
     if fcntl is None:
         raise OSError(errno.ENOLCK, "no locks on this system")
@@ -106,13 +106,3 @@ def remove_strays(folder: Path) -> None:
     for path in (folder / name for name in RUN_FILES):
         for stray in path.parent.glob(f".{path.name}.*"):
             stray.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk, where the file system can: a power cut would lose a new name."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -25,15 +25,9 @@ from lib.log import is_main
 PATIENCE = timedelta(hours=3)  # with the first process, which downloads a set, or looks through its pictures, alone
 COLLECTIVE = timedelta(minutes=30)  # for all else that processes do together: a longer wait is for one that hangs
 
-# What a launcher's configuration may ask for, and what would then be divided among processes: checkpoints, energies of
-# whole layers and LARS's norms need whole weights in each process.
-DIVIDED = {
-    "ACCELERATE_USE_FSDP": "FSDP (--use_fsdp) divides the weights",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (--use_deepspeed) replaces the optimizer",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM (--use_megatron_lm) divides the network",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration (--use_parallelism_config) divides the network",
-}
-SWITCHED_ON = ("1", "true", "yes", "y", "on", "t")  # as Accelerate reads its variables
+# What a launcher may divide a network or its optimizer by. Checkpoints, energies of whole layers and LARS's norms need
+# them whole in each process.
+DIVISIONS = ("use_fsdp", "use_deepspeed", "use_megatron_lm", "use_parallelism_config")
 
 
 def start(accumulate: int | None = None, tracker: str = "none", folder: Path | None = None) -> Accelerator:
@@ -44,9 +38,6 @@ def start(accumulate: int | None = None, tracker: str = "none", folder: Path | N
     among them, or if the device lacks its precision.
     """
     _refuse_division()
-    if accumulate:
-        _tell_of_accumulation(accumulate)
-    group = InitProcessGroupKwargs(timeout=COLLECTIVE)
     # All processes compute the same buffers, see `norms`, and gradients lie in DDP's buckets, not beside them.
     # Accelerate does not have the name that new versions of torch want.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -54,7 +45,7 @@ def start(accumulate: int | None = None, tracker: str = "none", folder: Path | N
     micro_batches = GradientAccumulationPlugin(num_steps=accumulate or 1)  # a number would give way to the launcher's
     try:
         accelerator = Accelerator(
-            kwargs_handlers=[group, ddp],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE), ddp],
             gradient_accumulation_plugin=micro_batches,
             log_with=None if tracker == "none" else tracker,
             project_dir=folder,
@@ -75,52 +66,36 @@ def start(accumulate: int | None = None, tracker: str = "none", folder: Path | N
 
 def _refuse_division() -> None:
     """Raise InputError for a launcher's configuration that divides a network, or its optimizer, among processes."""
-    for name, what in DIVIDED.items():
-        if os.environ.get(name, "").lower() in SWITCHED_ON:
-            raise InputError(
-                f"accelerate launch: {what}, and this project needs it whole in each process; take plain data "
-                f"parallelism (--multi_gpu), by flags or by `accelerate config`, and unset {name}"
-            )
-
-
-def _tell_of_accumulation(accumulate: int) -> None:
-    """Say that a launcher's number of micro-batches is not the one in force."""
-    launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulate))
-    if launched != str(accumulate):
-        say(
-            f"accelerate launch: gradient_accumulation_steps {launched} has no effect; "
-            f"--accumulate {accumulate} of this command is in force"
-        )
+    for flag in DIVISIONS:
+        name = f"ACCELERATE_{flag.upper()}"
+        if os.environ.get(name, "").lower() not in ("", "0", "false"):
+            why = f"--{flag} divides the network or its optimizer, which each process needs whole here"
+            raise InputError(f"accelerate launch: {why}; take plain data parallelism (--multi_gpu), and unset {name}")
 
 
 def _refuse_precision(accelerator: Accelerator) -> None:
-    """Raise InputError for a precision that networks are not trained in here."""
-    precision = accelerator.mixed_precision
-    if precision not in ("no", "bf16", "fp16"):
-        raise InputError(f"accelerate launch: --mixed_precision {precision}: take no, bf16 or fp16")
-    if precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would take fp32
-        raise InputError("accelerate launch: --mixed_precision fp16 wants a GPU; on a CPU take bf16 or no")
+    """Raise InputError for a precision not trained in here; for fp16 on a CPU, which Accelerate would take for fp32."""
+    precision, device = accelerator.mixed_precision, accelerator.device.type
+    known = ("no", "bf16") if device == "cpu" else ("no", "bf16", "fp16")
+    if precision not in known:
+        raise InputError(f"accelerate launch: --mixed_precision {precision}: on {device} take {' or '.join(known)}")
 
 
 def _refuse_strangers(accelerator: Accelerator) -> None:
     """Raise InputError if the launcher has started processes that Accelerate does not join."""
-    joined = {"WORLD_SIZE": accelerator.num_processes, "RANK": accelerator.process_index}
-    for name, number in joined.items():
+    for name, number in (("WORLD_SIZE", accelerator.num_processes), ("RANK", accelerator.process_index)):
         launched = os.environ.get(name, str(number))
         if launched != str(number):
-            raise InputError(
-                f"{name} is {launched}, but Accelerate sees {number} (of {accelerator.num_processes} process); start "
-                "several by a launcher, on a machine without a GPU with ACCELERATE_USE_CPU=true"
-            )
+            several = "start several by a launcher, on a machine without a GPU with ACCELERATE_USE_CPU=true"
+            raise InputError(f"{name} is {launched}, but Accelerate sees {number}; {several}")
 
 
 @contextlib.contextmanager
 def first_alone(accelerator: Accelerator) -> Iterator[None]:
     """Let the first process do what is in the block, for as long as PATIENCE lasts, before the others do it.
 
-    All come together, so that one that has ended is missed after COLLECTIVE at most, by gloo at once, and not after
-    PATIENCE. All leave together: in what follows, the one that was done first would wait for the others with less
-    patience.
+    All come together, so that one that has ended is missed after COLLECTIVE, not after PATIENCE. All leave together: in
+    what follows, the one that was done first would wait for the others with less patience.
     """
     if accelerator.num_processes == 1:
         yield
@@ -136,11 +111,7 @@ def first_alone(accelerator: Accelerator) -> Iterator[None]:
 
 
 def wait_for_all(accelerator: Accelerator) -> None:
-    """Wait until all processes are here.
-
-    Accelerate's own `wait_for_everyone` passes device_ids on CPUs, too. If the machine has a GPU, torch then looks for
-    one GPU a process, and raises "invalid device ordinal" where there are fewer.
-    """
+    """Wait until all are here. Accelerate's own wait wants a GPU for each process, also where they use the CPU."""
     if are_several():
         on_gpu = accelerator.device.type == "cuda"
         dist.barrier(device_ids=[accelerator.device.index] if on_gpu else None)
@@ -153,20 +124,15 @@ def say(text: str) -> None:
 
 
 def end() -> None:
-    """Have GPUs send what other processes still wait for, before this one ends.
-
-    Only they have something left: gloo sends at once, and its clean-up aborts some processes.
-    """
+    """Have GPUs send what other processes still wait for, before this one ends; after gloo's clean-up some abort."""
     if dist.is_initialized() and dist.get_backend() == "nccl":
         dist.destroy_process_group()
 
 
 def cores() -> int:
     """Return this process's share of the processor cores of its machine."""
-    if hasattr(os, "sched_getaffinity"):
-        available = len(os.sched_getaffinity(0))
-    else:
-        available = os.cpu_count() or 1
+    is_told = hasattr(os, "sched_getaffinity")  # not on macOS
+    available = len(os.sched_getaffinity(0)) if is_told else os.cpu_count() or 1
     return max(1, available // processes_here())
 
 
@@ -200,32 +166,23 @@ def agree(accelerator: Accelerator, **facts) -> None:
     gathered = gather_object([json.dumps(facts)])
     first, *others = map(json.loads, gathered)
     for rank, theirs in enumerate(others, 1):
-        differences = []
         for name, value in first.items():
             if theirs[name] != value:
-                differences.append(f"{name} {theirs[name]} (process 0: {value})")
-        if differences:
-            raise InputError(
-                f"process {rank} has {', '.join(differences)}; give all processes the same flags and files"
-            )
+                differs = f"process {rank} has {name} {theirs[name]} (process 0: {value})"
+                raise InputError(f"{differs}; give all processes the same flags and files")
 
 
 def embed_in_shares(embed: Callable, split, accelerator: Accelerator) -> Tensor:
     """Return embed(split), features (n, d) of a Split, of which each process makes its share and gets all."""
-    world = accelerator.num_processes
-    if world == 1:
+    if not are_several():
         return embed(split)
     n = len(split.labels)
-    rows = share(n, accelerator.process_index, world).to(split.labels.device)
-    features = embed(split.rows(rows))
-    return accelerator.gather(features)[:n]
+    rows = my_rows(torch.arange(n, device=split.labels.device))
+    return accelerator.gather(embed(split.rows(rows)))[:n]
 
 
 def own_part(split):
-    """Return this process's part of a Split. No image is in two parts, so the last may be one shorter, or empty.
-
-    `share` repeats images, so that all parts are equally long, as a gather needs them.
-    """
+    """Return this process's part of a Split. Unlike shares, parts have no image in common, so the last may be empty."""
     if not are_several():
         return split
     rows = torch.arange(len(split.labels), device=split.labels.device)
@@ -234,10 +191,9 @@ def own_part(split):
 
 
 def share(n: int, rank: int, world: int) -> Tensor:
-    """Return which of n rows are those of process `rank` of `world`.
+    """Return which of n rows are those of process `rank` of `world`: equally many for each, one after the other.
 
-    All have equally many, one after the other; those beyond n are the first again. So the first n rows of what is
-    gathered are the whole.
+    Those beyond n are the first again, so the first n rows of what is gathered are the whole.
     """
     per_process = -(-n // world)  # rounded up
     first = rank * per_process
@@ -282,5 +238,4 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Tensor:
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
-        parts = grad.chunk(dist.get_world_size())
-        return parts[dist.get_rank()]
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]

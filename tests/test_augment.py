@@ -37,7 +37,7 @@ def test_each_draw_has_a_name_and_is_used_once():
     assert named_draws(u[None].expand(3, 2, -1))["flip"].shape == (3, 2)
 
 
-@pytest.mark.parametrize("height, width, size", [(32, 32, 32), (48, 40, 32), (24, 64, 32), (20, 20, 32)])
+@pytest.mark.parametrize("height, width, size", [(32, 32, 32), (48, 40, 32), (24, 64, 32)])
 def test_crop_flip_is_torchvisions_resized_crop(photos, height, width, size):
     images = F.resize(photos.train.images[::40], [height, width], antialias=True)
     u = draws(len(images))
@@ -145,7 +145,7 @@ def test_jitter_scales_the_factors_and_grey_is_a_probability(photos):
     assert torch.equal(plain, x)
 
 
-@pytest.mark.parametrize("size, side", [(224, 23), (64, 7), (32, 3), (20, 3)])
+@pytest.mark.parametrize("size, side", [(224, 23), (64, 7), (20, 3)])
 def test_gaussian_blur_is_torchvisions(photos, size, side):
     x = F.resize(photos.train.images[::250] / 255, [size, size], antialias=True)
     sigma = torch.linspace(0.1, 2, len(x))
@@ -183,24 +183,17 @@ def test_blur_and_solarisation_come_last_and_as_often_as_they_should(photos):
 
 
 def test_two_views(photos):
-    u = torch.stack([draws(64), draws(64, seed=1)])
-    crops = torch.stack([crop_flip(photos.train.images[:64], v, 32) for v in u])
-    v1, v2 = two_views(crops.clone(), u, photos.mean, photos.std)
-    again, _ = two_views(crops.clone(), u, photos.mean, photos.std)
-    assert v1.shape == v2.shape == (64, 3, 32, 32) and torch.equal(v1, again) and not torch.equal(v1, v2)
-    alone, _ = two_views(crops[:, 5:6].clone(), u[:, 5:6], photos.mean, photos.std)
-    torch.testing.assert_close(alone[0], v1[5], rtol=0, atol=1e-5)  # a view depends on its own image and draws alone
-    lowest, highest = ((x - torch.tensor(photos.mean)) / torch.tensor(photos.std) for x in (0, 1))
-    assert (v1.amin((0, 2, 3)) >= lowest - 1e-5).all() and (v1.amax((0, 2, 3)) <= highest + 1e-5).all()
-
-
-def test_chunks_and_types_make_no_difference(photos):
-    """400 images pass in two chunks on a CPU; crops of files come as uint8."""
+    """400 images, which pass in two chunks on a CPU. A view depends on its own image and draws alone."""
     u = torch.stack([draws(400), draws(400, seed=1)])
-    crops = (255 * torch.stack([crop_flip(photos.train.images[:400], v, 32) for v in u])).round().byte()
-    whole = two_views(crops, u, photos.mean, photos.std)
-    floats = two_views(crops / 255, u, photos.mean, photos.std)
-    last = two_views(crops[:, 399:], u[:, 399:], photos.mean, photos.std)
-    for mine, same, alone in zip(whole, floats, last):
+    crops = torch.stack([crop_flip(photos.train.images[:400], v, 32) for v in u])
+    views = two_views(crops.clone(), u, photos.mean, photos.std)
+    alone = two_views(crops[:, 399:].clone(), u[:, 399:], photos.mean, photos.std)
+    lowest, highest = ((x - torch.tensor(photos.mean)) / torch.tensor(photos.std) for x in (0, 1))
+    for view, last in zip(views, alone):
+        assert view.shape == (400, 3, 32, 32)
+        torch.testing.assert_close(view[399:], last, rtol=0, atol=1e-5)
+        assert (view.amin((0, 2, 3)) >= lowest - 1e-5).all() and (view.amax((0, 2, 3)) <= highest + 1e-5).all()
+    assert not torch.equal(*views)
+    pixels = (255 * crops).round().byte()  # as crops of files come
+    for mine, same in zip(*[two_views(x, u, photos.mean, photos.std) for x in (pixels, pixels / 255)]):
         torch.testing.assert_close(mine, same, rtol=0, atol=1e-5)
-        torch.testing.assert_close(mine[399:], alone, rtol=0, atol=1e-5)

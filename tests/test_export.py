@@ -9,9 +9,8 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, rows_of
+from conftest import ROOT, files_of, rows_of
 from PIL import Image
-from test_resume import files_of
 
 import models
 from harness import checkpoint, judging

@@ -20,8 +20,8 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
+from conftest import REPRODUCE, ROWS
 from matplotlib.colors import to_hex
-from test_readme import REPRODUCE, ROWS
 from torch import nn
 
 import data

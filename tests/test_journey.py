@@ -14,7 +14,7 @@ def test_from_the_command_line_to_both_scores(tmp_path):
     """accelerate launch as a newcomer types it, one epoch of photos, and the two commands that the end names."""
 
     def launch(*command):
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 

@@ -36,30 +36,20 @@ def with_gradient(f, x, *args):
     return value.detach(), x.grad
 
 
-@pytest.mark.parametrize(
-    "f, s, expected",
-    [
-        (mhe, 0, -math.log(2) / 2),
-        (mhe, 1, 2**-0.5),
-        (mhe, 2, 0.5),
-        (amhe, 0, -math.log(math.pi / 2)),
-        (amhe, 1, 2 / math.pi),
-        (amhe, 2, 4 / math.pi**2),
-    ],
-)
-def test_orthonormal_rows(f, s, expected):
+@pytest.mark.parametrize("s", [0, 1, 2])
+def test_orthonormal_rows(s):
     rows = torch.linalg.qr(random(8, 8, dtype=torch.float64)).Q
-    assert f(rows, s).item() == pytest.approx(expected, rel=1e-12)
-    assert f(3 * rows.float(), s).item() == pytest.approx(expected, rel=1e-6)
+    for f, distance in (mhe, math.sqrt(2)), (amhe, math.pi / 2):
+        expected = distance**-s if s else -math.log(distance)
+        assert f(rows, s).item() == pytest.approx(expected, rel=1e-12)
+        assert f(3 * rows.float(), s).item() == pytest.approx(expected, rel=1e-6)
+    antipodal = torch.tensor([[3.0, 4.0], [-3.0, -4.0]])
+    for f, distance in (mhe, 2), (amhe, math.pi):
+        expected = distance**-s if s else -math.log(distance)
+        assert f(antipodal, s).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_antipodal_pair():
-    pair = torch.tensor([[3.0, 4.0], [-3.0, -4.0]])
-    assert mhe(pair, 2).item() == pytest.approx(1 / 4, rel=1e-6)
-    assert amhe(pair, 1).item() == pytest.approx(1 / math.pi, rel=1e-6)
-
-
-@pytest.mark.parametrize("n", [2, 5, 40])
+@pytest.mark.parametrize("n", [2, 40])
 def test_regular_simplex_is_the_minimum(n):
     simplex = torch.eye(n, dtype=torch.float64) - 1 / n
     energy, gradient = with_gradient(mhe, simplex, 2)
@@ -69,8 +59,9 @@ def test_regular_simplex_is_the_minimum(n):
 
 
 @pytest.mark.parametrize("f, angular", ENERGIES)
-@pytest.mark.parametrize("s", [0, 0.5, 1, 2, 3])
-@pytest.mark.parametrize("shape", [(64, 3, 3, 3), (700, 130)])
+@pytest.mark.parametrize(
+    "s, shape", [(0, (700, 130)), (0.5, (700, 130)), (1, (700, 130)), (2, (700, 130)), (3, (64, 3, 3, 3))]
+)
 def test_energies_equal_their_definition(f, angular, s, shape):
     """In float64, over several blocks, value and gradient; in fp32 to 1e-5."""
     weight = random(*shape, dtype=torch.float64)
@@ -85,13 +76,13 @@ def test_energies_equal_their_definition(f, angular, s, shape):
     assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
 
 
-@pytest.mark.parametrize("shape", [(4096, 512), (256, 4096)])
+@pytest.mark.parametrize("shape", [(1500, 512), (256, 4096)])
 def test_energy_of_the_papers_heads(shape):
-    """amhe at s = 2 in fp32 against float64, at the sizes of Section 3.6, the definition written once more."""
+    """amhe at s = 2 in fp32 against float64, in the dimensions of Section 3.6, the definition written once more."""
     weight = random(*shape)
     value, gradient = with_gradient(amhe, weight, 2)
     wide = weight.double().requires_grad_()
-    cosine = torch.nn.functional.normalize(wide) @ torch.nn.functional.normalize(wide).T
+    cosine = normalize(wide) @ normalize(wide).T
     off_diagonal = ~torch.eye(len(weight), dtype=torch.bool)
     expected = cosine.masked_select(off_diagonal).arccos().pow(-2).mean()
     expected.backward()
@@ -105,7 +96,7 @@ def test_gradcheck(f, _):
         assert torch.autograd.gradcheck(lambda w, s=s: f(w, s), random(6, 4, dtype=torch.float64).requires_grad_())
 
 
-@pytest.mark.parametrize("angle", [1e-3, 1e-2, 0.1, 0.15, 1.0, 3.0, 3.14])
+@pytest.mark.parametrize("angle", [1e-3, 0.15, 1.0, 3.14])
 def test_close_and_opposite_pairs_keep_their_digits(angle):
     turn = torch.linalg.qr(random(300, 300, dtype=torch.float64)).Q
     pair = (torch.tensor([[1, 0], [math.cos(angle), math.sin(angle)]], dtype=torch.float64) @ turn[:2]).float()
@@ -128,23 +119,7 @@ def test_degenerate_rows(f, _):
     close = torch.tensor([[1.0, 0.0], [1.0, 3e-5]])
     lengths = with_gradient(f, close, 2)[1].norm(dim=1).tolist()
     assert lengths == pytest.approx([6e11, 6e11], rel=1e-3)  # 0.3 of that at 1e-4
-
-
-def test_many_coincident_rows_across_blocks():
-    """1,100 rows of which 600 are the same: the pairs apart are treated as ever, the others count as 1e-4 apart."""
-    weight = random(1100, 16)
-    weight[:600] = weight[0]
-    energy, gradient = with_gradient(mhe, weight, 1)
-    wide = torch.nn.functional.normalize(weight.double())
-    distance = (2 - 2 * (wide @ wide.T)).clamp_min(1e-8).sqrt()
-    expected = (distance.reciprocal().sum() - 1100 / 1e-4) / (1100 * 1099)
-    assert energy.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("f, _", ENERGIES)
-def test_single_neuron_has_no_energy(f, _):
-    energy, gradient = with_gradient(f, random(1, 7), 2)
+    energy, gradient = with_gradient(f, random(1, 7), 2)  # a single neuron
     assert energy == 0 and gradient.abs().max() == 0
 
 
@@ -159,7 +134,7 @@ def test_invariances(f, _):
     assert (gradient * weight).sum(1).abs().max() < 1e-14  # orthogonal to the row
 
 
-@pytest.mark.parametrize("d", [8, 32, 256])
+@pytest.mark.parametrize("d", [8, 256])
 def test_random_rows_have_the_energy_of_a_uniform_sphere(d):
     assert mhe(random(2048, d), 2).item() == pytest.approx((d - 2) / (2 * (d - 3)), rel=1e-3)
     if d > 100:
@@ -182,11 +157,7 @@ def test_descent_reaches_the_minima_of_thomsons_problem(n, minimum):
     assert mhe(x, 1).item() * n * (n - 1) / 2 == pytest.approx(minimum, rel=1e-9)
 
 
-# ---- Rows without a direction, and rows of any length ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("zeros", [0, 1, 3, 6])
-@pytest.mark.parametrize("length", [1, 1e-9, 1e19, 1e30])
+@pytest.mark.parametrize("zeros, length", [(0, 1e-9), (1, 1e19), (3, 1e30), (6, 1)])
 def test_uniformity_of_zero_rows_is_the_one_liners(zeros, length):
     """Wang and Isola's line on normalised rows: two zero rows coincide, a zero row is at distance 1 from the others."""
     x = random(6, 4) * length
@@ -213,16 +184,14 @@ def test_long_rows_are_rows_of_length_1(dtype, length):
 
 
 @pytest.mark.parametrize("f, angular", ENERGIES)
-@pytest.mark.parametrize("s", [0, 1, 2])
-@pytest.mark.parametrize("n, zeros", [(7, 1), (7, 2), (7, 7), (700, 1), (700, 300)])
+@pytest.mark.parametrize("s, n, zeros", [(0, 7, 1), (1, 7, 2), (2, 7, 7), (0, 700, 1), (2, 700, 300)])
 def test_energy_of_zero_rows(f, angular, s, n, zeros):
     """Distance 1 or angle pi/2 to other rows, as by definition; 0 to each other, which counts as the smallest."""
     weight = random(n, 20)
     weight[n - zeros :] = 0
     others = n - zeros
-    mixed, coincident = riesz(
-        torch.tensor([math.pi / 2 if angular else 1.0, SMALLEST], dtype=torch.float64), s
-    ).tolist()
+    distances = torch.tensor([math.pi / 2 if angular else 1.0, SMALLEST], dtype=torch.float64)
+    mixed, coincident = riesz(distances, s).tolist()
     total = 2 * zeros * others * mixed + zeros * (zeros - 1) * coincident
     expected_gradient = torch.zeros(n, 20)
     if others:
@@ -237,8 +206,11 @@ def test_energy_of_zero_rows(f, angular, s, n, zeros):
         assert value.item() == pytest.approx(energy_by_definition(weight.double(), s, angular).item(), rel=1e-5)
 
 
-def test_uniformity_of_a_perfect_sphere():
-    """The limits at t = 2: log exp(-4) I_0(4) on the circle; without i = j, n points are a little more uniform."""
+def test_uniformity_of_known_configurations():
+    """At t = 2 the limit on the circle is log exp(-4) I_0(4); without i = j, n points are a little more uniform."""
+    assert uniformity(torch.ones(5, 3)).item() == pytest.approx(0, abs=1e-6)
+    assert uniformity(torch.eye(6)).item() == pytest.approx(-4, rel=1e-6)
+    assert uniformity(torch.tensor([[1.0], [-1.0]])).item() == pytest.approx(-8, rel=1e-6)
     n = 1000
     angles = 2 * math.pi * torch.arange(n, dtype=torch.float64) / n
     circle = torch.stack([angles.cos(), angles.sin()], 1)
@@ -247,29 +219,14 @@ def test_uniformity_of_a_perfect_sphere():
     assert uniformity(random(4096, 256)).item() == pytest.approx(-3.9688, abs=1e-4)
 
 
-# ---- The energy of a network -----------------------------------------------------------------------------------------
-
-
-def network():
-    torch.manual_seed(0)
-    layers = {
-        "conv": nn.Conv2d(3, 8, 3),
-        "norm": nn.LayerNorm([8, 4, 4]),
-        "depthwise": nn.Conv2d(8, 8, 3, groups=8),
-        "up": nn.ConvTranspose2d(8, 5, 2),
-        "words": nn.Embedding(10, 6),
-        "out": nn.Linear(6, 10),
-    }
-    network = nn.ModuleDict(layers)
-    network["tied"] = nn.Linear(6, 10)
-    network["tied"].weight = network["out"].weight
-    network["up again"] = nn.ConvTranspose2d(8, 5, 2)
-    network["up again"].weight = network["up"].weight
-    return network
-
-
 def test_energy_of_a_network_is_that_of_its_neurons():
-    model = network()
+    torch.manual_seed(0)
+    layers = {"conv": nn.Conv2d(3, 8, 3), "norm": nn.LayerNorm([8, 4, 4]), "words": nn.Embedding(10, 6)}
+    layers |= {"depthwise": nn.Conv2d(8, 8, 3, groups=8), "up": nn.ConvTranspose2d(8, 5, 2), "out": nn.Linear(6, 10)}
+    layers |= {"tied": nn.Linear(6, 10), "up again": nn.ConvTranspose2d(8, 5, 2)}
+    layers["tied"].weight = layers["out"].weight
+    layers["up again"].weight = layers["up"].weight
+    model = nn.ModuleDict(layers)
     neurons = {"conv": model["conv"].weight, "up": model["up"].weight.transpose(0, 1), "out": model["out"].weight}
     energies = energy_of(model, s=1)
     assert energies.keys() == neurons.keys()
@@ -277,7 +234,7 @@ def test_energy_of_a_network_is_that_of_its_neurons():
         assert energies[layer].item() == pytest.approx(energy_by_definition(rows.double(), 1, True).item(), rel=1e-5)
         assert energy_of(model, 2, angular=False)[layer] == mhe(rows)
     along_the_wrong_axis = amhe(model["up"].weight, 1)
-    assert abs(along_the_wrong_axis - energies["up"]) > 0.01
+    assert abs(along_the_wrong_axis - energies["up"]) > 1e-3
 
     sum(energies.values()).backward()
     for layer, rows in neurons.items():
@@ -328,16 +285,11 @@ def test_the_host_looks_at_the_device_once_for_all_layers(monkeypatch):
     assert looks == [2]
 
 
-@pytest.mark.parametrize(
-    "network, reason",
-    [(nn.ReLU(), "the network has no linear layer or convolution"), ({"bias": torch.ones(3)}, r"not \(3,\)")],
-)
-def test_a_network_without_neurons_is_refused(network, reason):
-    with pytest.raises(ValueError, match=reason):
-        energy_of(network)
-
-
-# ---- Crowds, half precision, second derivatives ----------------------------------------------------------------------
+def test_a_network_without_neurons_is_refused():
+    with pytest.raises(ValueError, match="the network has no linear layer or convolution"):
+        energy_of(nn.ReLU())
+    with pytest.raises(ValueError, match=r"not \(3,\)"):
+        energy_of({"bias": torch.ones(3)})
 
 
 def crowd(n, d, distance):
@@ -349,7 +301,7 @@ def crowd(n, d, distance):
 
 
 @pytest.mark.parametrize("f, angular", ENERGIES)
-@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3, 3e-4])
+@pytest.mark.parametrize("distance", [1e-1, 1e-3, 3e-4])
 def test_crowds_keep_their_digits(f, angular, distance):
     """Value and gradient against all distances from differences in float64, over two blocks."""
     weight = crowd(600, 12, distance)
@@ -369,19 +321,8 @@ def test_crowds_keep_their_digits(f, angular, distance):
     assert (gradient * weight).sum(1).abs().max() < 1e-5 * gradient.norm()
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        lambda random_rows: crowd(1024, 64, 1e-2),
-        lambda random_rows: crowd(1024, 64, 1e-6),
-        lambda random_rows: torch.ones(1024, 64),
-        lambda random_rows: torch.zeros(1024, 64),
-        lambda random_rows: (random_rows * 0.05 + random_rows[0]).relu(),
-        lambda random_rows: torch.cat([random_rows[:512], crowd(512, 64, 1e-3)]),
-    ],
-)
-@pytest.mark.parametrize("f, _", ENERGIES)
-def test_no_rows_take_much_more_work_than_random_ones(f, _, rows, monkeypatch):
+@pytest.mark.parametrize("f", [mhe, amhe])
+def test_no_rows_take_much_more_work_than_random_ones(f, monkeypatch):
     """Each of the three blocks is computed twice at most: in fp32 and in float64."""
     blocks = []
     potential = regularizers._potential
@@ -391,12 +332,15 @@ def test_no_rows_take_much_more_work_than_random_ones(f, _, rows, monkeypatch):
         return potential(cosine, *arguments)
 
     monkeypatch.setattr(regularizers, "_potential", counted)
-    with_gradient(f, rows(random(1024, 64)))
-    assert blocks.count(torch.float32) == 3 and blocks.count(torch.float64) <= 3
+    some = random(1024, 64)
+    crowds = [crowd(1024, 64, distance) for distance in (1e-2, 1e-6)] + [torch.cat([some[:512], crowd(512, 64, 1e-3)])]
+    for rows in (torch.ones(1024, 64), torch.zeros(1024, 64), (some * 0.05 + some[0]).relu(), *crowds):
+        blocks.clear()
+        with_gradient(f, rows)
+        assert blocks.count(torch.float32) == 3 and blocks.count(torch.float64) <= 3
 
 
-@pytest.mark.parametrize("f", [mhe, amhe])
-@pytest.mark.parametrize("dtype, unit_roundoff", [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize("f, dtype, unit_roundoff", [(mhe, torch.float16, 2**-11), (amhe, torch.bfloat16, 2**-8)])
 def test_gradients_of_low_precision_weights_are_rounded_last(f, dtype, unit_roundoff):
     """A loss times 65536, as the scaler of fp16 has it: the gradients were 0, as each is below fp16's smallest."""
     weight = random(512, 64).to(dtype)
@@ -407,22 +351,12 @@ def test_gradients_of_low_precision_weights_are_rounded_last(f, dtype, unit_roun
     assert (w.grad.double() / 65536 - expected).abs().max() <= 2 * unit_roundoff * expected.abs().max()
 
 
-@pytest.mark.parametrize("f, angular", ENERGIES)
-def test_second_derivatives_are_right_or_refused(f, angular):
-    weight = random(5, 4, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="no second derivative; energy_by_definition has"):
-        torch.autograd.functional.hessian(f, weight)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(f(weight.requires_grad_()), weight, create_graph=True)
-    try:
-        second = torch.autograd.functional.hessian(lambda w: energy_by_definition(w, 2, angular), weight.detach())
-    except NotImplementedError:
-        if angular:
-            raise
-        pytest.skip("this version of torch has no second derivative of cdist")
-    step = 1e-5 * random(5, 4, dtype=torch.float64, seed=1)
-    change = with_gradient(f, weight.detach() + step)[1] - with_gradient(f, weight.detach() - step)[1]
-    torch.testing.assert_close(torch.einsum("abcd,cd->ab", second, 2 * step), change, rtol=1e-5, atol=1e-10)
+def test_second_derivatives_are_right_or_refused():
+    weight = random(5, 4, dtype=torch.float64).requires_grad_()
+    for f in (mhe, amhe):
+        with pytest.raises(RuntimeError, match="no second derivative; energy_by_definition has"):
+            torch.autograd.grad(f(weight), weight, create_graph=True)
+    assert torch.autograd.gradgradcheck(lambda w: energy_by_definition(w, 2, True), weight)
 
 
 @pytest.mark.parametrize("f", [uniformity, lambda x: alignment(x, x.roll(1, 0)), lambda x: info_nce(x, x.roll(1, 0))])
@@ -441,30 +375,30 @@ def test_what_the_docstring_says_of_torch_func(f):
 
 def test_autocast_changes_nothing():
     weight, x = random(300, 64), random(64, 32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = [mhe(weight), amhe(weight), uniformity(x), alignment(x, x.flip(0)), info_nce(x, x.flip(0))]
-    outside = [mhe(weight), amhe(weight), uniformity(x), alignment(x, x.flip(0)), info_nce(x, x.flip(0))]
-    assert inside == outside and all(x.dtype == torch.float32 for x in inside)
+    for f, *tensors in (
+        (mhe, weight),
+        (amhe, weight),
+        (uniformity, x),
+        (alignment, x, x.flip(0)),
+        (info_nce, x, x.flip(0)),
+    ):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = f(*tensors)
+        assert inside.dtype == torch.float32 and inside == f(*tensors)
     low = weight.bfloat16()
     assert amhe(low).item() == pytest.approx(amhe(low.double()).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("t", [1, 2, 3.5])
+@pytest.mark.parametrize("t", [2, 3.5])
 def test_uniformity_is_that_of_wang_and_isola(t):
     """Their estimator: log of the mean of exp(-t d^2) over pdist's pairs."""
     x = random(50, 8, dtype=torch.float64)
     value, gradient = with_gradient(uniformity, x, t)
     theirs = x.clone().requires_grad_()
-    expected = torch.pdist(torch.nn.functional.normalize(theirs)).pow(2).mul(-t).exp().mean().log()
+    expected = torch.pdist(normalize(theirs)).pow(2).mul(-t).exp().mean().log()
     expected.backward()
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     torch.testing.assert_close(gradient, theirs.grad)
-
-
-def test_uniformity_of_known_configurations():
-    assert uniformity(torch.ones(5, 3)).item() == pytest.approx(0, abs=1e-6)
-    assert uniformity(torch.eye(6)).item() == pytest.approx(-4, rel=1e-6)
-    assert uniformity(torch.tensor([[1.0], [-1.0]])).item() == pytest.approx(-8, rel=1e-6)
 
 
 def test_alignment_is_byols_loss():
@@ -476,11 +410,11 @@ def test_alignment_is_byols_loss():
     assert alignment(x, 5 * x).item() == pytest.approx(0, abs=1e-10)
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.5, 2])
+@pytest.mark.parametrize("temperature", [0.1, 2])
 def test_info_nce_is_simclrs_loss(temperature):
     """Chen et al. (2020): each of the 2n views against its pair and the 2n - 2 views of other images, one by one."""
     x, y = random(7, 5, dtype=torch.float64), random(7, 5, dtype=torch.float64, seed=1)
-    both = torch.nn.functional.normalize(torch.cat([x, y])).tolist()
+    both = normalize(torch.cat([x, y])).tolist()
     losses = []
     for i, a in enumerate(both):
         cosines = [sum(p * q for p, q in zip(a, b)) for b in both]
@@ -497,43 +431,30 @@ def test_info_nce_of_known_configurations():
     assert info_nce(torch.eye(4), torch.eye(4)).item() == pytest.approx(pairs, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "f",
-    [
-        *[uniformity, lambda x: info_nce(x, x.roll(1, 0))],
-        *[lambda x: alignment(x, x.detach().roll(1, 0)), lambda x: alignment(x, x, 0.5)],
-    ],
-)
-def test_zero_and_coincident_rows_of_features(f):
+def test_zero_and_coincident_rows_of_features():
     x = random(5, 4)
     x[0], x[2] = 0, x[1]
-    gradient = with_gradient(f, x)[1]
-    assert gradient.isfinite().all() and gradient[0].abs().max() == 0
+    y = x.roll(1, 0)
+    for f, *others in (uniformity,), (info_nce, y), (alignment, y), (alignment, x, 0.5):
+        gradient = with_gradient(f, x, *others)[1]
+        assert gradient.isfinite().all() and gradient[0].abs().max() == 0
 
 
 @pytest.mark.parametrize(
-    "call",
+    "f, shapes, wrong_shapes",
     [
-        lambda: mhe(torch.ones(3)),
-        lambda: amhe(torch.ones(3, 2), -1),
-        lambda: mhe(torch.ones(3, 2), math.nan),
-        lambda: uniformity(torch.ones(1, 2)),
-        lambda: uniformity(torch.ones(3, 2), 0),
-        lambda: uniformity(torch.ones(3, 2), math.nan),
-        lambda: alignment(torch.ones(3, 2), torch.ones(3, 2), math.nan),
-        lambda: info_nce(torch.ones(3, 2), torch.ones(3, 2), math.nan),
-        lambda: alignment(torch.ones(3, 2), torch.ones(2, 2)),
-        lambda: alignment(torch.ones(3, 2), torch.ones(3, 2), 0),
-        lambda: info_nce(torch.ones(3, 2), torch.ones(2, 2)),
-        lambda: info_nce(torch.ones(3, 2), torch.ones(3, 2), 0),
-        lambda: amhe(torch.ones(3, 2), math.inf),
-        lambda: amhe(torch.ones(3, 2), 10.1),
-        lambda: uniformity(torch.ones(3, 2), 10.1),
-        lambda: uniformity(torch.ones(3, 2), math.nan),
-        lambda: alignment(torch.ones(3, 2), torch.ones(3, 2), math.nan),
-        lambda: info_nce(torch.ones(3, 2), torch.ones(3, 2), math.nan),
+        (mhe, [(3, 2)], [(3,)]),
+        (uniformity, [(3, 2)], [(1, 2)]),
+        (alignment, [(3, 2), (3, 2)], [(3, 2), (2, 2)]),
+        (info_nce, [(3, 2), (3, 2)], [(3, 2), (2, 2)]),
     ],
 )
-def test_wrong_arguments(call):
-    with pytest.raises(ValueError, match=r"takes"):
-        call()
+def test_wrong_arguments(f, shapes, wrong_shapes):
+    wrong = [-1, math.nan, math.inf]
+    wrong += [] if f is mhe else [0]
+    wrong += [10.1] if f in (mhe, uniformity) else []
+    for number in wrong:
+        with pytest.raises(ValueError, match="takes"):
+            f(*map(torch.ones, shapes), number)
+    with pytest.raises(ValueError, match="takes"):
+        f(*map(torch.ones, wrong_shapes))

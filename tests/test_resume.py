@@ -468,7 +468,7 @@ def test_sigterm_to_the_process_itself(folder, tmp_path):
         if '"epoch": 2' in line:
             process.terminate()
             break
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 143 and "Traceback" not in err
     assert err.splitlines()[-1].startswith("pretrain.py: SIGTERM after step ")
 

@@ -123,7 +123,7 @@ class Together:
     """What Accelerate is to two threads: each gets the rows of both."""
 
     num_processes, device = 2, torch.device("cpu")
-    barrier, rows = threading.Barrier(2, timeout=5), {}
+    barrier, rows = threading.Barrier(2, timeout=60), {}
 
     def __init__(self, rank):
         self.rank, self.gathers = rank, 0

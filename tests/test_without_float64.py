@@ -28,20 +28,13 @@ class WithoutFloat64(TorchDispatchMode):
         return result
 
 
-@pytest.fixture
-def on_mps(monkeypatch):
-    """Have the vote take this device for Apple's."""
+def test_a_vote_and_accuracies(monkeypatch):
+    """The vote takes this device for Apple's."""
     finest = nearest.finest
     assert finest(torch.device("mps")) == torch.float32 and finest(torch.device("cpu")) == torch.float64
     monkeypatch.setattr(knn_eval, "finest", lambda _: finest(torch.device("mps")))
-
-
-def test_the_instrument_refuses():
     with WithoutFloat64(), pytest.raises(TypeError, match="float64"):
         torch.ones(2).double()
-
-
-def test_a_vote_and_accuracies(on_mps):
     bank, queries = torch.eye(6), torch.eye(6)[:4]
     with WithoutFloat64():
         scores = knn_eval.vote([bank], torch.arange(6), queries, torch.tensor([0, 1, 2, 5]), (1, 6), 0.07)
@@ -52,13 +45,11 @@ def test_a_vote_and_accuracies(on_mps):
     assert linear == {"top1": 66.6667, "top5": 66.6667, "balanced": 66.6667}
 
 
-@pytest.mark.parametrize(
-    "flags", [{"reg": "amhe"}, {"reg": "uniform"}, *({"method": name} for name in models.METHODS)], ids=str
-)
+@pytest.mark.parametrize("flags", [{"reg": "amhe"}, *({"method": name, "reg": "uniform"} for name in models.METHODS)])
 def test_a_training_step_and_what_is_measured(photos, monkeypatch, flags):
     monkeypatch.setattr(measure, "effective_rank", lambda _: 1.0)  # on the CPU by its own words
-    flags = {**defaults(pretrain.pretrain), "model": "test_resnet", "hidden_dim": 32, "out_dim": 16, **flags}
-    flags |= {"batch_size": 16}
+    small = {"model": "test_resnet", "hidden_dim": 32, "out_dim": 16, "batch_size": 16}
+    flags = {**defaults(pretrain.pretrain), **small, **flags}
     accelerator = processes.start(1)
     values = settings.resolve_recipe(flags, pretrain.RECIPES, 1)
     cfg = settings.resolve_images(values, flags, photos)
