@@ -146,7 +146,8 @@ def with_values(signature: inspect.Signature, places: tuple, texts: dict[str, st
     try:
         bound = signature.bind(*places, **texts)
     except TypeError as e:  # a place without a text, or a text without a place
-        fault = f"{places[-1]}: a stray word" if places else str(e)
+        _, missing, *_ = f"{e}''".split("'")
+        fault = f"{places[-1]}: a stray word" if places else f"{missing.upper()} is missing"
         raise InputError(f"{fault}; flags are given as --name value, see --help") from e
     for name, given in bound.arguments.items():
         flag = signature.parameters[name]

@@ -69,7 +69,7 @@ def test_values_arrive_as_the_signature_types_them(monkeypatch, capsys, text, va
 @pytest.mark.parametrize(
     "text, line",
     [
-        ("", "missing a required argument: 'file'; flags are given as --name value, see --help"),
+        ("", "FILE is missing; flags are given as --name value, see --help"),
         ("x y", "y: a stray word; flags are given as --name value, see --help"),
         ("x --regs amhe", "--regs: no such flag; did you mean --reg?"),
         ("x -- --trace", "--: no such flag; known: --file, --reg, --s, --norm, --epochs, --data_dir, --floors"),

@@ -92,7 +92,7 @@ def test_the_encoder_of_another_project(command, trained, tmp_path):
 @pytest.mark.parametrize(
     "words, line",
     [
-        ("", "missing a required argument: 'ckpt'"),
+        ("", "CKPT is missing"),
         ("CKPT --out there", "--out there: is already there; remove it, or name a new file"),
         ("CKPT --out folder", "--out folder: is already there"),
         ("CKPT --out no/where", "--out no/where: there is no folder no; make it first"),

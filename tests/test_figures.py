@@ -366,7 +366,7 @@ def test_neighbours_of_pictures_in_files_and_without_classes(drawn, trained, fol
 @pytest.mark.parametrize(
     "words, line",
     [
-        ("", "missing a required argument: 'name'"),
+        ("", "NAME is missing"),
         ("nice runs", "NAME nice: expected circle, energy, dynamics"),
         ("knn", "knn: takes run folders"),
         ("views run", "views: takes --dataset and no runs"),

@@ -68,7 +68,7 @@ PRETRAIN = {
     "--out pickled": "pickled/ckpt.safetensors: not a file of tensors alone (nothing in it was run)",
 }
 KNN = {
-    "": "missing a required argument: 'ckpt'; flags are given as --name value, see --help",
+    "": "CKPT is missing; flags are given as --name value, see --help",
     "good.safetensors other.safetensors": "other.safetensors: a stray word",
     "good.safetensors --data_dirr x": "--data_dirr: no such flag; did you mean --data_dir?",
     "good.safetensors --k 5,5": "--k 5,5: expected values separated by commas, each once: a whole number >= 1",
