@@ -1,7 +1,7 @@
 """The safetensors files that stages pass on: written whole, read with their digest checked.
 
     save("ckpt.safetensors", network.state_dict(), description)
-    tensors, description = load("ckpt.safetensors")
+    tensors, description = load_file("ckpt.safetensors")
     encoder, description = load_encoder("ckpt.safetensors")
 
 A file holds tensors and, under one key of its header, a description as JSON: the settings of the run, the view that its
@@ -114,7 +114,7 @@ def described(header: dict[str, str]) -> dict | None:
         return None
 
 
-def load(path: str | Path, is_wanted: Callable = lambda name: True) -> tuple[dict[str, Tensor], dict]:
+def load_file(path: str | Path, is_wanted: Callable = lambda name: True) -> tuple[dict[str, Tensor], dict]:
     """Read the tensors of a file that `save` wrote, those whose names are wanted, and its description.
 
     All tensors pass one by one, for the digest. InputError for another, a damaged or a missing file.
@@ -151,7 +151,7 @@ def load(path: str | Path, is_wanted: Callable = lambda name: True) -> tuple[dic
 def load_encoder(path: str | Path, net: str = "online") -> tuple[nn.Module, dict]:
     """Load the online or the target encoder of a run's file, in evaluation mode, with the file's description.
 
-    InputError as from `load`, or if net is "target" and the file holds none.
+    InputError as from `load_file`, or if net is "target" and the file holds none.
     """
     network, description = load_network(path)
     if net == "target":
@@ -166,9 +166,9 @@ def load_encoder(path: str | Path, net: str = "online") -> tuple[nn.Module, dict
 def load_network(path: str | Path) -> tuple[nn.Module, dict]:
     """Load the network of a ckpt.safetensors, or the encoder of a file with the encoder alone, in evaluation mode.
 
-    Returns it with the file's description. InputError as from `load`, and for a description that does not fit.
+    Returns it with the file's description. InputError as from `load_file`, and for a description that does not fit.
     """
-    tensors, description = load(path, lambda name: "/" not in name)
+    tensors, description = load_file(path, lambda name: "/" not in name)
     try:
         with torch.device("meta"):  # a hostile description may ask for more than there is memory
             network = build_described(description["holds"], description["settings"])

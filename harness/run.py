@@ -295,7 +295,7 @@ def stored_state(folder: Path) -> tuple[dict[str, Tensor], dict | None]:
     """
     ckpt = folder / CKPT
     if ckpt.exists():
-        tensors, description = checkpoint.load(ckpt)
+        tensors, description = checkpoint.load_file(ckpt)
         if description["holds"] != "checkpoint":
             raise InputError(f"{ckpt}: holds {description['holds']}, not the state of a run; name another --out")
         return tensors, description

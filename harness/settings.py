@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +36,12 @@ TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity
 NARROW = 3  # a layer whose neurons have fewer dimensions is regularized only if --reg_on names its network
 LONGEST_QUEUE = 65_536  # of MoCo, by default: its authors' for ImageNet
 HEADS = ("projector", "predictor")  # what --reg_on names by default, Appendix B.1
+IDLE = {  # flags that have no effect where another has a value
+    ("reg", "none"): ("s", "reg_on", "weight"),
+    ("reg", "uniform"): ("s", "reg_on"),
+    ("model", "alexnet"): ("stem",),
+    ("init", None): ("prefix",),
+}
 FOLDER_RECIPE = "folder"  # of a folder of pictures, unless --recipe names another
 
 
@@ -95,7 +101,6 @@ class Settings:
 def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
     """Return the run folder. InputError for whatever can be seen to be wrong before a file is read."""
     folder = Path(flags["out"] or Path("runs", run_name(flags, defaults))).expanduser()
-    holds_state = (folder / CKPT).exists()
     refuse_idle_flags(flags, defaults)
     recipe_name(flags, recipes)
     state.Schedule(flags["save_every"], 0, is_new=True)  # InputError for another spelling
@@ -103,9 +108,10 @@ def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
         raise InputError(f"--reg_on predictor: {flags['method']} has none here; take encoder, projector or both")
     if flags["resume"] == "never" and any((folder / name).exists() for name in RUN_FILES):
         raise InputError(f"--out {folder}: already holds a run; name another folder, or take --resume auto")
-    if flags["init"] and not holds_state:  # a run that goes on has its own weights
+    if flags["init"] and not (folder / CKPT).exists():  # a run that goes on has its own weights
         refuse_unfit_weights(flags)
-    refuse_missing_tracker(flags["tracker"])
+    if flags["tracker"] != "none":
+        refuse_missing(flags["tracker"])
     refuse_unwritable(folder)
     with torch.device("meta"):
         encoder = models.build_encoder(flags["model"], "imagenet")
@@ -137,39 +143,27 @@ def name_of_weights(path: str) -> str:
     return file.name.partition(".")[0]
 
 
-def idle_flags(method: str) -> set[str]:
-    """Name the flags of other methods, which have no effect on this one."""
-    of_methods = {name for other in models.METHODS.values() for name in other.flags}
-    return of_methods - {*models.METHODS[method].flags}
-
-
 def refuse_idle_flags(flags: dict, defaults: dict) -> None:
     """Raise InputError for a flag that has no effect beside another."""
-    idle_beside = {name: "method" for name in sorted(idle_flags(flags["method"]))}
-    if TERMS[flags["reg"]] != "energy":
-        idle_beside |= {"s": "reg", "reg_on": "reg"}
-    if flags["reg"] == "none":
-        idle_beside["weight"] = "reg"
-    if flags["model"] == "alexnet":
-        idle_beside["stem"] = "model"
+    own_flags = models.METHODS[flags["method"]].flags
+    idle_beside = {name: "method" for method in models.METHODS.values() for name in {*method.flags} - {*own_flags}}
+    for (other, value), names in IDLE.items():
+        if flags[other] == value:
+            idle_beside |= dict.fromkeys(names, other)
     if has_no_data_dir(flags["dataset"]):
         idle_beside["data_dir"] = "dataset"
     if has_no_files(flags["dataset"]):
         idle_beside["skip_broken"] = "dataset"
     for name, other in idle_beside.items():
-        value = flags[name]
-        if value != defaults[name]:
-            typed = ",".join(value) if isinstance(value, tuple) else str(value).removesuffix(".0")
+        if flags[name] != defaults[name]:
+            typed = ",".join(flags[name]) if isinstance(flags[name], tuple) else f"{flags[name]}".removesuffix(".0")
             raise InputError(f"--{name} {typed}: has no effect with --{other} {flags[other]}")
-    if flags["prefix"] and not flags["init"]:
-        raise InputError(f"--prefix {flags['prefix']}: has no effect without --init")
 
 
-def refuse_missing_tracker(tracker: str) -> None:
+def refuse_missing(tracker: str) -> None:
     """Raise InputError for a tracker that is not installed."""
     try:
-        if tracker != "none":
-            version(tracker)  # not find_spec, which takes a folder of that name for the package
+        version(tracker)  # not find_spec, which takes a folder of that name for the package
     except PackageNotFoundError:
         raise InputError(f"--tracker {tracker}: is not installed; pip install {tracker}") from None
 
@@ -189,9 +183,7 @@ def recipe_name(flags: dict, recipes: Mapping) -> str:
     own = [recipe for recipe in recipes if recipe.partition("-")[0] == dataset]
     if name and own and name not in (*own, FOLDER_RECIPE):
         raise InputError(f"--recipe {name}: is not for {dataset}, which has {', '.join(own)}")
-    if name:
-        return name
-    return own[0] if own else FOLDER_RECIPE
+    return name or (own or [FOLDER_RECIPE])[0]
 
 
 # ---- Every setting with its value in force ---------------------------------------------------------------------------
@@ -210,24 +202,19 @@ def resolve(flags: dict, recipes: Mapping, accelerator: Accelerator) -> tuple[Se
 
 def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
     """Return every setting that flags and recipe decide. InputError for settings that do not go together."""
-    chosen = recipe_name(flags, recipes)
+    chosen, method = recipe_name(flags, recipes), models.METHODS[flags["method"]]
     recipe = recipes[chosen]
     epochs = flags["epochs"] or recipe.epochs
     weights = {None: 0.0, "energy": float(recipe.energy_weight), "uniformity": recipe.uniformity_weight}
-    defaults = asdict(recipe) | models.METHODS[flags["method"]].numbers
-    defaults |= {
-        "recipe": chosen,
-        "weight": weights[TERMS[flags["reg"]]],
-        "warmup": recipe.warmup * epochs / recipe.epochs,
-    }
-    values = {}
-    for name, value in flags.items():
-        if name not in NOT_SETTINGS:
-            values[name] = defaults.get(name) if value is None else value
-    if "queue" not in models.METHODS[flags["method"]].flags:
+    defaults = asdict(recipe) | method.numbers
+    defaults |= {"recipe": chosen, "weight": weights[TERMS[flags["reg"]]]}
+    defaults["warmup"] = recipe.warmup * epochs / recipe.epochs
+    given = {name: value for name, value in flags.items() if name not in NOT_SETTINGS}
+    values = {name: defaults.get(name) if value is None else value for name, value in given.items()}
+    if "queue" not in method.flags:
         values["queue"] = 0
     values["reg_on"] = [part for part in parts_of(flags) if part in (flags["reg_on"] or HEADS)]
-    if flags["reg_on"] is None and narrow_layers(values):
+    if flags["reg_on"] is None and min(values["hidden_dim"], values["out_dim"] // 4) < NARROW:  # 4: see predictor_width
         values["reg_on"] = wide_layers(values)
     if values["warmup"] >= epochs:
         raise InputError(f"--warmup {values['warmup']}: must be shorter than the training, {epochs} epochs")
@@ -242,8 +229,8 @@ def parts_of(flags: dict) -> list[str]:
     return ["encoder", "projector", "predictor"] if has_predictor else ["encoder", "projector"]
 
 
-def narrow_layers(values: dict) -> list[str]:
-    """Name the layers of the heads whose neurons have too few dimensions to spread, as predictor.hidden.
+def wide_layers(values: dict) -> list[str]:
+    """Name the heads, and of a head that has a narrow layer its other layers.
 
     On a circle 4,096 neurons lie 1.5e-3 apart at best: at s = 2 their energy is 340 at least and 10,000 at random. It
     would outweigh the loss by far, and its gradient comes from the few pairs that happen to be closest.
@@ -251,16 +238,10 @@ def narrow_layers(values: dict) -> list[str]:
     hidden_dim, out_dim = values["hidden_dim"], values["out_dim"]
     predictor_width = models.METHODS[values["method"]].network.predictor_width(hidden_dim, out_dim)
     dimensions = {"projector.out": hidden_dim, "predictor.hidden": out_dim, "predictor.out": predictor_width}
-    heads = parts_of(values)
-    return [layer for layer, width in dimensions.items() if width < NARROW and layer.partition(".")[0] in heads]
-
-
-def wide_layers(values: dict) -> list[str]:
-    """Name the heads, and of one that has a narrow layer its other layers."""
-    narrow = narrow_layers(values)
     kept = []
     for part in values["reg_on"]:
-        wide = [layer for layer in (f"{part}.hidden", f"{part}.out") if layer not in narrow]
+        layers = (f"{part}.hidden", f"{part}.out")
+        wide = [layer for layer in layers if dimensions.get(layer, NARROW) >= NARROW]
         kept += [part] if len(wide) == 2 else wide
     return kept
 
@@ -289,17 +270,15 @@ def refuse_uneven_batch(batch_size: int, accumulate: int, world: int) -> None:
 
 def resolve_images(values: dict, flags: dict, images: data.Dataset) -> Settings:
     """Add the settings that the data set decides. InputError if it is too small, or has no classes to judge by."""
-    n = len(images.pretraining.labels)
-    values = {**values, "init_digest": None}
-    values["batch_size"] = values["batch_size"] or batch_size_for(n, values["accumulate"])
-    values["stem"] = flags["stem"] or images.stem
-    values["blur_p"] = images.blur_p if flags["blur_p"] is None else (flags["blur_p"], flags["blur_p"])
-    if values["batch_size"] > n:
+    n, dataset = len(images.pretraining.labels), flags["dataset"]
+    batch_size = values["batch_size"] or batch_size_for(n, values["accumulate"])
+    blur_p = images.blur_p if flags["blur_p"] is None else (flags["blur_p"], flags["blur_p"])
+    values = {**values, "batch_size": batch_size, "stem": flags["stem"] or images.stem, "blur_p": blur_p}
+    if batch_size > n:
         source = "" if flags["batch_size"] else f" (recipe {values['recipe']})"
-        fault = f"{flags['dataset']} has {n} images to train on; take fewer"
-        raise InputError(f"--batch_size {values['batch_size']}{source}: {fault}")
+        raise InputError(f"--batch_size {batch_size}{source}: {dataset} has {n} images to train on; take fewer")
     if not images.classes and flags["eval_every"]:
-        reason = f"{flags['dataset']} has fewer than two classes, so nothing can be judged; leave it out"
+        reason = f"{dataset} has fewer than two classes, so nothing can be judged; leave it out"
         raise InputError(f"--eval_every {flags['eval_every']}: {reason}")
     if not images.classes:
         values["eval_every"] = 0
@@ -309,8 +288,8 @@ def resolve_images(values: dict, flags: dict, images: data.Dataset) -> Settings:
     if values["queue"] != 0:
         values["queue"] = values["queue"] or max(1, min(LONGEST_QUEUE, n // 2))
         if values["queue"] >= n:
-            raise InputError(f"--queue {values['queue']}: {flags['dataset']} has {n} images to train on; take fewer")
-    return Settings(**{field.name: values[field.name] for field in fields(Settings)})
+            raise InputError(f"--queue {values['queue']}: {dataset} has {n} images to train on; take fewer")
+    return Settings(**values)
 
 
 def refuse_other_run(folder: Path, description: dict, stored: dict) -> None:
@@ -345,17 +324,17 @@ def refuse_other_run(folder: Path, description: dict, stored: dict) -> None:
 
 # ---- What a run says of itself before its first step -----------------------------------------------------------------
 def announcement(cfg: Settings, flags: dict, layers: dict[str, Tensor]) -> list[str]:
-    """Write the objective, the numbers in force with their sources, and how processes share a batch: lines."""
+    """Write the objective, the numbers in force, and how processes share a batch: lines."""
     lines = formula(cfg, layers)
-    narrow = narrow_layers(asdict(cfg))
-    if cfg.term == "energy" and flags["reg_on"] is None and narrow:
-        reason = f"their neurons have fewer than {NARROW} dimensions; --reg_on projector,predictor takes them in"
-        lines.append(f"left out: {', '.join(narrow)}: {reason}")
+    if cfg.term == "energy" and flags["reg_on"] is None and cfg.reg_on != parts_of(asdict(cfg))[1:]:
+        narrow = f"layers whose neurons have fewer than {NARROW} dimensions"
+        lines.append(f"left out: {narrow}; --reg_on projector,predictor takes them in")
     if cfg.init:
         lines.append(f"encoder: begins from {cfg.init}")
-    numbers = numbers_in_force(cfg, flags)
-    lines.append(f"recipe {cfg.recipe} (= by a flag): {numbers}, peak rate {cfg.peak_lr:g} (lr * batch_size / 256)")
-    lines.append(f"views: jitter {cfg.jitter:g}, grey {cfg.grey:g}, blur_p {', '.join(f'{p:g}' for p in cfg.blur_p)}")
+    names = ["epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "hidden_dim", "out_dim"]
+    names += [*models.METHODS[cfg.method].flags, "jitter", "grey", "blur_p"]
+    numbers = ", ".join(f"{name} {getattr(cfg, name)}" for name in names)
+    lines.append(f"recipe {cfg.recipe} and flags: {numbers}; peak rate {cfg.peak_lr:g} (lr * batch_size / 256)")
     if processes.are_several():
         world = dist.get_world_size()
         lines.append(f"{world} processes: {cfg.batch_size // world} images of each step a process")
@@ -364,10 +343,8 @@ def announcement(cfg: Settings, flags: dict, layers: dict[str, Tensor]) -> list[
 
 def formula(cfg: Settings, layers: dict[str, Tensor]) -> list[str]:
     """Write the objective with every number in force."""
-    lines = [f"loss = {cfg.method}"]
-    if cfg.term:
-        lines[0] += f" + {cfg.weight:g} {cfg.term}"
-    lines.append(models.METHODS[cfg.method].formula.format(**asdict(cfg)))
+    term = f" + {cfg.weight:g} {cfg.term}" if cfg.term else ""
+    lines = [f"loss = {cfg.method}{term}", models.METHODS[cfg.method].formula.format(**asdict(cfg))]
     if cfg.predictor == "none":
         lines.append("p = z, as there is no predictor")
     if cfg.term == "uniformity":
@@ -379,15 +356,3 @@ def formula(cfg: Settings, layers: dict[str, Tensor]) -> list[str]:
         shapes = [f"{name} ({len(weight)} x {weight[0].numel()})" for name, weight in layers.items()]
         lines += [f"energy = sum over layers of the {mean}", f"layers: {', '.join(shapes)}"]
     return lines
-
-
-def numbers_in_force(cfg: Settings, flags: dict) -> str:
-    """List the numbers of a run, those that a flag names by an equals sign."""
-    names = ["epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "hidden_dim", "out_dim"]
-    names += [*models.METHODS[cfg.method].flags, "weight" if cfg.term else "reg"]
-    shown = []
-    for name in names:
-        value = getattr(cfg, name)
-        sign = " " if flags[name] is None else "="
-        shown.append(f"{name}{sign}{value if isinstance(value, str) else f'{value:g}'}")
-    return ", ".join(shown)

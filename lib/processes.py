@@ -53,8 +53,7 @@ def start(accumulate: int | None = None, tracker: str = "none", folder: Path | N
     except (ValueError, ImportError) as e:  # a precision that the device, or what is installed, does not have
         raise InputError(f"accelerate launch: {e}") from e
     torch.set_float32_matmul_precision("highest")  # with --dynamo_backend Accelerate sets TF32
-    _refuse_precision(accelerator)
-    _refuse_strangers(accelerator)
+    _refuse_launch(accelerator)
     # The launcher gives each process on a CPU one thread, and says so in OMP_NUM_THREADS, unless it is told not to:
     # nearly all cores would idle.
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ
@@ -73,16 +72,12 @@ def _refuse_division() -> None:
             raise InputError(f"accelerate launch: {why}; take plain data parallelism (--multi_gpu), and unset {name}")
 
 
-def _refuse_precision(accelerator: Accelerator) -> None:
-    """Raise InputError for a precision not trained in here; for fp16 on a CPU, which Accelerate would take for fp32."""
+def _refuse_launch(accelerator: Accelerator) -> None:
+    """Raise InputError for a precision not trained in here, and for processes that Accelerate does not join."""
     precision, device = accelerator.mixed_precision, accelerator.device.type
-    known = ("no", "bf16") if device == "cpu" else ("no", "bf16", "fp16")
+    known = ("no", "bf16") if device == "cpu" else ("no", "bf16", "fp16")  # on a CPU Accelerate takes fp16 for fp32
     if precision not in known:
         raise InputError(f"accelerate launch: --mixed_precision {precision}: on {device} take {' or '.join(known)}")
-
-
-def _refuse_strangers(accelerator: Accelerator) -> None:
-    """Raise InputError if the launcher has started processes that Accelerate does not join."""
     for name, number in (("WORLD_SIZE", accelerator.num_processes), ("RANK", accelerator.process_index)):
         launched = os.environ.get(name, str(number))
         if launched != str(number):
@@ -136,22 +131,15 @@ def cores() -> int:
     return max(1, available // processes_here())
 
 
-def processor(accelerator: Accelerator) -> str:
-    """Name what computes: the GPU, or the vector instructions of a CPU. Another one rounds in other places."""
-    if accelerator.device.type == "cuda":
-        return torch.cuda.get_device_name(accelerator.device)
-    return torch.backends.cpu.get_cpu_capability()
-
-
 def hardware(accelerator: Accelerator) -> dict:
-    """Describe what computes, as the first row of a log does."""
-    return {
-        "device": accelerator.device.type,
-        "precision": accelerator.mixed_precision,
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "processor": processor(accelerator),
-    }
+    """Describe what computes, as the first row of a log does.
+
+    processor is the GPU, or the vector instructions of a CPU: another one rounds in other places.
+    """
+    on_gpu = accelerator.device.type == "cuda"
+    processor = torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
+    row = {"device": accelerator.device.type, "precision": accelerator.mixed_precision}
+    return {**row, "processes": accelerator.num_processes, "threads": torch.get_num_threads(), "processor": processor}
 
 
 def processes_here() -> int:

@@ -37,7 +37,7 @@ def pair(byol, tmp_path):
 
 
 def test_the_pair_comes_back_bit_for_bit(byol, pair):
-    tensors, description = checkpoint.load(pair / "ckpt.safetensors")
+    tensors, description = checkpoint.load_file(pair / "ckpt.safetensors")
     assert description["settings"] == SETTINGS and tensors.keys() == byol.state_dict().keys()
     assert all(torch.equal(x, byol.state_dict()[name]) for name, x in tensors.items())
     for name in ("ckpt", "encoder"):
@@ -75,7 +75,7 @@ def test_a_failed_save_leaves_the_old_file(byol, pair, monkeypatch):
 
 def rewrite(path, tensors=None, **changes):
     """A file with other tensors or another description, and a digest that agrees."""
-    old, description = checkpoint.load(path)
+    old, description = checkpoint.load_file(path)
     checkpoint.save(path, old if tensors is None else tensors(old), {**description, **changes})
 
 
@@ -107,7 +107,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(pair, damage, message):
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped on Linux alone")
 def test_loaded_tensors_let_go_of_their_file(pair):
     """What maps the file would hold its space on the disk when a newer one takes its name."""
-    tensors, _ = checkpoint.load(pair / "ckpt.safetensors")
+    tensors, _ = checkpoint.load_file(pair / "ckpt.safetensors")
     assert "ckpt.safetensors" not in Path("/proc/self/maps").read_text() and tensors
 
 
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_refused_or_intact(tmp_path):
         "n": torch.tensor(3)
     }
     checkpoint.save(tmp_path / "good", tensors, {"settings": {"lr": 0.1}, "epoch": 2})
-    whole, description = (tmp_path / "good").read_bytes(), checkpoint.load(tmp_path / "good")[1]
+    whole, description = (tmp_path / "good").read_bytes(), checkpoint.load_file(tmp_path / "good")[1]
     refused, path = 0, tmp_path / "bad"
     for case in range(500):
         at, bit = (int(torch.randint(n, (), generator=generator)) for n in (len(whole), 8))
@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_is_refused_or_intact(tmp_path):
             at, bit = (int(torch.randint(n, (), generator=generator)) for n in (len(whole), 8))
         path.write_bytes(damaged)
         try:
-            held, told = checkpoint.load(path)
+            held, told = checkpoint.load_file(path)
         except InputError as e:
             refused += 1
             assert str(path) in str(e) and "\n" not in str(e).strip()

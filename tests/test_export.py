@@ -24,7 +24,7 @@ def run_of(trained, tmp_path):
     """Make a run folder with the encoder of another architecture, its statistics those of a training."""
 
     def make(**changes):
-        _, description = checkpoint.load(trained / "encoder" / "model.safetensors")
+        _, description = checkpoint.load_file(trained / "encoder" / "model.safetensors")
         settings = description["settings"] | changes
         torch.manual_seed(0)
         encoder = models.build_encoder(settings["model"], settings["stem"], settings["norm"])
@@ -111,7 +111,7 @@ def test_the_folder_is_timms_and_ours(shell, command, folder, trained, tmp_path)
     for file in out.iterdir():  # no path of this machine
         content = file.read_bytes()
         assert str(folder.parent).encode() not in content and str(trained.parent).encode() not in content
-    assert checkpoint.load(out / "model.safetensors")[1]["settings"]["dataset"] == folder.name
+    assert checkpoint.load_file(out / "model.safetensors")[1]["settings"]["dataset"] == folder.name
     code, again, err = command(knn_eval, out, "--dataset", folder, "--k", 20, "--nofloors")
     assert code == 0 and again[0]["top1"] == by["trained"]["top1"] and again[0]["own_data"], err
 

@@ -39,7 +39,7 @@ def first_state(command, folder, monkeypatch):
 @pytest.fixture
 def released(trained, tmp_path):
     """Write the trained encoder in other layouts, and return its tensors."""
-    encoder, _ = checkpoint.load(trained / "encoder" / "model.safetensors")
+    encoder, _ = checkpoint.load_file(trained / "encoder" / "model.safetensors")
     student = {f"student.backbone.{name}": x * 0 for name, x in encoder.items()}
     teacher = {f"teacher.backbone.{name}": x for name, x in encoder.items()}
     torch.save(student | teacher, tmp_path / "dino.pth.tar")

@@ -138,7 +138,7 @@ def test_the_target_and_another_crop_are_judged(command, trained):
     )
     online, _ = judging.open_encoder(trained / "ckpt.safetensors")
     target, _ = judging.open_encoder(trained / "ckpt.safetensors", "target")
-    tensors, _ = checkpoint.load(trained / "ckpt.safetensors")
+    tensors, _ = checkpoint.load_file(trained / "ckpt.safetensors")
     assert torch.equal(target.bn1.weight, tensors["target.encoder.bn1.weight"])
     assert not torch.equal(target.bn1.weight, online.bn1.weight)
     code, _, err = command(linear_eval, trained / "encoder", "--net", "target")

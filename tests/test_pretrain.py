@@ -22,7 +22,7 @@ def test_the_same_seed_makes_the_same_run(command, folder, trained, tmp_path):
     code, rows, _ = command(pretrain, "--dataset", folder, "--reg", "mhe", "--out", tmp_path / "again", *SMALL)
     assert code == 0
     for name in ("ckpt", "encoder/model"):
-        first, again = (checkpoint.load(run / f"{name}.safetensors") for run in (trained, tmp_path / "again"))
+        first, again = (checkpoint.load_file(run / f"{name}.safetensors") for run in (trained, tmp_path / "again"))
         assert all(torch.equal(x, again[0][key]) for key, x in first[0].items())
         assert {**first[1], "command": None} == {**again[1], "command": None}
     timeless = [{k: v for k, v in row.items() if k not in ("images_per_s", "command")} for row in rows]
@@ -35,7 +35,7 @@ def test_what_a_run_leaves(folder, trained):
     files = [".lock", "ckpt.safetensors", "encoder", "metrics.jsonl"]
     assert sorted(p.name for p in trained.iterdir()) == files
     assert sorted(p.name for p in (trained / "encoder").iterdir()) == ["config.json", "model.safetensors"]
-    tensors, description = checkpoint.load(trained / "ckpt.safetensors")
+    tensors, description = checkpoint.load_file(trained / "ckpt.safetensors")
     state = {"rng/cpu", "momentum/encoder", "momentum/projector", "momentum/predictor"}
     assert {name.split(".")[0] for name in tensors} == {"encoder", "projector", "predictor", "target"} | state
     assert description["epoch"] == 2 and description["settings"]["dataset"] == str(folder)
@@ -67,7 +67,7 @@ def test_one_step_is_the_one_written_by_hand(command, folder, tmp_path, optimize
     rows = [row for row in rows if "of" not in row]
     assert code == 0 and rows[1]["lr"] == 8 * 48 / 256 and rows[1]["tau"] == pytest.approx(0.7)
     assert f"optimizer={optimizer}, lr=8, " in prose and "peak rate 1.5 (lr * batch_size / 256)" in prose
-    tensors, _ = checkpoint.load(tmp_path / "run" / "ckpt.safetensors")
+    tensors, _ = checkpoint.load_file(tmp_path / "run" / "ckpt.safetensors")
 
     torch.manual_seed(5)
     network = models.BYOL("resnet18", "imagenet", "bn", 32, 16)
@@ -109,7 +109,7 @@ def test_four_steps_are_those_written_by_hand(command, folder, tmp_path):
     taus = [1 - 0.3 * (1 + cosine) / 2 for cosine in (1, 0.5**0.5, 0, -(0.5**0.5))]
     assert code == 0 and [row["lr"] for row in rows[1:]] == pytest.approx([rates[1], rates[3]])
     assert [row["tau"] for row in rows[1:]] == pytest.approx([taus[1], taus[3]])
-    tensors, _ = checkpoint.load(tmp_path / "run" / "ckpt.safetensors")
+    tensors, _ = checkpoint.load_file(tmp_path / "run" / "ckpt.safetensors")
 
     torch.manual_seed(5)
     network = models.BYOL("test_resnet", "imagenet", "bn", 32, 16)
@@ -177,7 +177,7 @@ def test_accumulation_averages_gradients_over_micro_batches(command, folder, tmp
     loss.backward()
     assert eight["loss"] == pytest.approx(loss.item(), rel=1e-5)
     for run, same in (("eight", True), ("one", reg == "mhe")):
-        tensors = checkpoint.load(tmp_path / run / "ckpt.safetensors")[0]
+        tensors = checkpoint.load_file(tmp_path / run / "ckpt.safetensors")[0]
         steps = {name: tensors[name] - x for name, x in before.items() if x.requires_grad}
         expected = {
             name: -1.5 * lars_direction(before[name], dict(network.named_parameters())[name].grad, 1e-6)
@@ -241,7 +241,7 @@ def test_the_first_step_of_a_method_is_the_one_written_by_hand(command, folder, 
     flags += ["--queue", 40] if method == "moco" else []
     code, rows, _ = command(pretrain, "--dataset", folder, *flags, "--out", "run")
     assert code == 0
-    tensors, _ = checkpoint.load(tmp_path / "run" / "ckpt.safetensors")
+    tensors, _ = checkpoint.load_file(tmp_path / "run" / "ckpt.safetensors")
 
     torch.manual_seed(0)
     network = models.METHODS[method].network("test_resnet", "imagenet", "bn", 32, out_dim, queue=40)
@@ -375,7 +375,7 @@ def test_every_method_and_regularizer_trains(command, folder, tmp_path, flags, t
     assert ("tau" in row) == ("target" in PARTS_OF[method])
     assert ("predictor" in settings["reg_on"]) <= ("predictor" in PARTS_OF[method])
     assert online["split"] == ("holdout" if settings["holdout"] else "test")
-    tensors, description = checkpoint.load(tmp_path / "run" / "ckpt.safetensors")
+    tensors, description = checkpoint.load_file(tmp_path / "run" / "ckpt.safetensors")
     parts = {"encoder", "projector", *PARTS_OF[method]}
     if settings["predictor"] == "none":
         parts.remove("predictor")
@@ -439,7 +439,7 @@ def test_energy_falls_when_it_is_all_that_counts(command, folder, tmp_path):
     """A large lambda on one projector: its energy ends below that of the plain run, from the same start."""
     for reg, flags in (("none", []), ("mhe", ["--weight", "1000"])):
         command(pretrain, "--dataset", folder, "--reg", reg, *flags, *SMALL, "--out", reg)
-    plain, regularized = (checkpoint.load(tmp_path / reg / "ckpt.safetensors")[0] for reg in ("none", "mhe"))
+    plain, regularized = (checkpoint.load_file(tmp_path / reg / "ckpt.safetensors")[0] for reg in ("none", "mhe"))
     for layer in ("projector.out", "predictor.hidden"):
         assert mhe(regularized[f"{layer}.weight"]) < mhe(plain[f"{layer}.weight"])
 

@@ -253,7 +253,7 @@ def assert_equal_runs(mine, theirs, tolerance):
     for row, expected in zip(*rows):
         for name in {"loss", *models.METHODS, "uniformity", "alignment", "std", "energy"} & expected.keys():
             assert row[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), name
-    (ours, _), (one, _) = (checkpoint.load(run / "ckpt.safetensors") for run in (mine, theirs))
+    (ours, _), (one, _) = (checkpoint.load_file(run / "ckpt.safetensors") for run in (mine, theirs))
     networks = {name: x for name, x in one.items() if "/" not in name}
     for name, x in networks.items():
         torch.testing.assert_close(ours[name], x, rtol=10 * tolerance, atol=10 * tolerance)
@@ -318,7 +318,9 @@ def test_data_are_loaded_by_the_first_process_first(seen):
 
 
 def test_a_run_of_two_processes_goes_on_to_the_same_bits(two):
-    (ours, told), (theirs, meant) = (checkpoint.load(two / run / "ckpt.safetensors") for run in ("resumed", "whole"))
+    (ours, told), (theirs, meant) = (
+        checkpoint.load_file(two / run / "ckpt.safetensors") for run in ("resumed", "whole")
+    )
     assert told == meant and all(torch.equal(x, theirs[name]) for name, x in ours.items())
     timeless = [[{**row, "images_per_s": 0} for row in rows_of(two / run)] for run in ("resumed", "whole")]
     assert timeless[0] == timeless[1]
@@ -451,7 +453,7 @@ def test_two_processes_are_launched_and_leave_cleanly(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == rows_of(tmp_path / "run")
     assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", CKPT, ENCODER, LOG}
-    assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["epoch"] == 1
+    assert checkpoint.load_file(tmp_path / "run" / "ckpt.safetensors")[1]["epoch"] == 1
 
 
 class Fatal:

@@ -42,7 +42,7 @@ def timeless_rows(run):
 def assert_same_run(run, whole):
     assert timeless_rows(run) == timeless_rows(whole)
     for file in ("ckpt.safetensors", "encoder/model.safetensors"):
-        (ours, told), (theirs, meant) = checkpoint.load(run / file), checkpoint.load(whole / file)
+        (ours, told), (theirs, meant) = checkpoint.load_file(run / file), checkpoint.load_file(whole / file)
         assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
         assert {**told, "command": None} == {**meant, "command": None}
     assert files_of(run).keys() == files_of(whole).keys()
@@ -158,7 +158,7 @@ def test_a_run_with_a_queue_goes_on_to_the_same_bits(command, folder, tmp_path, 
         command(pretrain, "--dataset", folder, *flags, "--out", "run")
     assert command(pretrain, "--dataset", folder, *flags, "--out", "run")[0] == 0
     assert_same_run(tmp_path / "run", tmp_path / "whole")
-    tensors, description = checkpoint.load(tmp_path / "run" / "ckpt.safetensors")
+    tensors, description = checkpoint.load_file(tmp_path / "run" / "ckpt.safetensors")
     assert tensors["queue"].shape == (40, 8) and tensors["oldest"] == 9 * 32 % 40
     assert description["settings"]["queue"] == 40
 
@@ -203,7 +203,7 @@ def test_a_state_is_that_of_its_step_whenever_it_is_written(command, folder, who
         patch.setattr(checkpoint, "save", waiting)
         patch.setattr(Lars, "step", killing)
         command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")
-    assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 2
+    assert checkpoint.load_file(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 2
     assert command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")[0] == 0
     assert_same_run(tmp_path / "run", whole)
 
@@ -215,7 +215,7 @@ def test_a_checkpoint_may_be_older_than_the_log(command, folder, whole, tmp_path
     with killed_after(8, monkeypatch):
         command(pretrain, "--dataset", folder, *flags)
     run = tmp_path / "run"
-    assert checkpoint.load(run / "ckpt.safetensors")[1]["step"] == 3
+    assert checkpoint.load_file(run / "ckpt.safetensors")[1]["step"] == 3
     assert [row["epoch"] for row in timeless_rows(run) if "loss" in row] == [1, 2]
     assert sorted(read_log(run).series("loss")) == [3, 6]
     assert command(knn_eval, "run/ckpt.safetensors", "--k", 20, "--nofloors")[0] == 0
@@ -424,7 +424,7 @@ def test_a_checkpoint_that_is_gone_or_is_no_state_is_not_written_over(command, f
         (tmp_path / name).write_bytes((whole / name).read_bytes())
     code, rows, err = command(pretrain, "--dataset", folder, *FLAGS, "--out", tmp_path)
     assert code == 2 and rows == [] and "holds a run whose ckpt.safetensors is gone" in err
-    tensors, description = checkpoint.load(whole / "ckpt.safetensors")
+    tensors, description = checkpoint.load_file(whole / "ckpt.safetensors")
     for changed, fault in (
         ({"holds": "features"}, "holds features, not the state"),
         ({"format": 0}, "of format 0, not 1"),
@@ -453,7 +453,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(command, folder, whole, tmp_path,
     fault = "safetensors: cannot be written (File too large); its old content is unchanged"
     assert code == 2 and fault in err.splitlines()[-1] and err.count("pretrain.py: ") == 1
     assert len(steps) <= 6  # the save of step 5 has failed, which the end of the epoch waits for
-    assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 3
+    assert checkpoint.load_file(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 3
     assert files_of(tmp_path / "run").keys() == files_of(whole).keys()
     assert command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")[0] == 0
     assert_same_run(tmp_path / "run", whole)
@@ -522,7 +522,7 @@ def test_a_second_ctrl_c_ends_the_run_once_the_file_is_whole(command, folder, wh
     signal.signal(signal.SIGINT, before)
     assert code == 130 and err.splitlines()[-1] == "pretrain.py: interrupted"
     assert files_of(tmp_path / "run").keys() == files_of(whole).keys()
-    assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 4
+    assert checkpoint.load_file(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 4
     assert command(pretrain, "--dataset", folder, *FLAGS, "--out", "run")[0] == 0
     assert_same_run(tmp_path / "run", whole)
 
@@ -540,7 +540,7 @@ def test_the_first_step_that_is_not_finite_is_named(command, folder, tmp_path, m
     last = err.splitlines()[-1]
     assert code == 2 and last.startswith("pretrain.py: step 5: not finite: loss inf, byol inf, "), last
     assert "run/ckpt.safetensors is unchanged" in last
-    assert checkpoint.load(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 3
+    assert checkpoint.load_file(tmp_path / "run" / "ckpt.safetensors")[1]["step"] == 3
 
 
 def test_a_dead_network_is_called_dead_once(command, folder, monkeypatch):

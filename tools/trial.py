@@ -79,7 +79,7 @@ def ending(run: Path) -> tuple:
         rows.append({name: x for name, x in row.items() if name not in NOT_COMPARED})
     digests = []
     for file in (CKPT, WEIGHTS):
-        tensors, _ = checkpoint.load(run / file)
+        tensors, _ = checkpoint.load_file(run / file)
         assert all(x.isfinite().all() for x in tensors.values() if x.dtype == torch.float32)
         digests.append(checkpoint.digest(tensors, {}))
     return sorted(str(path.relative_to(run)) for path in run.rglob("*")), digests, rows
