@@ -21,7 +21,7 @@ from torch.optim import SGD
 import data
 import models
 from harness import settings
-from harness.foreign import begin_from, initial_encoder
+from harness.foreign import begin_from
 from harness.measure import DEAD, floors_are_cheap, representations
 from harness.run import Run
 from harness.settings import Settings
@@ -78,8 +78,7 @@ def pretrain(
     recipe: Annotated[Literal[*RECIPES], "None = the shorter of the data set, or folder"] | None = None,
     method: Annotated[Literal[*models.METHODS], "the loss, with its network"] = "byol",
     predictor: Annotated[Literal["mlp", "none"], "of byol and simsiam; none compares projections"] = "mlp",
-    queue: Annotated[int, ">= 1", "of moco: projections of earlier batches; None = half the set, at most 65536"]
-    | None = None,
+    queue: Annotated[int, ">= 1", "of moco: earlier projections; None = half the set, up to 65536"] | None = None,
     model: Annotated[str, "any ResNet of timm, or alexnet"] = "resnet18",
     stem: Annotated[Literal[*models.STEMS], "3x3 of stride 1 or 2, or timm's; None = the data set's"] | None = None,
     init: Annotated[str, "weights that the encoder begins from: of a run, or a file of another project"] | None = None,
@@ -88,8 +87,7 @@ def pretrain(
     reg: Annotated[Literal["none", "mhe", "amhe", "uniform"], "energy by chord or angle, or uniformity"] = "none",
     s: Annotated[float, ">= 0", "<= 10", "power of the energy; 0 is logarithmic"] = 2.0,
     weight: Annotated[float, ">= 0", "lambda of the regularizer"] | None = None,
-    reg_on: Annotated[tuple[Literal[*PARTS], ...], "of mhe and amhe; None = the heads, but no neurons below 3-d"]
-    | None = None,
+    reg_on: Annotated[tuple[Literal[*PARTS], ...], "None = the heads, but no neurons below 3-d"] | None = None,
     temperature: Annotated[float, "> 0", "of simclr and moco"] | None = None,
     epochs: Annotated[int, ">= 1", "length of the training"] | None = None,
     batch_size: Annotated[int, ">= 2", "images in one step, over all processes"] | None = None,
@@ -103,9 +101,7 @@ def pretrain(
     hidden_dim: Annotated[int, ">= 1", "<= 65536", "width of the hidden layers of the heads"] | None = None,
     out_dim: Annotated[int, ">= 1", "<= 65536", "width of the projections"] | None = None,
     blur_p: Annotated[float, ">= 0", "<= 1", "probability of blur in both views; None = the data set's"] | None = None,
-    jitter: Annotated[
-        float, ">= 0", "<= 1", "part of BYOL's strength of colour jitter; 0 where colour tells classes"
-    ] = 1.0,
+    jitter: Annotated[float, ">= 0", "<= 1", "part of BYOL's colour jitter; 0 where colour tells classes"] = 1.0,
     grey: Annotated[float, ">= 0", "<= 1", "probability of grey in both views"] = data.GREY_P,
     eval_crop: Annotated[float, "> 0", "<= 1", "part of the side that the evaluation view keeps"] = data.EVAL_CROP,
     holdout: Annotated[bool, "judge on images held out of the training set, not on the test set"] = False,
@@ -132,10 +128,8 @@ def pretrain(
     run = Run(folder, training, steps, flags)  # goes on with the run in the folder, if there is one
     run.announce(settings.announcement(cfg, flags, training.layers))
     share = (accelerator.process_index, accelerator.num_processes)
-    steps_left = range(run.step, steps)
-    micro_batches = data.batches(
-        images.pretraining, images.size, cfg.batch_size, cfg.seed, steps_left, cfg.accumulate, share
-    )
+    order = (cfg.batch_size, cfg.seed, range(run.step, steps))
+    micro_batches = data.batches(images.pretraining, images.size, *order, cfg.accumulate, share)
     rates, taus = schedules(cfg, steps)  # of each step
     view = images.view(cfg.eval_crop)
     judged_on = (images.train, images.test, view, accelerator)
@@ -172,12 +166,10 @@ class Training:
 
 def build(cfg: Settings, images: data.Dataset, accelerator: Accelerator) -> Training:
     """Build a network, with fresh weights or an encoder of --init, and its optimizer; LARS is that of Appendix B.2."""
-    network = models.METHODS[cfg.method].network(
-        cfg.model, cfg.stem, cfg.norm, cfg.hidden_dim, cfg.out_dim, cfg.predictor, cfg.queue
-    )
-    initial = initial_encoder(cfg)  # None without --init, or if its file is gone: a run that goes on has its weights
-    if initial:
-        cfg = replace(cfg, init_digest=begin_from(initial, network))
+    heads = (cfg.hidden_dim, cfg.out_dim, cfg.predictor, cfg.queue)
+    network = models.METHODS[cfg.method].network(cfg.model, cfg.stem, cfg.norm, *heads)
+    if cfg.init:
+        cfg = replace(cfg, init_digest=begin_from(cfg, network))
     groups = parameter_groups(network, cfg.weight_decay)
     if cfg.optimizer == "lars":
         optimizer = Lars(groups, momentum=0.9, trust_coeff=1e-3)
@@ -205,8 +197,8 @@ def train_micro_batch(training: Training, crops: Tensor, u: Tensor, lr: float, t
     Returns the terms of `objective`, on the device. Energies need no images: the last micro-batch of a step has them
     for all, `accumulate` times, as gradients and terms are averaged.
     """
-    cfg, images, network = training.cfg, training.images, training.network
-    accelerator = training.accelerator
+    cfg, images = training.cfg, training.images
+    network, accelerator = training.network, training.accelerator
     for group in training.optimizer.param_groups:
         group["lr"] = lr
     chances = (cfg.blur_p, images.solarise_p)
@@ -294,6 +286,4 @@ def tau_at(step: int, steps: int, tau: float, end: float = 1) -> float:
 
 
 if __name__ == "__main__":
-    groups = {"dataset": "data", "method": "method", "reg": "regularizer"}
-    groups |= {"temperature": "recipe", "blur_p": "views", "seed": "run"}
-    cli.run(pretrain, groups)
+    cli.run(pretrain, settings.GROUPS)

@@ -143,28 +143,21 @@ def refuse_other_encoder(path: str | Path, description: dict, of_run: dict) -> N
         raise InputError(f"--init {path}: its encoder needs {' '.join(needed)}")
 
 
-def initial_encoder(cfg) -> nn.Module | None:
-    """Load the encoder that a run begins from; None without --init, or if its file is gone.
+def begin_from(cfg, network: nn.Module) -> str | None:
+    """Copy the weights that --init names to a network's encoder, and to its target's if it has one; return a digest.
 
-    InputError for a file that does not hold an encoder of the run's architecture, or holds several.
+    None if their file is gone: a run that goes on has its own. InputError for a file that does not hold an encoder of
+    the run's architecture, or holds several.
     """
-    if not cfg.init or not os.path.exists(os.path.expanduser(cfg.init)):
-        return None
     path = weights_file(os.path.expanduser(cfg.init))
+    if not os.path.exists(path):
+        return None
     _, header = read_tensors(path)
     if checkpoint.described(header):
         encoder, description = checkpoint.load_encoder(path)
         refuse_other_encoder(path, description, vars(cfg))
     else:
         encoder, _ = adopt(path, cfg.model, cfg.stem, cfg.prefix)
-    return encoder
-
-
-def begin_from(encoder: nn.Module, network: nn.Module) -> str:
-    """Copy an encoder's weights and BatchNorm statistics to a network's encoder, and to its target's if it has one.
-
-    Returns a digest of them, a setting of the run.
-    """
     weights = encoder.state_dict()
     network.encoder.load_state_dict(weights)
     if hasattr(network, "target"):

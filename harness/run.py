@@ -58,8 +58,6 @@ class Run:
                 self.accelerator.scaler.load_state_dict(stored["scaler"])
         facts = {name: self.description[name] for name in ("settings", "view", "steps")}
         processes.agree(self.accelerator, **facts, step=self.step, save_every=flags["save_every"])
-        in_files = not isinstance(images.test.images, Tensor)
-        self.timm_config = checkpoint.timm_config(asdict(self.cfg), view, in_files)
         self.numbers = {}  # of the latest micro-batch, or of the first that was not finite
         self.log_file, self.signals, self.warned = None, [], set()
         self._writer = ThreadPoolExecutor(1)  # hashes and writes: on a fast GPU that takes as long as many steps
@@ -233,7 +231,9 @@ class Run:
         if at_epoch_end:
             encoder = {name.removeprefix("encoder."): x for name, x in tensors.items() if name.startswith("encoder.")}
             of_encoder = {name: x for name, x in description.items() if name != "scaler"}
-            checkpoint.save_encoder(self.folder, encoder, of_encoder, self.timm_config)
+            in_files = not isinstance(self.training.images.test.images, Tensor)
+            config = checkpoint.timm_config(description["settings"], description["view"], in_files)
+            checkpoint.save_encoder(self.folder, encoder, of_encoder, config)
         checkpoint.save(self.folder / CKPT, tensors, {**description, "holds": "checkpoint"})
 
     def _end_save(self) -> None:
@@ -300,6 +300,8 @@ def stored_state(folder: Path) -> tuple[dict[str, Tensor], dict | None]:
             raise InputError(f"{ckpt}: holds {description['holds']}, not the state of a run; name another --out")
         return tensors, description
     rows = read_rows(folder) if (folder / LOG).exists() else []
+    if rows and "settings" not in rows[0]:
+        raise InputError(f"--out {folder}: its {LOG} was not begun by pretrain.py; name another folder")
     has_later_rows = any(row["stage"] != "pretrain" or row.get("epoch", 0) > 1 for row in rows)
     if has_later_rows or (not rows and (folder / WEIGHTS).exists()):
         raise InputError(f"--out {folder}: holds a run whose {CKPT} is gone; name another folder, or remove this one")

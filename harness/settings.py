@@ -32,6 +32,14 @@ from lib.log import PLACES, as_json, other_data, same_place
 from lib.sources import has_no_data_dir, has_no_files
 
 NOT_SETTINGS = ("out", "save_every", "resume", "tracker", "workers")  # flags that change nothing in what a run computes
+GROUPS = {  # titles in --help, by the first flag of each group
+    "dataset": "data",
+    "method": "method",
+    "reg": "regularizer",
+    "temperature": "recipe",
+    "blur_p": "views",
+    "seed": "run",
+}
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what --weight weighs
 NARROW = 3  # a layer whose neurons have fewer dimensions is regularized only if --reg_on names its network
 LONGEST_QUEUE = 65_536  # of MoCo, by default: its authors' for ImageNet

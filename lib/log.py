@@ -43,18 +43,24 @@ def emit(row: dict, log: Path | None = None) -> None:
         return
     line = json.dumps(row, allow_nan=False)
     if log is not None:
-        with _alone(log) as file:
-            content = file.read()
-            last_line = content.rpartition(b"\n")[2]
-            if _row(last_line):
-                file.write(b"\n")
-            else:
-                file.truncate(len(content) - len(last_line))  # cut short, by a process that was killed as it wrote
+        with _alone(log), open(log, "ab+") as file:
+            _end_last_line(file)
             file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())  # as of a checkpoint: a power cut must not take the rows before it
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
+
+
+def _end_last_line(file: BinaryIO) -> None:
+    """End the last line of an open log, or drop one that a process has left cut short when it was killed."""
+    file.seek(0)
+    content = file.read()
+    last_line = content.rpartition(b"\n")[2]
+    if last_line and _row(last_line):
+        file.write(b"\n")
+    elif last_line:
+        file.truncate(len(content) - len(last_line))
 
 
 def read_rows(folder: Path) -> list[dict]:
@@ -64,48 +70,9 @@ def read_rows(folder: Path) -> list[dict]:
     """
     log = folder / LOG
     try:
-        with open(log, "rb") as file:
-            return _rows(file, log)
+        *lines, last_line = log.read_bytes().split(b"\n")
     except OSError as e:
         raise InputError(f"{folder}: not a run folder, its {LOG} cannot be read ({e.strerror})") from e
-
-
-def rewind(folder: Path, epoch: int) -> list[dict]:
-    """Drop from a log the rows of epochs after `epoch`, and broken lines; return the rows that stay.
-
-    The first row counts as epoch 0, so that -1 drops all of a run.
-    """
-    log = folder / LOG
-    with _alone(log) as file:
-        rows = _rows(file, log)
-        kept = [row for row in rows if row["stage"] != "pretrain" or row.get("epoch", 0) <= epoch]
-        if files.fcntl is None:
-            file.close()  # Windows puts no file in place of one that is open
-        with write_whole(log) as new:
-            new.writelines(json.dumps(row).encode() + b"\n" for row in kept)
-    return kept
-
-
-@contextlib.contextmanager
-def _alone(log: Path) -> Iterator[BinaryIO]:
-    """Yield a log, to read and add to; other processes that want it wait. InputError if it cannot be written to."""
-    try:
-        while True:
-            with open(log, "ab+") as file:
-                with contextlib.suppress(OSError):  # there are no locks; `run.claim` has said so
-                    files.lock(file, wait=True)
-                # Who has waited while `rewind` put a new file in place takes that one.
-                if os.path.exists(log) and os.path.samestat(os.fstat(file.fileno()), os.stat(log)):
-                    file.seek(0)
-                    yield file
-                    return
-    except OSError as e:
-        raise InputError(f"{log}: cannot be written ({e.strerror})") from e
-
-
-def _rows(file: BinaryIO, log: Path) -> list[dict]:
-    """Return the rows of an open log, as `read_rows` does."""
-    *lines, last_line = file.read().split(b"\n")
     if _row(last_line):  # it lacks its end alone
         lines.append(last_line)
     rows = []
@@ -118,6 +85,32 @@ def _rows(file: BinaryIO, log: Path) -> list[dict]:
         elif is_main():
             print(f"{log}: line {n} is broken, and left out", file=sys.stderr)
     return rows
+
+
+def rewind(folder: Path, epoch: int) -> list[dict]:
+    """Drop from a log the rows of epochs after `epoch`, and broken lines; return the rows that stay.
+
+    The first row counts as epoch 0, so that -1 drops all of a run.
+    """
+    log = folder / LOG
+    with _alone(log):
+        rows = read_rows(folder)
+        kept = [row for row in rows if row["stage"] != "pretrain" or row.get("epoch", 0) <= epoch]
+        with write_whole(log) as new:
+            new.writelines(json.dumps(row).encode() + b"\n" for row in kept)
+    return kept
+
+
+@contextlib.contextmanager
+def _alone(log: Path) -> Iterator[None]:
+    """Have other processes wait that want to write to a log, where there are locks. InputError if it is read-only."""
+    try:
+        with open(log.with_name(".log.lock"), "w") as claimed:
+            with contextlib.suppress(OSError):  # there are no locks; `files.claim` has said so
+                files.lock(claimed, wait=True)
+            yield
+    except OSError as e:
+        raise InputError(f"{log}: cannot be written ({e.strerror})") from e
 
 
 def _row(line: bytes) -> dict | None:
