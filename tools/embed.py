@@ -38,12 +38,22 @@ def embed(
     **shared,
 ):
     """Write the features of a data set's images by a checkpoint's encoder, their labels and paths, to a file."""
-    refuse_place(Path(out))
+    place = Path(out)
+    if os.path.lexists(place):
+        raise InputError(f"--out {out}: is already there; remove it, or name a new file")
+    if not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
+        raise InputError(f"--out {out}: there is no folder {place.parent} that can be written to; make it first")
     accelerator = processes.start()
     judged = judging.open_judged(accelerator, ckpt, shared, without_classes=True)
-    splits = choose_splits(judged, split)
+    splits = {"train": judged.images.train, "test": judged.images.test}
+    splits = {name: part for name, part in splits.items() if split in ("both", name) and len(part.labels)}
+    if not splits:
+        raise InputError(f"--split {split}: dataset {judged.dataset} has no such images; take --split train")
     description = describe(judged, ckpt, splits)
-    refuse_long_header(description)
+    header_length = len(json.dumps(json.dumps(description)))
+    if header_length > 0.99 * LONGEST_HEADER:  # the rest is for names and shapes of the tensors
+        too_long = f"the paths of the pictures take {header_length} bytes of a header that holds {LONGEST_HEADER}"
+        raise InputError(f"--out {out}: {too_long}; embed one part at a time by --split, or parts of the folder")
     counts = {name: len(part.labels) for name, part in splits.items()}
     emit({"stage": "embed", "ckpt": ckpt, **description["protocol"], "view": judged.view, "images": counts})
 
@@ -56,27 +66,6 @@ def embed(
         checkpoint.save(out, tensors, description)
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     emit({"stage": "embed", "of": "file", "out": out, "tensors": shapes})
-
-
-def refuse_place(path: Path) -> None:
-    """Raise InputError for a file that is there already, or whose folder is not there or cannot be written to."""
-    if os.path.lexists(path):
-        raise InputError(f"--out {path}: is already there; remove it, or name a new file")
-    if not path.parent.is_dir():
-        raise InputError(f"--out {path}: there is no folder {path.parent}; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"--out {path}: cannot be written, the folder {path.parent} is read-only")
-
-
-def choose_splits(judged: Judged, split: str) -> dict[str, data.Split]:
-    """Return the splits that are embedded, by name. InputError if that which is asked for has no image."""
-    splits = {"train": judged.images.train, "test": judged.images.test}
-    if split != "both":
-        splits = {split: splits[split]}
-    filled = {name: part for name, part in splits.items() if len(part.labels)}
-    if not filled:
-        raise InputError(f"--split {split}: dataset {judged.dataset} has no such images; take --split train")
-    return filled
 
 
 def describe(judged: Judged, ckpt: str, splits: dict[str, data.Split]) -> dict:
@@ -92,16 +81,6 @@ def describe(judged: Judged, ckpt: str, splits: dict[str, data.Split]) -> dict:
         description["folder"] = folder
         description["paths"] = {name: [os.path.relpath(path, folder) for path in part] for name, part in paths.items()}
     return description
-
-
-def refuse_long_header(description: dict) -> None:
-    """Raise InputError for a description that the header of a safetensors file has no room for."""
-    text = json.dumps(json.dumps(description))
-    if len(text) > 0.99 * LONGEST_HEADER:  # the rest is for names and shapes of the tensors
-        raise InputError(
-            f"--out: the paths of the pictures take {len(text) / 1e6:.0f} MB, and the header of a safetensors file "
-            f"holds {LONGEST_HEADER / 1e6:.0f}; embed one part at a time by --split, or parts of the folder"
-        )
 
 
 def features_of(encoder: nn.Module, split: data.Split, view: dict, accelerator: Accelerator, name: str) -> Tensor:
