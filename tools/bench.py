@@ -19,14 +19,13 @@ import io
 import itertools
 import os
 import platform
-import random
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +40,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models import resnet18
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2.functional import resize, to_pil_image
-from tqdm import tqdm
 
 import data
 import linear_eval
@@ -53,7 +51,6 @@ from knn_eval import vote
 from lib import cli, processes
 from lib.augment import DRAWS_PER_IMAGE, crop_flip, normalise
 from lib.errors import InputError
-from lib.log import emit
 from lib.pictures import Files
 from pretrain import RECIPES, Training, build, pretrain, train_step
 from regularizers import alignment, amhe, energy_by_definition, mhe
@@ -69,7 +66,6 @@ VIEWS = (  # pixels before and after, images on a CPU, probability of blur
     (256, 224, 20, 1.0),
 )
 LBFGS_STEPS = 400
-PHOTOGRAPHS = ("astronaut", "coffee", "retina", "hubble_deep_field")  # large ones that ship inside scikit-image
 
 
 class Contest(NamedTuple):
@@ -88,7 +84,6 @@ class Contest(NamedTuple):
 def bench(
     *,
     only: Annotated[tuple[str, ...], "rows of the table; None = all"] | None = None,
-    json: Annotated[bool, "a JSON object a line, in place of a table"] = False,
     seconds: Annotated[float, "> 0", "for the timed turns of a comparison, of which there are at least 3"] = 20.0,
 ):
     """Print a table of ratios, ours against what a user would otherwise use, each measured side by side in one run."""
@@ -98,16 +93,12 @@ def bench(
     accelerator = processes.start()
     if accelerator.num_processes > 1:
         raise InputError(f"{accelerator.num_processes} processes would slow each other; launch one")
-    if not json:
-        print(about(accelerator), f"\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    for name in tqdm(only or ROWS, unit="row", disable=None):
+    print(about(accelerator), "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), sep="\n", flush=True)
+    for name in only or ROWS:
         try:
             for contest in ROWS[name](accelerator):
-                row = {"row": name, **compare(contest, accelerator.device, seconds)}
-                if json:
-                    emit({"stage": "bench", **row, "about": about(accelerator)})
-                else:
-                    show([cell(row, column) for column in COLUMNS])
+                cells = compare(contest, accelerator.device, seconds)
+                print(f"| {name} | {' | '.join(cells)} |", flush=True)
         except ModuleNotFoundError as e:
             if e.name not in PEERS:
                 raise
@@ -134,28 +125,8 @@ def on_gpu(accelerator: Accelerator) -> bool:
     return accelerator.device.type == "cuda"
 
 
-def show(cells: Iterable[str]) -> None:
-    """Print a row of the table."""
-    tqdm.write(f"| {' | '.join(cells)} |", file=sys.stdout)
-    sys.stdout.flush()
-
-
-def cell(row: dict, column: str) -> str:
-    """Write a cell of the table."""
-    x = row[column]
-    if x is None:
-        return ""
-    if column in ("ours", "theirs"):
-        return f"{x:.3g} s" if x >= 1 else f"{1000 * x:.3g} ms"
-    if column == "MB ours" and row["MB allowed"]:
-        return f"{x:.0f} (<= {row['MB allowed']})"
-    if column == "ratio":
-        return f"{x:.2f}"
-    return f"{x:.0f}" if isinstance(x, float) else x
-
-
-def compare(contest: Contest, device: torch.device, seconds: float) -> dict:
-    """Return a row: medians in seconds, the median ratio, MB. The calls take turns."""
+def compare(contest: Contest, device: torch.device, seconds: float) -> list[str]:
+    """Return the cells of a row: median times, the median ratio, MB. The calls take turns."""
     calls = (contest.ours, contest.theirs)
     begun = time.perf_counter()
     for call in calls:
@@ -163,19 +134,17 @@ def compare(contest: Contest, device: torch.device, seconds: float) -> dict:
     memory = [peak(call, device) for call in calls]
     seconds_a_turn = (time.perf_counter() - begun) / 2 * contest.together
     turns = min(31, max(3, round(seconds / seconds_a_turn)))
-    ours, theirs = [], []
-    for _ in range(turns):
-        ours.append(timed(contest.ours, device, contest.together))
-        theirs.append(timed(contest.theirs, device, contest.together))
-    ratios = [b / a for a, b in zip(ours, theirs)]
+    times = [[timed(call, device, contest.together) for call in calls] for _ in range(turns)]
+    ratios = [theirs / ours for ours, theirs in times]
     if contest.goal.startswith("<"):
         ratios = [1 / ratio for ratio in ratios]
-    row = {"what": contest.what, "ours": statistics.median(ours)}
-    row |= {"against": contest.against, "theirs": statistics.median(theirs)}
-    row |= {"ratio": statistics.median(ratios), "to reach": contest.goal}
-    if not contest.alone:
-        memory = [None, None]
-    return row | {"MB ours": memory[0], "MB theirs": memory[1], "MB allowed": contest.allowed}
+    medians = [statistics.median(of_one) for of_one in zip(*times)]
+    ours, theirs = (f"{x:.3g} s" if x >= 1 else f"{1000 * x:.3g} ms" for x in medians)
+    megabytes = [f"{x:.0f}" if contest.alone and x is not None else "" for x in memory]
+    if contest.allowed:
+        megabytes[0] += f" (<= {contest.allowed})"
+    ratio = f"{statistics.median(ratios):.2f}"
+    return [contest.what, ours, contest.against, theirs, ratio, contest.goal, *megabytes]
 
 
 def timed(call: Callable, device: torch.device, times: int) -> float:
@@ -373,25 +342,19 @@ class Pairs(Dataset):
         return torch.stack([self.transform(picture), self.transform(picture)])
 
 
-def start(accelerator: Accelerator) -> Iterator[Contest]:
+def first_step(accelerator: Accelerator) -> Iterator[Contest]:
     """From the launch of pretrain.py to its first step."""
-    first_step = "import os, pretrain; pretrain.train_step = lambda *_: os._exit(0); pretrain.pretrain(reg='amhe')"
-    imports = "import os, torch, timm, accelerate; os._exit(0)"
+    ours = "import os, pretrain; pretrain.train_step = lambda *_: os._exit(0); pretrain.pretrain(reg='amhe')"
+    theirs = "import os, torch, timm, accelerate; os._exit(0)"
     what, against = "from launch to the first step on photos", "importing torch, timm and accelerate"
-    yield Contest(what, python(first_step), against, python(imports), "<= 1.5", alone=False)
+    yield Contest(what, lambda: python(ours), against, lambda: python(theirs), "<= 1.5", alone=False)
 
 
-def python(code: str) -> Callable:
-    """Return a call that runs code in a Python of its own, in an empty folder."""
-    command = [sys.executable, "-c", code]
-    paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = {**os.environ, "PYTHONPATH": paths}
-
-    def call() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
-
-    return call
+def python(code: str) -> None:
+    """Run code in a Python of its own, in an empty folder."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True, capture_output=True)
 
 
 # ---- Views and pictures ----------------------------------------------------------------------------------------------
@@ -401,17 +364,15 @@ def views(accelerator: Accelerator) -> Iterator[Contest]:
     """Two views of images in memory: on one core of the CPU beside torchvision's, on a GPU beside a step on them."""
     patches = data.load("photos").train.images
     if on_gpu(accelerator):
-        images = patches[:1024].to(accelerator.device)
         _, next_step = trainer(accelerator, **paper_flags(accelerator))
-        ours = our_views(images, 32, 0.0)
+        ours = our_views(patches[:1024].to(accelerator.device), 32, 0.0)
         yield Contest("32 to 32 pixels, 1024 images", ours, "a training step on them", next_step, ">= 20")
         return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for side, size, n, blur_p in VIEWS:
         images = resize(patches[:: len(patches) // n][:n], [side, side], antialias=True)
-        blurred = ", blurred" if blur_p else ""
-        what = f"{side} to {size} pixels{blurred}, {n} images, on one core"
+        what = f"{side} to {size} pixels, blurred by {blur_p:g}, {n} images, on one core"
         theirs = torchvision_views(images, size, blur_p)
         yield Contest(what, our_views(images, size, blur_p), "torchvision on Pillow", theirs, ">= 3")
     torch.set_num_threads(threads)
@@ -468,21 +429,17 @@ def stream(accelerator: Accelerator, n: int = 3000) -> Iterator[Contest]:
             for crops in loader:
                 assert crops.shape == (batch_size, 2, 3, size, size)
 
-        what = f"{n:,} JPEGs of about 500 x 375 pixels, two crops to {size}"
+        what = f"{n:,} JPEGs of 500 x 375 pixels, two crops to {size}"
         yield Contest(what, ours, "torchvision: decode, crop and flip twice", theirs, ">= 0.9", alone=False)
 
 
 def jpegs(folder: Path, n: int) -> list[str]:
-    """Write n files of windows of photographs, about 500 x 375 pixels each, and return their paths."""
-    images = [Image.fromarray(getattr(photographs, name)()) for name in PHOTOGRAPHS]
-    generator = random.Random(0)
-    paths = []
-    for i in range(n):
-        image = images[i % len(images)]
-        width, height = 500 - i % 50, 375 - i % 30
-        left, top = generator.randint(0, image.width - width), generator.randint(0, image.height - height)
-        paths.append(f"{folder}/{i:05}.jpg")
-        image.crop((left, top, left + width, top + height)).save(paths[-1], quality=90)
+    """Write n files of photographs that ship inside scikit-image, 500 x 375 pixels each, and return their paths."""
+    names = ("astronaut", "coffee", "retina", "hubble_deep_field")
+    images = [Image.fromarray(getattr(photographs, name)()).resize((500, 375)) for name in names]
+    paths = [f"{folder}/{i:05}.jpg" for i in range(n)]
+    for i, path in enumerate(paths):
+        images[i % len(images)].save(path, quality=90)
     return paths
 
 
@@ -567,7 +524,7 @@ ROWS = {
     "stream": stream,
     "knn": knn,
     "linear": linear,
-    "start": start,
+    "start": first_step,
 }
 
 

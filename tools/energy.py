@@ -80,9 +80,11 @@ def energy(
     for name in tqdm(names, unit="layer", disable=None):
         weights = [weights_of_file[name] for weights_of_file, _ in contents]
         measured = [measure(weight.to(device), s, angular) for weight in weights]
-        rows.append(row_of(name, weights[0].shape, measured))
-        rows[-1]["uniform"] = uniform_energy(rows[-1]["dims"], s, angular)
-        write_row(rows[-1], names, json)
+        row = {"layer": name, "neurons": len(weights[0]), "dims": weights[0][0].numel()}
+        row |= compared(*measured) if len(files) == 2 else measured[0]._asdict()
+        row["uniform"] = uniform_energy(row["dims"], s, angular)
+        rows.append(row)
+        write_row(row, names, json)
     sums = {column: math.fsum(row[column] for row in rows) for column in SUMMED if column in rows[0]}
     write_row({"layer": "sum", **sums}, names, json)
 
@@ -247,13 +249,9 @@ def angle_beyond_chord(d: int, s: float) -> float:
 # ---- Rows ------------------------------------------------------------------------------------------------------------
 
 
-def row_of(name: str, shape: tuple[int, ...], measured: list[Measured]) -> dict:
-    """Return the row of a layer, without the expected energy."""
-    row = {"layer": name, "neurons": shape[0], "dims": math.prod(shape[1:])}
-    if len(measured) == 1:
-        return row | measured[0]._asdict()
-    before, after = measured
-    row |= {"before": before.energy, "after": after.energy, "difference": after.energy - before.energy}
+def compared(before: Measured, after: Measured) -> dict:
+    """Return the numbers of a layer in two files."""
+    row = {"before": before.energy, "after": after.energy, "difference": after.energy - before.energy}
     return row | {"closest before": before.closest, "closest after": after.closest}
 
 

@@ -168,6 +168,9 @@ def card(name: str, log: RunLog, description: dict, is_timms: bool, license: str
     library = "timm" if is_timms else None
     tags = [task, "self-supervised-learning", settings["method"], *([library] if library else [])]
     metadata = ModelCardData(license=license, library_name=library, pipeline_tag=task, tags=tags)
+    cfg = Settings(**{field: settings[field] for field in Settings.__dataclass_fields__})
+    with torch.device("meta"):
+        network = checkpoint.build_described("checkpoint", settings)
     values = {key: value for key, value in settings.items() if value is not None} | description["versions"]
     return CARD.format(
         metadata=metadata.to_yaml(),
@@ -181,19 +184,11 @@ def card(name: str, log: RunLog, description: dict, is_timms: bool, license: str
         done=description["epoch"],
         epochs=settings["epochs"],
         command=description["command"],
-        formula="\n".join(formula_of(settings)),
+        formula="\n".join(formula(cfg, models.neurons(network, cfg.reg_on))),
         settings="\n".join(f"| {key} | {value} |" for key, value in values.items()),
         scores="\n".join(scores(log)),
         citation=CITATION,
     )
-
-
-def formula_of(settings: dict) -> list[str]:
-    """Write the objective of a run with every number in force."""
-    cfg = Settings(**{name: settings[name] for name in Settings.__dataclass_fields__})
-    with torch.device("meta"):
-        network = checkpoint.build_described("checkpoint", settings)
-    return formula(cfg, models.neurons(network, cfg.reg_on))
 
 
 def scores(log: RunLog) -> list[str]:
@@ -205,7 +200,9 @@ def scores(log: RunLog) -> list[str]:
         vote = f"weighted vote of the {knn['k']} nearest neighbours (cosine, temperature {temperature:g})"
         rows[f"{vote} in the training set, on the test set"] = knn
         for row in log.rows:
-            if row.get("of") in FLOORS and is_of_one_vote(row, knn):
+            # rows of pretrain.py leave out columns, which then count as equal
+            is_of_one_vote = all(row.get(name, knn.get(name)) == knn.get(name) for name in PROTOCOL)
+            if row.get("of") in FLOORS and is_of_one_vote:
                 rows[f"the same vote on {FLOORS[row['of']]}"] = row  # the last one counts
     if linear:
         fit = f"{linear['epochs']} epochs of SGD, batch {linear['batch_size']}, rate {linear['lr']:g} per 256 images"
@@ -214,11 +211,6 @@ def scores(log: RunLog) -> list[str]:
         return ["The log holds no score of the finished run."]
     lines = [f"| {protocol} | {row['top1']:.1f} | {row['top5']:.1f} |" for protocol, row in rows.items()]
     return ["| protocol | top-1 (%) | top-5 (%) |", "|---|---|---|", *lines]
-
-
-def is_of_one_vote(row: dict, other: dict) -> bool:
-    """Whether two rows are of one protocol. Rows of pretrain.py leave out columns, which then count as equal."""
-    return all(row.get(name, other.get(name)) == other.get(name) for name in PROTOCOL)
 
 
 if __name__ == "__main__":

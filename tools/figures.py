@@ -50,7 +50,6 @@ STYLES = list(zip(COLOURS, DASHES)) * 9
 JUDGES = {"linear": "linear_eval", "k-NN": "knn_eval"}  # and their stages
 GRID_SIDE = 113  # points on each side of the grid on which a density is drawn
 EXTENT = 1.4  # the grid spans -1.4 ... 1.4 in both directions
-FILE_ENDINGS = (".png", ".svg", ".pdf", ".jpg", ".md", ".csv")  # an --out that ends so is meant as a file
 
 
 def figures(
@@ -65,8 +64,6 @@ def figures(
 ):
     """Draw a figure, or make a table, of run folders."""
     refuse_idle_arguments(name, runs, dataset, data_dir)
-    if Path(out).suffix in FILE_ENDINGS:
-        raise InputError(f"--out {out}: takes a folder; the files in it have names of their own, such as {name}.png")
     if name == "paper":
         print(*paper.markdown(), sep="\n")
         return
@@ -100,10 +97,9 @@ def refuse_idle_arguments(name: str, runs: tuple[str, ...], dataset: str | None,
     takes, is_right = rules.get(name, ("run folders", bool(runs) and not dataset))
     if not is_right:
         raise InputError(f"{name}: takes {takes}")
-    if data_dir and name not in ("circle", "views", "neighbours"):
-        raise InputError(f"--data_dir {data_dir}: has no effect on {name}")
-    if data_dir and name == "views" and has_no_data_dir(dataset):
-        raise InputError(f"--data_dir {data_dir}: has no effect on views of {dataset}")
+    has_own_place = name == "views" and has_no_data_dir(dataset)
+    if data_dir and (has_own_place or name not in ("circle", "views", "neighbours")):
+        raise InputError(f"--data_dir {data_dir}: has no effect on {name}{f' of {dataset}' if has_own_place else ''}")
 
 
 def save_figure(figure, stem: Path) -> None:
@@ -124,20 +120,34 @@ def save_figure(figure, stem: Path) -> None:
 
 # ---- Curves ----------------------------------------------------------------------------------------------------------
 
+Panel = tuple[str, str | None, str]  # a column of the log, the kind of row it stands in, and what it is
 
-def lines(axis, runs: list[RunLog], key: str, of: str | None = None, per_epoch: bool = False) -> None:
+
+def curves(runs: list[RunLog], panels: list[Panel], per_epoch: bool = False):
+    """Draw a panel for each column of the logs, with one line a group of seeds, under one legend."""
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    size = (max(4.5, 3 * columns), 2.6 * rows + 1)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axis, panel in zip(axes.flat, panels):
+        draw_lines(axis, runs, *panel, per_epoch)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    # below all panels, so that it covers no panel's lines
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    return figure
+
+
+def draw_lines(axis, runs: list[RunLog], key: str, of: str | None, name: str, per_epoch: bool) -> None:
     """Draw one line a group of seeds, at the steps that all its seeds have. InputError where there is nothing."""
-    is_empty = True
     for (label, group), (colour, dash) in zip(groups(runs).items(), STYLES):
         series = [run.series(key, of) for run in group]
         steps = sorted(set.intersection(*(set(values) for values in series)))
         if not steps:
             continue
-        is_empty = False
-        x = steps
-        if per_epoch:
-            epoch_of = {row["step"]: row["epoch"] for row in group[0].rows if "step" in row}
-            x = [epoch_of[step] for step in steps]
+        epoch_of = {row["step"]: row["epoch"] for row in group[0].rows if "step" in row}
+        x = [epoch_of[step] for step in steps] if per_epoch else steps
         points = [mean_and_std([values[step] for values in series]) for step in steps]
         mean = [m for m, _ in points]
         low = [m - std for m, std in points]
@@ -145,9 +155,10 @@ def lines(axis, runs: list[RunLog], key: str, of: str | None = None, per_epoch: 
         marker = "o" if len(steps) == 1 else None  # a line of one point would be invisible
         axis.plot(x, mean, color=colour, linestyle=dash, marker=marker, label=label)
         axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    if is_empty:
+    if not axis.lines:
         raise InputError(f"no run has a row with {key}; pretrain.py writes it every --eval_every epochs")
     axis.set_xlabel("epoch" if per_epoch else "iteration")
+    axis.set_ylabel(name)
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -156,23 +167,8 @@ def energy(runs: list[RunLog]):
     keys = {key: None for run in runs for row in run.rows for key in row}  # each once, in their order
     blocks = [key for key in keys if key.startswith("block/")]
     if not blocks:
-        rule = "pretrain.py writes them every --eval_every epochs, of ResNets"
-        raise InputError(f"no run has energies of blocks; {rule}")
-    columns = min(4, len(blocks))
-    rows = math.ceil(len(blocks) / columns)
-    size = (3 * columns, 2.4 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    panels = list(axes.flat)
-    for axis, block in zip(panels, blocks):
-        lines(axis, runs, block, "representations")
-        axis.set_title(block.removeprefix("block/"), fontsize=9)
-        axis.set_ylabel("energy, s = 0")
-    for axis in panels[len(blocks) :]:
-        axis.remove()
-    handles, labels = panels[0].get_legend_handles_labels()
-    # below all panels, so that it covers no panel's lines
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    return figure
+        raise InputError("no run has energies of blocks; pretrain.py writes them every --eval_every epochs, of ResNets")
+    return curves(runs, [(block, "representations", f"energy of {block.removeprefix('block/')}") for block in blocks])
 
 
 def dynamics(runs: list[RunLog]):
@@ -182,32 +178,20 @@ def dynamics(runs: list[RunLog]):
         listed = " and ".join(sorted(f"by the {distance} at s = {s:g}" for distance, s in kinds))
         raise InputError(f"dynamics: energies {listed} do not compare; draw these runs apart")
     distance, s = kinds.pop()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
-    lines(left, runs, "g2", "representations")
-    left.set_ylabel("G2 of the representations")
-    left.legend(fontsize=7, frameon=False)
-    lines(right, runs, "energy")
-    right.set_ylabel(f"energy of the weights\n({distance}, s = {s:g})")
-    return figure
+    weights = f"energy of the weights\n({distance}, s = {s:g})"
+    return curves(runs, [("g2", "representations", "G2 of the representations"), ("energy", None, weights)])
 
 
 def knn(runs: list[RunLog]):
     """Draw Figure 6: k-NN accuracy against the epoch."""
-    figure, axis = plt.subplots(figsize=(4.5, 3.2))
-    lines(axis, runs, "top1", "online", per_epoch=True)
-    axis.set_ylabel("k-NN top-1, k = 20 (%)")
-    axis.legend(fontsize=7, frameon=False)
-    return figure
+    return curves(runs, [("top1", "online", "k-NN top-1, k = 20 (%)")], per_epoch=True)
 
 
 def rank(runs: list[RunLog]):
     """Draw the effective rank of the features (RankMe, Garrido et al., 2023) against the iteration."""
-    figure, axis = plt.subplots(figsize=(4.5, 3.6))
-    lines(axis, runs, "rank", "representations")
-    axis.set_ylabel("effective rank of the features")
-    axis.set_yscale("log", base=2)
-    axis.yaxis.set_major_formatter("{x:g}")
-    figure.legend(loc="outside lower center", fontsize=7, frameon=False)
+    figure = curves(runs, [("rank", "representations", "effective rank of the features")])
+    figure.axes[0].set_yscale("log", base=2)
+    figure.axes[0].yaxis.set_major_formatter("{x:g}")
     return figure
 
 

@@ -13,7 +13,6 @@ holds the logs of all and the table that tools.figures makes of them; checkpoint
 
 import contextlib
 import inspect
-import json
 import os
 import re
 import shlex
@@ -23,8 +22,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from safetensors import SafetensorError, safe_open
-
 from harness.settings import NOT_SETTINGS
 from lib import cli
 from lib.errors import InputError, Stopped
@@ -32,6 +29,7 @@ from lib.files import CKPT, LOG, write_whole
 from lib.log import as_json
 from pretrain import pretrain
 from tools.logs import read_log
+from tools.table import is_finished
 
 ROOT = Path(__file__).parent.parent
 ALL = "--reg_on encoder,projector,predictor"
@@ -146,19 +144,16 @@ def stages_done(run: Path, flags: dict[str, str], trial: bool) -> set[str]:
     """Return the stages that a run with these flags has behind it: none if its folder holds a run with other flags."""
     try:
         log = read_log(run)
-        with safe_open(run / CKPT, "pt") as file:
-            trained_epochs = json.loads(file.metadata()["description"])["epoch"]
-    except (InputError, SafetensorError, OSError, ValueError, LookupError, TypeError):
+    except InputError:
         return set()
-    if trained_epochs != log.settings.get("epochs") or not has_settings(log.settings, flags):
+    if not is_finished(log) or not has_settings(log.settings, flags):
         return set()
-    done = {"pretrain"}
-    if any(row["stage"] == "knn_eval" and row.get("trained_epochs") == trained_epochs for row in log.rows):
-        done.add("knn_eval")
-    was_probed = any(row["stage"] == "linear_eval" and "top5" in row for row in log.rows)
-    if log.score("linear_eval") is not None or (trial and was_probed):  # a trial's is short, and no score
-        done.add("linear_eval")
-    return done
+    judged = {row["stage"] for row in log.rows if row.get("trained_epochs") == log.settings["epochs"]}
+    if log.score("linear_eval") is None and not trial:  # a trial's is short, and no score
+        judged.discard("linear_eval")
+    # without a judge's row pretrain.py is asked, too: it ends at once, unless it was killed before its last checkpoint
+    is_judged = judged >= {"knn_eval", "linear_eval"} or flags.get("eval_every") == "0"
+    return judged | {"pretrain"} if is_judged else judged
 
 
 def has_settings(settings: dict, flags: dict[str, str]) -> bool:
