@@ -275,7 +275,7 @@ def write_row(row: dict, names: list[str], json: bool) -> None:
     columns = COLUMNS[2 if "difference" in row else 1]
     cells = [row["layer"].ljust(max(map(len, names)))]
     cells += [as_text(column, row.get(column, "")).rjust(max(len(column), 11)) for column in columns]
-    tqdm.write_row("  ".join(cells).rstrip(), file=sys.stdout)
+    tqdm.write("  ".join(cells).rstrip(), file=sys.stdout)
     sys.stdout.flush()
 
 
