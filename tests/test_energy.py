@@ -24,10 +24,9 @@ def rows(command, tmp_path):
     """Save the tensors of each file and run the tool on all: rows by the name of the layer, and standard error."""
 
     def run(*contents, flags=()):
-        paths = []
-        for i, tensors in enumerate(contents):
-            paths.append(tmp_path / f"{i}.safetensors")
-            save_file({name: x.contiguous() for name, x in tensors.items()}, paths[-1])
+        paths = [tmp_path / f"{i}.safetensors" for i in range(len(contents))]
+        for path, tensors in zip(paths, contents):
+            save_file({name: x.contiguous() for name, x in tensors.items()}, path)
         code, (_, *found), err = command(energy, *paths, "--json", *flags)
         assert code == 0, err
         return {row.pop("layer"): row for row in found}, err
@@ -37,11 +36,6 @@ def rows(command, tmp_path):
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def rotation(d, seed=0):
-    q, _ = torch.linalg.qr(random(d, d, seed=seed).double())
-    return q
 
 
 # ---- Values ----------------------------------------------------------------------------------------------------------
@@ -124,7 +118,7 @@ def network():
 def test_one_rotation_of_all_neurons_keeps_energies_and_a_low_rank_update_does_not(rows):
     """What orthogonal fine-tuning promises, and what LoRA, merged into its weights, does not."""
     before = network()
-    turn = rotation(72)
+    turn, _ = torch.linalg.qr(random(72, 72).double())
     rotated, updated = dict(before), dict(before)
     for name in ("conv.weight", "fc.weight"):
         weight = before[name].flatten(1).double()
@@ -187,23 +181,16 @@ def test_what_is_no_layer_is_named(rows):
         "state of an optimizer": ["optimizer.state.0.exp_avg"],
         "an adapter that is not merged into its weight": ["fc.lora_A.weight", "fc.oft_R"],
     }
-    tensors = {
-        name: random(1, 9, 8) if name == "cls_token" else random(9, 8) for names in left_out.values() for name in names
-    }
-    shapes = {
-        "fewer than 3 dimensions": {"two.weight": random(9, 2)},
-        "a single neuron": {"one.weight": random(1, 9)},
-        "a depthwise convolution, or one of a single channel": {
-            "dw.weight": random(9, 1, 3, 3),
-            "dw1.weight": random(9, 1, 4),
-        },
-        "not of real numbers": {"quantised.weight": torch.ones(9, 8, dtype=torch.int8)},
-        "numbers that are not finite": {"burst.weight": random(9, 8).log()},
-        "fewer than two rows that are not zero": {"zero.weight": torch.zeros(9, 8)},
-    }
-    for reason, found in shapes.items():
-        tensors |= found
-        left_out[reason] = list(found)
+    tensors = {name: random(9, 8) for names in left_out.values() for name in names}
+    for name, reason, tensor in (
+        ("two.weight", "fewer than 3 dimensions", random(9, 2)),
+        ("one.weight", "a single neuron", random(1, 9)),
+        ("dw.weight", "a depthwise convolution, or one of a single channel", random(9, 1, 3, 3)),
+        ("quantised.weight", "not of real numbers", torch.ones(9, 8, dtype=torch.int8)),
+        ("burst.weight", "numbers that are not finite", random(9, 8).log()),
+        ("zero.weight", "fewer than two rows that are not zero", torch.zeros(9, 8)),
+    ):
+        tensors[name], left_out[reason] = tensor, [name]
     kept = {"patch_embed.proj.weight": random(9, 3, 4, 4), "patch_embed.weight": random(9, 3, 4, 4)}
     kept |= {"time_embed.0.weight": random(9, 8), "in_proj_weight": random(9, 8), "half.weight": random(9, 8).half()}
     found, err = rows(tensors | kept | {"bn.running_mean": random(9), "n": torch.tensor(1)})
@@ -242,7 +229,7 @@ def test_the_table_is_aligned_and_an_infinite_expectation_is_said(shell, tmp_pat
     heads, *table = lines[2:]
     assert heads.split() == ["layer", "neurons", "dims", "energy", "uniform", "closest"]
     cells = {line.split()[0]: line.split()[1:] for line in table}
-    assert cells["model.sphere.weight"] == ["4", "3", f"{math.acos(-1 / 3) ** -2:.7f}", "inf", "109.5"]
+    assert cells["model.sphere.weight"] == ["4", "3", f"{math.acos(-1 / 3) ** -2:.7g}", "inf", "109.4712"]
     assert cells["sum"][1] == "inf" and len(cells) == 3
     assert len({len(line) for line in (heads, *table[:-1])}) == 1
     assert '"uniform": null' in shell(energy, "w.pth", "--json")[1][1]

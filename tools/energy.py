@@ -272,20 +272,13 @@ def write_row(row: dict, names: list[str], json: bool) -> None:
         finite = {name: None if value == math.inf else value for name, value in row.items()}
         emit({"stage": "energy", "of": "sum" if row["layer"] == "sum" else "layer", **finite})
         return
-    columns = COLUMNS[2 if "difference" in row else 1]
     cells = [row["layer"].ljust(max(map(len, names)))]
-    cells += [as_text(column, row.get(column, "")).rjust(max(len(column), 11)) for column in columns]
+    for column in COLUMNS[2 if "difference" in row else 1]:
+        value = row.get(column, "")
+        text = f"{value:.7g}" if isinstance(value, float) else str(value)
+        cells.append(text.rjust(max(len(column), 11)))
     tqdm.write("  ".join(cells).rstrip(), file=sys.stdout)
     sys.stdout.flush()
-
-
-def as_text(column: str, value: str | float) -> str:
-    """Write the value of a column."""
-    if not isinstance(value, float):
-        return str(value)
-    if column == "difference":
-        return f"{value:+.3g}"
-    return f"{value:#.4g}" if column.startswith("closest") else f"{value:#.7g}"
 
 
 if __name__ == "__main__":

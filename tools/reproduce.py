@@ -172,27 +172,24 @@ def run_child(command: list[str], environment: dict[str, str]) -> int:
 
     A signal is passed on to it, and Stopped is raised once it has ended.
     """
-    caught, children = [], []
+
+    def stop(number: int, _frame) -> None:
+        raise Stopped(f"{signal.Signals(number).name}; the same command goes on", 128 + number)
+
     paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))  # a child finds the packages that we find
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment}
-
-    def pass_on(number: int, _frame) -> None:
-        # It does not wait here: `wait` below holds a lock while it waits, and a second wait would never return.
-        caught.append(signal.Signals(number))
-        for child in children:
-            child.send_signal(number)
-
-    handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        child = subprocess.Popen([sys.executable, *command], env=variables, start_new_session=True)
-        children.append(child)
-        exit_code = child.wait()
+        # in a session of its own, so that Ctrl-C reaches it once; leaving the block waits for its end
+        with subprocess.Popen([sys.executable, *command], env=variables, start_new_session=True) as child:
+            try:
+                return child.wait()
+            except Stopped as e:
+                child.send_signal(e.exit_code - 128)
+                raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if caught:
-        raise Stopped(f"{caught[0].name}; the same command goes on", 128 + caught[0])
-    return exit_code
 
 
 def collect(folder: Path, results: Path, runs: list[str]) -> int:
