@@ -142,9 +142,9 @@ def test_layers_of_one_file_alone_are_named(rows):
     after |= {"new.weight": random(5, 5), "fc.weight": random(80, 70)}
     found, err = rows(before, after)
     assert list(found) == ["conv.weight", "sum"]
-    assert "0.safetensors: left out, a layer of this file alone: old.weight\n" in err
-    assert "1.safetensors: left out, a layer of this file alone: new.weight\n" in err
-    assert "1.safetensors: left out, a layer of another shape in the other file: fc.weight\n" in err
+    reason = "a layer that the other file has not, or in another shape"
+    assert f"0.safetensors: left out, {reason}: fc.weight, old.weight\n" in err
+    assert f"1.safetensors: left out, {reason}: fc.weight, new.weight\n" in err
 
 
 # ---- Which layers there are ------------------------------------------------------------------------------------------

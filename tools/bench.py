@@ -306,7 +306,8 @@ def lightly_epoch(accelerator: Accelerator, batch_size: int) -> Callable:
     deactivate_requires_grad(target)
     optimizer = torch.optim.SGD([*online.parameters(), *predictor.parameters()], lr=0.06)
     criterion = NegativeCosineSimilarity()
-    pairs = Pairs(as_pictures(data.load("photos").train.images), BYOLView1Transform(input_size=32, gaussian_blur=0))
+    pictures = [to_pil_image(image) for image in data.load("photos").train.images]
+    pairs = Pairs(pictures, BYOLView1Transform(input_size=32, gaussian_blur=0))
     in_workers = {"num_workers": processes.cores(), "persistent_workers": True}
     loader = DataLoader(pairs, batch_size, shuffle=True, drop_last=True, **in_workers)
 
@@ -344,17 +345,16 @@ class Pairs(Dataset):
 
 def first_step(accelerator: Accelerator) -> Iterator[Contest]:
     """From the launch of pretrain.py to its first step."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+
+    def run(code: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True, capture_output=True)
+
     ours = "import os, pretrain; pretrain.train_step = lambda *_: os._exit(0); pretrain.pretrain(reg='amhe')"
     theirs = "import os, torch, timm, accelerate; os._exit(0)"
     what, against = "from launch to the first step on photos", "importing torch, timm and accelerate"
-    yield Contest(what, lambda: python(ours), against, lambda: python(theirs), "<= 1.5", alone=False)
-
-
-def python(code: str) -> None:
-    """Run code in a Python of its own, in an empty folder."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True, capture_output=True)
+    yield Contest(what, lambda: run(ours), against, lambda: run(theirs), "<= 1.5", alone=False)
 
 
 # ---- Views and pictures ----------------------------------------------------------------------------------------------
@@ -397,12 +397,8 @@ def torchvision_views(images: Tensor, size: int, blur_p: float) -> Callable:
         kernel = size // 20 * 2 + 1  # 23 pixels at 224, Appendix B.5
         layers.append(v2.GaussianBlur(kernel, (0.1, 2)))
     layers += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-    pairs = Pairs(as_pictures(images), v2.Compose(layers))
+    pairs = Pairs([to_pil_image(image) for image in images], v2.Compose(layers))
     return lambda: torch.stack([pairs[row] for row in range(len(pairs))])
-
-
-def as_pictures(images: Tensor) -> list[Image.Image]:
-    return [to_pil_image(image) for image in images]
 
 
 def crop_and_flip(size: int) -> list[nn.Module]:

@@ -10,7 +10,7 @@ there are classes, and the same of test; its description holds the names of the 
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -90,18 +90,16 @@ def features_of(encoder: nn.Module, split: data.Split, view: dict, accelerator: 
     """
 
     def embed_share(share: data.Split) -> Tensor:
-        views = data.evaluation_views(share, **view)
-        return models.embed(encoder, with_bar(views, len(share.labels), name))
+        with tqdm(total=len(share.labels), desc=name, unit="image", disable=None if is_main() else True) as bar:
+
+            def counted() -> Iterator[Tensor]:
+                for batch in data.evaluation_views(share, **view):
+                    yield batch
+                    bar.update(len(batch))
+
+            return models.embed(encoder, counted())
 
     return processes.embed_in_shares(embed_share, split.to(accelerator.device), accelerator)
-
-
-def with_bar(views: Iterable[Tensor], n: int, name: str) -> Iterator[Tensor]:
-    """Yield batches of views, and show how many of the n images are done."""
-    with tqdm(total=n, desc=name, unit="image", disable=None if is_main() else True) as bar:
-        for batch in views:
-            yield batch
-            bar.update(len(batch))
 
 
 if __name__ == "__main__":

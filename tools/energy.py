@@ -166,16 +166,14 @@ def common_layers(files: tuple[str, ...], contents: list[tuple[Weights, LeftOut]
     """Name the layers that all files have in one shape, and say what is left out. InputError if there are none."""
     first, last = contents[0][0], contents[-1][0]
     common = [name for name in first if name in last and first[name].shape == last[name].shape]
+    if not common:
+        examples = f"{next(iter(first))} in the first, {next(iter(last))} in the second"
+        raise InputError(f"{' and '.join(files)}: no layer has one name and one shape in both ({examples})")
     for path, (weights, left_out) in zip(files, contents):
-        lonely = [name for name in weights if not (name in first and name in last)]
-        reshaped = [name for name in weights if name not in common and name not in lonely]
-        left_out |= {"a layer of this file alone": lonely, "a layer of another shape in the other file": reshaped}
-        if not common:
-            examples = f"{next(iter(first))} in the first, {next(iter(last))} in the second"
-            raise InputError(f"{' and '.join(files)}: no layer has one name and one shape in both ({examples})")
+        left_out["a layer that the other file has not, or in another shape"] = [*weights.keys() - common]
         for reason, names in left_out.items():
             if names:
-                processes.say(f"{path}: left out, {reason}: {', '.join(names)}")
+                processes.say(f"{path}: left out, {reason}: {', '.join(sorted(names))}")
     return common
 
 

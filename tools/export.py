@@ -108,7 +108,12 @@ def export(
         raise InputError(f"{run}: holds no {WEIGHTS}; a run writes it at the end of its first epoch")
     encoder, description = checkpoint.load_encoder(Path(run, WEIGHTS))
     description = without_paths(description)
-    view = timm_view(Path(run)) if checkpoint.is_timms(description["settings"]) else None
+    view = None
+    if checkpoint.is_timms(description["settings"]):
+        try:
+            view = json.loads(Path(run, CONFIG).read_text())["pretrained_cfg"]
+        except (OSError, ValueError, LookupError, TypeError) as e:
+            raise InputError(f"{Path(run, CONFIG)}: not the file that pretrain.py wrote ({e!r})") from e
     text = card(Path(run).resolve().name, log, description, view is not None, license)
     write_folder(folder, encoder, description, view, text)
     done, epochs = description["epoch"], description["settings"]["epochs"]
@@ -129,14 +134,6 @@ def without_paths(description: dict) -> dict:
             settings[name] = Path(settings[name]).name
     words = [re.sub(r"^(--[\w-]+=)?.*/(?=[^/])", r"\1", word) for word in shlex.split(description["command"])]
     return {**description, "settings": settings, "command": shlex.join(words)}
-
-
-def timm_view(run: Path) -> dict:
-    """Return the evaluation view in timm's words, as the run wrote it. InputError for another file."""
-    try:
-        return json.loads((run / CONFIG).read_text())["pretrained_cfg"]
-    except (OSError, ValueError, LookupError, TypeError) as e:
-        raise InputError(f"{run / CONFIG}: not the file that pretrain.py wrote ({e!r})") from e
 
 
 def write_folder(folder: Path, encoder: nn.Module, description: dict, view: dict | None, text: str) -> None:

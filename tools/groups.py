@@ -28,7 +28,12 @@ def groups(runs: list[RunLog], apart: tuple[str, ...] = ()) -> Groups:
             alike.append([run])
     by_method = {}
     for group in alike:
-        refuse_twins(group, apart)
+        by_seed = {}
+        for run in group:
+            seed = tuple(run.settings[name] for name in ("seed", *apart))
+            twin = by_seed.setdefault(seed, run)
+            if twin is not run:
+                raise InputError(f"{twin.folder} and {run.folder} have the same settings and seed; name one")
         by_method.setdefault(method_name(group[0].settings), []).append(group)
     named = {}
     for method, same_method in by_method.items():
@@ -49,16 +54,6 @@ def is_alike(run: RunLog, other: RunLog, ignored: tuple[str, ...]) -> bool:
             return False
     same_precision = run.rows[0].get("precision") == other.rows[0].get("precision")
     return same_precision and not other_data(run.rows[0], other.rows[0])
-
-
-def refuse_twins(group: list[RunLog], apart: tuple[str, ...]) -> None:
-    """Raise InputError for two runs of a group with the same seed."""
-    by_seed = {}
-    for run in group:
-        seed = tuple(run.settings[name] for name in ("seed", *apart))
-        if seed in by_seed:
-            raise InputError(f"{by_seed[seed].folder} and {run.folder} have the same settings and seed; name one")
-        by_seed[seed] = run
 
 
 def differences(runs: list[RunLog], ignored: tuple[str, ...]) -> list[str]:
