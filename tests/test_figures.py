@@ -36,6 +36,7 @@ from tools.groups import groups
 from tools.logs import read_log as read
 from tools.neighbours import RIGHT, WRONG, draw_queries, find_neighbours, neighbours, without_queries
 from tools.paper import is_row, paper_rows
+from tools.table import table
 
 SETTINGS = {"dataset": "photos", "data_dir": "data", "method": "byol", "norm": "bn", "reg": "none", "s": 2.0}
 SETTINGS |= {"weight": 0.0, "reg_on": ["projector", "predictor"], "batch_size": 64, "accumulate": 1, "out_dim": 256}
@@ -69,6 +70,13 @@ def write_run(folder, seed=0, scores=(60.0, 70.0), linear=None, **changes):
 @pytest.fixture
 def drawn(shell):
     return partial(shell, figures)
+
+
+def test_a_run_that_is_under_way_has_no_part_in_the_table(tmp_path):
+    finished = read(write_run(tmp_path / "finished", 0, [50, 60]))
+    early = read(write_run(tmp_path / "early", 1, [50]))
+    (row,) = table([finished, early])
+    assert (row["uniformity"], row["uniformity n"], row["seeds"]) == (-2, 1, 2)
 
 
 def test_seeds_on_one_set_are_one_setting_wherever_it_lies(tmp_path):

@@ -148,7 +148,8 @@ def stages_done(run: Path, flags: dict[str, str], trial: bool) -> set[str]:
         return set()
     if not is_finished(log) or not has_settings(log.settings, flags):
         return set()
-    judged = {row["stage"] for row in log.rows if row.get("trained_epochs") == log.settings["epochs"]}
+    epochs = log.settings["epochs"]
+    judged = {row["stage"] for row in log.rows if row.get("trained_epochs") == epochs and "top5" in row}
     if log.score("linear_eval") is None and not trial:  # a trial's is short, and no score
         judged.discard("linear_eval")
     # without a judge's row pretrain.py is asked, too: it ends at once, unless it was killed before its last checkpoint
