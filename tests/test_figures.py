@@ -13,7 +13,6 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,13 +29,12 @@ from harness.checkpoint import load_encoder
 from harness.measure import representations
 from harness.settings import resolve_images, resolve_recipe
 from lib import cli
-from lib.errors import InputError
 from pretrain import RECIPES, pretrain
 from tools import paper
 from tools.figures import batch, dynamics, figures, gaussian_kde, knn, rank, von_mises_fisher_kde
 from tools.groups import groups
 from tools.logs import read_log as read
-from tools.neighbours import RIGHT, WRONG, draw_queries, find, neighbours, without_queries
+from tools.neighbours import RIGHT, WRONG, draw_queries, find_neighbours, neighbours, without_queries
 from tools.paper import is_row, paper_rows
 from tools.table import table
 
@@ -76,76 +74,53 @@ def drawn(shell):
 
 
 def test_a_run_that_is_under_way_has_no_part_in_the_table(tmp_path):
-    finished = [read(write_run(tmp_path / f"run{seed}", seed, [50.0] * 3, epochs=3)) for seed in (0, 1)]
-    early = read(write_run(tmp_path / "early", 2, [50.0], epochs=3))
-    (row,) = table([*finished, early])
-    assert (row["uniformity"], row["uniformity n"], row["seeds"]) == (-2.5, 2, 3)
-
-
-def test_a_table_of_a_folder_whose_name_is_no_utf_8(drawn, tmp_path):
-    write_run(tmp_path / "run", dataset="pictures\udcff")
-    code, _, err = drawn("table", "run")
-    assert code == 0, err
-    assert "pictures\\udcff" in (tmp_path / "figures" / "table.md").read_text()
+    finished = read(write_run(tmp_path / "finished", 0, [50, 60]))
+    early = read(write_run(tmp_path / "early", 1, [50]))
+    (row,) = table([finished, early])
+    assert (row["uniformity"], row["uniformity n"], row["seeds"]) == (-2, 1, 2)
 
 
 def test_seeds_on_one_set_are_one_setting_wherever_it_lies(tmp_path):
-    """pics, pics/, its absolute path and a copy elsewhere; not another set that took its place."""
-    data_ = {"classes": ["cat", "dog"], "train": 8, "test": 4}
-    places = ["pics", "pics/", str(tmp_path / "pics"), "/scratch/17/data", "pics"]
-    for seed, place in enumerate(places):
-        write_run(tmp_path / f"run{seed}", seed, dataset=place)
-        log = tmp_path / f"run{seed}" / "metrics.jsonl"
+    """pics, its absolute path and a copy elsewhere; not another set that took its place."""
+    for seed, place in enumerate(["pics", str(tmp_path / "pics"), "/scratch/17/data", "pics"]):
+        log = write_run(tmp_path / f"run{seed}", seed, dataset=place) / "metrics.jsonl"
         first, *others = log.read_text().splitlines()
-        described = json.loads(first) | {
-            "view": {"size": 32, "mean": [0.5] * 3},
-            "data": {**data_, "test": 4 + seed // 4},
-        }
-        log.write_text("\n".join([json.dumps(described), *others, ""]))
-    found = groups([read(tmp_path / f"run{seed}") for seed in range(5)])
-    assert sorted(len(group) for group in found.values()) == [1, 4]
+        contents = {"classes": ["cat", "dog"], "train": 8, "test": 4 + seed // 3}
+        log.write_text("\n".join([json.dumps(json.loads(first) | {"data": contents}), *others, ""]))
+    found = groups([read(tmp_path / f"run{seed}") for seed in range(4)])
+    assert sorted(len(group) for group in found.values()) == [1, 3]
 
 
-def test_weights_are_named_and_their_digest_only_where_names_agree(tmp_path):
-    """A group of runs of --init is named by its weights, as the folders of its runs are."""
-    weights = {"timm": ("a/timm.pth", "d6"), "random": (None, None)}
-    weights |= {"other": ("b/timm.pth", "e7"), "run": ("runs/i1/encoder/model.safetensors", "f8")}
-    logs = {
-        name: read(write_run(tmp_path / name, init=init, init_digest=digest))
-        for name, (init, digest) in weights.items()
-    }
-    assert list(groups([logs["timm"], logs["run"]])) == ["BYOL, init timm", "BYOL, init i1"]
-    assert list(groups([logs["timm"], logs["random"]])) == ["BYOL, init timm", "BYOL, init None"]
-    same_name = list(groups([logs["timm"], logs["other"]]))
-    assert same_name == ["BYOL, init timm, init_digest d6", "BYOL, init timm, init_digest e7"]
+def test_names_of_groups_say_what_differs(tmp_path):
+    """Weights by the name of their run or file; parts without an energy not at all: they say what is logged."""
+
+    def labels(*changes):
+        logs = []
+        for change in changes:
+            folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+            logs.append(read(write_run(folder, **change)))
+        return list(groups(logs))
+
+    timm = {"init": "a/timm.pth", "init_digest": "d6"}
+    assert labels(timm, {"init": None, "init_digest": None}) == ["BYOL, init timm", "BYOL, init None"]
+    run = {"init": "runs/i1/encoder/model.safetensors", "init_digest": "f8"}
+    assert labels(timm, run) == ["BYOL, init timm", "BYOL, init i1"]
+    one, other = labels(timm, timm | {"init_digest": "e7"})
+    assert one == "BYOL, init timm" and other.startswith("BYOL, init timm, as ")
+    for reg in ("none", "amhe"):
+        found = labels({"reg": reg, "predictor": "none", "reg_on": ["projector"]}, {"reg": reg, "predictor": "mlp"})
+        assert all("predictor" in label and ("reg_on" in label) == (reg == "amhe") for label in found)
 
 
-def test_parts_that_are_not_regularized_are_not_named(tmp_path):
-    """reg_on of a run without an energy only says which weights' energy is logged."""
-    for name, reg in (("plain", "none"), ("amhe", "amhe")):
-        alone = read(write_run(tmp_path / f"{name}-alone", reg=reg, predictor="none", reg_on=["projector"]))
-        both = read(write_run(tmp_path / name, reg=reg, predictor="mlp"))
-        found = list(groups([both, alone]))
-        is_named = ["reg_on" in label for label in found]
-        assert all("predictor" in label for label in found) and is_named == [reg == "amhe"] * 2
-
-
-def test_gaussian_kde_of_known_points():
-    z = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    side = torch.linspace(-2, 2, 401)
-    grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).reshape(-1, 2)
-    assert gaussian_kde(z, grid).sum().item() * 0.01**2 == pytest.approx(1, abs=1e-4)
-    assert gaussian_kde(z, z[:1]).item() == pytest.approx(0.5 / (2 * math.pi * 0.01), rel=1e-5)
-
-
-def test_von_mises_fisher_kde_is_scipys():
+def test_densities_are_scipys():
+    """On the plane by Gaussians, on the circle by von-Mises-Fisher kernels."""
     angles, theta = torch.tensor([0.3, -2.0, 3.1]), torch.linspace(-math.pi, math.pi, 100)
     z = torch.stack([angles.cos(), angles.sin()], 1)
     theirs = np.mean([scipy.stats.vonmises.pdf(theta.numpy(), 100, loc=a) for a in angles.numpy()], 0)
     torch.testing.assert_close(von_mises_fisher_kde(z, theta), torch.from_numpy(theirs).float(), rtol=1e-3, atol=1e-5)
-    uniform = torch.linspace(-math.pi, math.pi, 1001)[:-1]
-    everywhere = von_mises_fisher_kde(torch.stack([uniform.cos(), uniform.sin()], 1), theta)
-    torch.testing.assert_close(everywhere, torch.full((100,), 1 / (2 * math.pi)), rtol=1e-4, atol=0)
+    x = torch.tensor([[0.9, 0.4], [0.0, 1.0]])
+    theirs = [np.mean([scipy.stats.multivariate_normal.pdf(p, c, 0.01) for c in z.numpy()]) for p in x.numpy()]
+    torch.testing.assert_close(gaussian_kde(z, x), torch.tensor(theirs).float(), rtol=1e-3, atol=1e-5)
 
 
 def test_g2_of_known_representations(monkeypatch):
@@ -161,39 +136,22 @@ def test_g2_of_known_representations(monkeypatch):
     assert row == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("features", [torch.zeros(4, 8), torch.ones(4, 8)])
-def test_dead_representations_are_not_uniform(monkeypatch, features):
-    """Features without a direction coincide: G2 is 1, where 0.018 is that of a full sphere."""
-    monkeypatch.setattr("models.embed", lambda encoder, views: features)
-    split = data.Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4))
-    view = {"size": 8, "crop": 1.0, "mean": (0,) * 3, "std": (1,) * 3}
-    row = representations(nn.Flatten(), split, view)
-    expected = {"g2": 1, "rank": 1, "uniformity": 0, "uniformity_share": 0, "dead": True}
-    assert row == pytest.approx(expected, abs=1e-6)
-
-
 def test_the_table_calls_a_dead_network_dead(drawn, tmp_path):
-    """Also in a log of an earlier version, where its uniformity is that of a full sphere; accuracies stay."""
-    for seed in range(3):
+    """By its projections or its features; accuracies stay."""
+    for seed in range(2):
         write_run(tmp_path / f"some{seed}", seed)
         write_run(tmp_path / f"all{seed}", seed, norm="none")
-    for run in ("some1", "all0", "all1", "all2"):
-        path = tmp_path / run / "metrics.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        for row in rows:
-            if "loss" in row:
-                row |= {"std": 1e-7, "uniformity": -4.0, "alignment": 0.0}
-            elif run == "all2" and "g2" in row:
-                row["g2"] = 1.0
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, lines, _ = drawn("table", *(f"{name}{seed}" for name in ("some", "all") for seed in range(3)))
+    for run, kind, change in (
+        ("some1", "loss", {"std": 1e-7, "uniformity": -4.0, "alignment": 0.0}),
+        ("all0", "loss", {"std": 1e-7}),
+        ("all1", "g2", {"g2": 1.0}),
+    ):
+        rows = [row | change if kind in row else row for row in read(tmp_path / run).rows]
+        (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, lines, _ = drawn("table", "some0", "some1", "all0", "all1")
     assert code == 0
-    assert (
-        "| BYOL, norm bn (1 of 3 dead) | photos | 3 | 70.0 ± 0.0 |  | -3.00 ± 1.41 (2) | 0.50 ± 0.00 (2) |" in lines[2]
-    )
-    assert "| BYOL, norm none (dead) | photos | 3 | 70.0 ± 0.0 |  | dead | dead | 0.800 ± 0.000 |" in lines[3]
-    with open(tmp_path / "figures" / "table.csv") as file:
-        assert [row["dead"] for row in csv.DictReader(file)] == ["1", "3"]
+    assert "| BYOL, norm bn (1 of 2 dead) | photos | 2 | 70.0 ± 0.0 |  | -2.00 (1) | 0.50 (1) |" in lines[2]
+    assert "| BYOL, norm none (dead) | photos | 2 | 70.0 ± 0.0 |  | dead | dead | 0.800 ± 0.000 |" in lines[3]
 
 
 def test_table_is_numpys_mean_and_sample_standard_deviation(drawn, tmp_path):
@@ -254,25 +212,19 @@ def test_curves_hold_the_numbers_of_the_logs(tmp_path, several):
     assert axis.lines[0].get_xydata().tolist() == [[10, 10], [20, 20]]
     _, right = dynamics(runs).axes
     assert right.lines[0].get_xydata().tolist() == [[10, 1.6], [20, 0.8]]
+    write_run(tmp_path / "new", reg="mine")  # a regularizer that someone adds has the name of its flag
+    assert dynamics([read(tmp_path / "new")]).axes[0].lines[0].get_label() == "BYOL + mine"
     (axis,) = batch(runs).axes
     (byol, _, _), (amhe, _, _) = axis.containers
     assert byol.get_xydata().tolist() == [[64, 0], [16, 45 - 60.5]] and amhe.get_xydata().tolist() == [[64, 0]]
 
 
 def test_circle_from_real_runs(command, drawn, folder, tmp_path):
-    flags = "--stem imagenet --hidden_dim 32 --out_dim 2 --batch_size 16 --epochs 1".split()
+    flags = "--model test_resnet --hidden_dim 32 --out_dim 2 --batch_size 16 --epochs 1".split()
     for out, method in (("simclr", ["--method", "simclr"]), ("byol", ["--norm", "none"])):
         assert command(pretrain, "--dataset", folder, *flags, *method, "--out", out)[0] == 0
     code, lines, err = drawn("circle", "simclr", "byol")
-    assert code == 0 and lines == ["figures/circle.png", "figures/circle.svg"]
-    assert err == f"dataset {folder}: 3 classes, 48 pictures to train on, 18 to judge by; left out: nothing\n"
-    broken = tmp_path / "broken"
-    shutil.copytree(folder, broken)
-    next((broken / "test").rglob("*.png")).write_bytes(b"no picture")
-    assert command(pretrain, "--dataset", broken, *flags, "--skip_broken", "--out", "skipping")[0] == 0
-    code, lines, err = drawn("circle", "skipping")
     assert code == 0 and lines == ["figures/circle.png", "figures/circle.svg"], err
-    assert drawn("neighbours", "skipping")[0] == drawn("neighbours", "byol", "--dataset", broken)[0] == 0
     write_run(tmp_path / "wide")
     code, lines, err = drawn("circle", "wide")
     assert code == 2 and lines == []
@@ -281,8 +233,7 @@ def test_circle_from_real_runs(command, drawn, folder, tmp_path):
 
 def test_views_of_a_data_set(drawn, folder):
     code, lines, err = drawn("views", "--dataset", folder)
-    assert code == 0 and lines == [f"figures/views-{folder.name}.{x}" for x in ("png", "svg")]
-    assert err == f"dataset {folder}: 3 classes, 48 pictures to train on, 18 to judge by; left out: nothing\n"
+    assert code == 0 and lines == [f"figures/views-{folder.name}.{x}" for x in ("png", "svg")], err
 
 
 def test_neighbours_are_the_nearest_training_pictures_framed_by_their_class(trained, folder, monkeypatch):
@@ -292,7 +243,7 @@ def test_neighbours_are_the_nearest_training_pictures_framed_by_their_class(trai
         encoder, _ = load_encoder(trained / "ckpt.safetensors")
     images = data.load(str(folder))
     view = images.view(data.EVAL_CROP)
-    sheet = find(str(trained / "ckpt.safetensors"), None, None)
+    sheet = find_neighbours(str(trained / "ckpt.safetensors"), None, None)
     assert sheet.cosines.shape == (4, 8) and sorted(sheet.queries.labels.bincount().tolist()) == [1, 1, 2]
     with torch.no_grad():
         query, found, bank = (
@@ -312,13 +263,11 @@ def test_neighbours_are_the_nearest_training_pictures_framed_by_their_class(trai
     assert frames == {RIGHT: right, WRONG: 32 - right} and 0 < right < 32
 
 
-def test_a_run_has_one_name_however_it_is_named(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("tools.neighbours.draw", lambda sheet: sheet)
-    monkeypatch.setattr("tools.neighbours.find", lambda *_: None)
+def test_a_run_has_one_name_however_it_is_named(trained, monkeypatch):
+    monkeypatch.setattr("tools.neighbours.draw_sheet", lambda sheet: sheet)
+    monkeypatch.setattr("tools.neighbours.find_neighbours", lambda *_: None)
     for place in ("", "ckpt.safetensors", "encoder", "encoder/model.safetensors"):
         assert neighbours(str(trained / place)) == (None, trained.name)
-    shutil.copytree(trained / "encoder", tmp_path / "exported")
-    assert neighbours(str(tmp_path / "exported"))[1] == "exported"
 
 
 def test_queries_are_spread_over_the_classes_and_always_the_same():
@@ -340,13 +289,6 @@ def test_a_query_is_no_neighbour_of_its_own():
     torch.testing.assert_close(kept_cosines, torch.tensor([[0.9, 0.8], [1.0, 0.5], [1.0, 1.0]]))
 
 
-def test_neighbours_are_found_by_one_process(trained, monkeypatch):
-    """Each of several has the whole bank, and would count it once more."""
-    monkeypatch.setattr("lib.processes.start", lambda: SimpleNamespace(num_processes=2))
-    with pytest.raises(InputError, match="neighbours: 2 processes would do the same; launch one"):
-        neighbours(str(trained))
-
-
 def test_neighbours_of_pictures_in_files_and_without_classes(drawn, trained, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("lib.sources.MEMORY", 0)  # so that the pictures stay in their files
     monkeypatch.setattr("tools.neighbours.QUERIES", 2)
@@ -355,43 +297,32 @@ def test_neighbours_of_pictures_in_files_and_without_classes(drawn, trained, fol
         shutil.copy(path, tmp_path / "flat" / f"{i}.png")
     code, lines, err = drawn("neighbours", trained, "--dataset", "flat")
     assert code == 0 and lines == [f"figures/neighbours-run.{x}" for x in ("png", "svg")], err
-    sheet = find(str(trained / "ckpt.safetensors"), "flat", None)
+    sheet = find_neighbours(str(trained / "ckpt.safetensors"), "flat", None)
     assert sheet.cosines.shape == (2, 5) and "its 5 nearest of the other 5" in sheet.title
     for query, found in zip(sheet.queries.paths, sheet.neighbours.paths.reshape(2, 5)):
         assert {query, *found} == {f"flat/{i}.png" for i in range(6)}
-    classed = find(str(trained / "ckpt.safetensors"), None, None)
+    classed = find_neighbours(str(trained / "ckpt.safetensors"), None, None)
     assert classed.queries.images.paths[0].startswith(str(folder / "test"))
 
 
 @pytest.mark.parametrize(
     "words, line",
     [
-        ("", "NAME is missing"),
         ("nice runs", "NAME nice: expected circle, energy, dynamics"),
         ("knn", "knn: takes run folders"),
         ("views run", "views: takes --dataset and no runs"),
         ("knn nowhere", "nowhere: not a run folder, its metrics.jsonl cannot be read"),
         ("knn empty", "empty/metrics.jsonl: its first row does not hold the settings of a run"),
-        ("knn foreign", "foreign/metrics.jsonl: line 1 was not written by a command of this project"),
         ("knn run other", "knn: runs of different data sets in one figure: cifar10, photos"),
-        ("knn silent", "no run has a row with top1"),
         ("energy silent", "no run has energies of blocks"),
+        ("knn silent", "no run has a row with top1"),
         ("batch run silent", "batch: not all runs have been judged"),
         ("batch run", "batch: takes runs that differ in --accumulate"),
-        (
-            "knn run --out knn.png",
-            "--out knn.png: takes a folder; the files in it have names of their own, such as knn.png",
-        ),
         ("knn run --out run/metrics.jsonl", "--out run/metrics.jsonl: cannot be written"),
         ("knn run run", "run and run have the same settings and seed; name one"),
         ("dynamics run chord", "energies by the angle at s = 2 and by the chord at s = 2 do not compare"),
         ("knn run --data_dir x", "--data_dir x: has no effect on knn"),
         ("views --dataset photos --data_dir x", "--data_dir x: has no effect on views of photos"),
-        ("neighbours", "neighbours: takes one run folder, or a checkpoint in it"),
-        ("neighbours run other", "neighbours: takes one run folder, or a checkpoint in it"),
-        ("neighbours run", "py: run: "),
-        ("knn run --dataset x", "knn: takes run folders"),
-        ("circle run --data_dirr x", "--data_dirr: no such flag; did you mean --data_dir?"),
     ],
 )
 def test_wrong_input_to_figures(drawn, tmp_path, words, line):
@@ -399,7 +330,7 @@ def test_wrong_input_to_figures(drawn, tmp_path, words, line):
     write_run(tmp_path / "other", dataset="cifar10")
     write_run(tmp_path / "silent", seed=1)
     write_run(tmp_path / "chord", reg="mhe")
-    for name, text in (("empty", ""), ("foreign", "hello\n"), ("silent", None)):
+    for name, text in (("empty", ""), ("silent", None)):
         (tmp_path / name).mkdir(exist_ok=True)
         first = (tmp_path / "run" / "metrics.jsonl").read_text().split("\n")[0] + "\n"
         (tmp_path / name / "metrics.jsonl").write_text(first if text is None else text)
@@ -417,14 +348,6 @@ def test_scores_are_those_of_the_protocol(tmp_path):
     unjudged = dataclasses.replace(run, rows=[row if row.get("top1") != 60 else {**row, "top1": 61} for row in rows])
     assert (unjudged.score("knn_eval"), unjudged.score("linear_eval")) == (61, None)
     assert dataclasses.replace(unjudged, rows=rows[:4]).score("knn_eval") is None  # it is still in its first epoch
-
-
-def test_a_last_line_that_is_cut_short_does_not_count(drawn, tmp_path):
-    run = write_run(tmp_path / "run")
-    whole = read(run).rows
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"stage": "pretrain", "epoch": 3, "of": "onl')
-    assert read(run).rows == whole and drawn("knn", "run")[0] == 0
 
 
 def test_the_page_that_reproduces_the_paper_is_printed_from_the_csv(drawn):
@@ -448,12 +371,8 @@ def test_rows_of_the_paper_have_the_settings_of_a_run(photos):
     every = ["encoder", "projector", "predictor"]
     meant = {
         "1, BYOL-MHE": {"dataset": "imagenet", "model": "resnet50", "reg": "amhe", "weight": 1.0, "batch_size": 4096},
-        "3, CIFAR-10, BYOL + Uni": {"reg": "uniform", "weight": 0.125, "epochs": 1000, "model": "resnet50"},
-        "3, STL-10, SimCLR*": {"method": "simclr", "stem": "imagenet", "lr": 0.45},
+        "3, STL-10, SimCLR*": {"method": "simclr", "stem": "imagenet", "lr": 0.45, "model": "resnet50"},
         "4, MHE": {"norm": "none", "reg": "amhe", "reg_on": every, "weight": 10.0, "model": "resnet18"},
-        "5, q": {"norm": "bn", "reg_on": ["predictor"], "s": 2.0},
-        "C.6, 0.01": {"reg": "mhe", "weight": 0.01, "reg_on": ["projector", "predictor"]},
-        "C.7, aMHE, s = 0": {"reg": "amhe", "s": 0.0},
         "C.8, BYOL, 128": {"accumulate": 8, "batch_size": 1024, "reg": "none", "weight": 0.0},
     }
     rows = {row.name: row.settings() for row in paper_rows()}

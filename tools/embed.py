@@ -10,7 +10,7 @@ there are classes, and the same of test; its description holds the names of the 
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,10 +22,9 @@ import data
 import models
 from harness import checkpoint, judging
 from harness.judging import Judged
-from harness.run import provenance
 from lib import cli, processes
 from lib.errors import InputError
-from lib.log import emit, is_main
+from lib.log import emit, is_main, provenance
 from lib.tensors import LONGEST_HEADER
 
 
@@ -38,12 +37,22 @@ def embed(
     **shared,
 ):
     """Write the features of a data set's images by a checkpoint's encoder, their labels and paths, to a file."""
-    refuse_place(Path(out))
+    place = Path(out)
+    if os.path.lexists(place):
+        raise InputError(f"--out {out}: is already there; remove it, or name a new file")
+    if not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
+        raise InputError(f"--out {out}: there is no folder {place.parent} that can be written to; make it first")
     accelerator = processes.start()
     judged = judging.open_judged(accelerator, ckpt, shared, without_classes=True)
-    splits = choose_splits(judged, split)
+    splits = {"train": judged.images.train, "test": judged.images.test}
+    splits = {name: part for name, part in splits.items() if split in ("both", name) and len(part.labels)}
+    if not splits:
+        raise InputError(f"--split {split}: dataset {judged.dataset} has no such images; take --split train")
     description = describe(judged, ckpt, splits)
-    refuse_long_header(description)
+    header_length = len(json.dumps(json.dumps(description)))
+    if header_length > 0.99 * LONGEST_HEADER:  # the rest is for names and shapes of the tensors
+        too_long = f"the paths of the pictures take {header_length} bytes of a header that holds {LONGEST_HEADER}"
+        raise InputError(f"--out {out}: {too_long}; embed one part at a time by --split, or parts of the folder")
     counts = {name: len(part.labels) for name, part in splits.items()}
     emit({"stage": "embed", "ckpt": ckpt, **description["protocol"], "view": judged.view, "images": counts})
 
@@ -56,27 +65,6 @@ def embed(
         checkpoint.save(out, tensors, description)
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     emit({"stage": "embed", "of": "file", "out": out, "tensors": shapes})
-
-
-def refuse_place(path: Path) -> None:
-    """Raise InputError for a file that is there already, or whose folder is not there or cannot be written to."""
-    if os.path.lexists(path):
-        raise InputError(f"--out {path}: is already there; remove it, or name a new file")
-    if not path.parent.is_dir():
-        raise InputError(f"--out {path}: there is no folder {path.parent}; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"--out {path}: cannot be written, the folder {path.parent} is read-only")
-
-
-def choose_splits(judged: Judged, split: str) -> dict[str, data.Split]:
-    """Return the splits that are embedded, by name. InputError if that which is asked for has no image."""
-    splits = {"train": judged.images.train, "test": judged.images.test}
-    if split != "both":
-        splits = {split: splits[split]}
-    filled = {name: part for name, part in splits.items() if len(part.labels)}
-    if not filled:
-        raise InputError(f"--split {split}: dataset {judged.dataset} has no such images; take --split train")
-    return filled
 
 
 def describe(judged: Judged, ckpt: str, splits: dict[str, data.Split]) -> dict:
@@ -94,16 +82,6 @@ def describe(judged: Judged, ckpt: str, splits: dict[str, data.Split]) -> dict:
     return description
 
 
-def refuse_long_header(description: dict) -> None:
-    """Raise InputError for a description that the header of a safetensors file has no room for."""
-    text = json.dumps(json.dumps(description))
-    if len(text) > 0.99 * LONGEST_HEADER:  # the rest is for names and shapes of the tensors
-        raise InputError(
-            f"--out: the paths of the pictures take {len(text) / 1e6:.0f} MB, and the header of a safetensors file "
-            f"holds {LONGEST_HEADER / 1e6:.0f}; embed one part at a time by --split, or parts of the folder"
-        )
-
-
 def features_of(encoder: nn.Module, split: data.Split, view: dict, accelerator: Accelerator, name: str) -> Tensor:
     """Compute the features (n, d) of the evaluation views of a split, with a bar of this name.
 
@@ -111,18 +89,16 @@ def features_of(encoder: nn.Module, split: data.Split, view: dict, accelerator: 
     """
 
     def embed_share(share: data.Split) -> Tensor:
-        views = data.evaluation_views(share, **view)
-        return models.embed(encoder, with_bar(views, len(share.labels), name))
+        with tqdm(total=len(share.labels), desc=name, unit="image", disable=None if is_main() else True) as bar:
+
+            def counted() -> Iterator[Tensor]:
+                for batch in data.evaluation_views(share, **view):
+                    yield batch
+                    bar.update(len(batch))
+
+            return models.embed(encoder, counted())
 
     return processes.embed_in_shares(embed_share, split.to(accelerator.device), accelerator)
-
-
-def with_bar(views: Iterable[Tensor], n: int, name: str) -> Iterator[Tensor]:
-    """Yield batches of views, and show how many of the n images are done."""
-    with tqdm(total=n, desc=name, unit="image", disable=None if is_main() else True) as bar:
-        for batch in views:
-            yield batch
-            bar.update(len(batch))
 
 
 if __name__ == "__main__":

@@ -5,17 +5,17 @@
 
 Neurons are the rows of weight.flatten(1). The energy of a layer is the mean over their pairs, as in regularizers.py.
 Beside it stand the expected energy of neurons that are uniform and independent on the sphere, and the angle of the
-closest pair. Numbers are computed in float64. One file at a time is in memory, and copies of one layer.
+closest pair. Numbers are computed in float64.
 """
 
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Annotated, NamedTuple
 
 import torch
+from scipy.integrate import quad
+from scipy.special import digamma, poch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,7 +28,7 @@ from lib.nearest import finest
 from lib.tensors import read_tensors
 from regularizers import ZERO, energy_of, unit
 
-Shapes = dict[str, tuple[int, ...]]  # of weights (N, ...), by the names of their layers
+Weights = dict[str, Tensor]  # (N, ...), by the names of their layers
 LeftOut = dict[str, list[str]]  # names, by the reason
 
 COLUMNS = {  # of the table, by the number of files
@@ -38,12 +38,17 @@ COLUMNS = {  # of the table, by the number of files
 SUMMED = ("energy", "before", "after", "difference", "uniform")
 BLOCK = 1024  # rows whose cosines are computed together: 8 MB
 
-# Names of what has two dimensions or more and is no layer of neurons. The first two are looked for in the whole name,
+# Names of what has two dimensions or more and is no layer of neurons. The first three are looked for in the whole name,
 # the others in its last part before .weight, because the layers of an embedding's network have neurons.
 OPTIMIZER = re.compile(r"(^|\.)(optim\w*|exp_avg\w*|momentum_buffer)(\.|$)")
 ADAPTER = re.compile(r"(^|[._])(lora|oft|boft|hada|lokr)_", re.I)
+PARAMETRIZATION = re.compile(r"(^|\.)parametrizations\.|weight_[gv]$")
 EMBEDDING = re.compile(r"embed|token|(^|_)emb(_|$)|^w[tp]e$|rel_pos|relative_position")
 NO_WEIGHT = re.compile(r"bias|norm|mask|^ln|^bn")
+WEIGHT_NORM = {  # what stands for .weight: the lengths g of the neurons and, of any length, their directions v
+    "parametrizations.weight.original0": "parametrizations.weight.original1",
+    "weight_g": "weight_v",  # before torch 2.0
+}
 
 
 class Measured(NamedTuple):
@@ -66,97 +71,37 @@ def energy(
     accelerator = processes.start()
     if accelerator.num_processes > 1:
         raise InputError(f"{accelerator.num_processes} processes would do the same; launch one")
-    layers = layers_of(files, prefix)
     has_float64 = finest(accelerator.device) == torch.float64
     device = accelerator.device if has_float64 else torch.device("cpu")
-    measured = partial(measured_layers, layers=layers, prefix=prefix, device=device, s=s, angular=angular)
-    write = begin_rows(files, layers, s, angular, json)
+    contents = [read_weights(path, prefix) for path in files]
+    names = common_layers(files, contents)
     rows = []
-    with tqdm(total=len(files) * len(layers), unit="layer", disable=None) as bar:
-        before = dict(measured(files[0], bar=bar)) if len(files) == 2 else {}
-        for name, after in measured(files[-1], bar=bar):
-            row = row_of(name, layers[name], after, before.get(name))
-            row["uniform"] = uniform_energy(row["dims"], s, angular)
-            write(row)
-            rows.append(row)
-    write(sum_of(rows))
-
-
-def measured_layers(
-    path: str, layers: Shapes, prefix: str | None, device: torch.device, s: float, angular: bool, bar: tqdm
-) -> Iterator[tuple[str, Measured]]:
-    """Yield the names of layers and what is measured of each in a file."""
-    weights, _ = sort_out(path, prefix)
-    for name in layers:
-        weight = weights.pop(name)
-        yield name, measure(weight.to(device), s, angular)
-        bar.update()
+    begin_table(files, names, s, angular, json)
+    for name in tqdm(names, unit="layer", disable=None):
+        weights = [weights_of_file[name] for weights_of_file, _ in contents]
+        measured = [measure(weight.to(device), s, angular) for weight in weights]
+        row = {"layer": name, "neurons": len(weights[0]), "dims": weights[0][0].numel()}
+        row |= compared(*measured) if len(files) == 2 else measured[0]._asdict()
+        row["uniform"] = uniform_energy(row["dims"], s, angular)
+        rows.append(row)
+        write_row(row, names, json)
+    sums = {column: math.fsum(row[column] for row in rows) for column in SUMMED if column in rows[0]}
+    write_row({"layer": "sum", **sums}, names, json)
 
 
 # ---- Which layers there are ------------------------------------------------------------------------------------------
 
 
-def layers_of(files: tuple[str, ...], prefix: str | None) -> Shapes:
-    """Return the shapes of the layers that all files have, and say what is left out.
-
-    InputError for a file without a layer, and for two that have none in common.
-    """
-    (first, left_out_first), (last, left_out_last) = (shapes_in(path, prefix) for path in (files[0], files[-1]))
-    common = {name: shape for name, shape in first.items() if last.get(name) == shape}
-    if not common:
-        examples = f"{next(iter(first))} in the first, {next(iter(last))} in the second"
-        fault = f"{' and '.join(files)}: no layer has one name and one shape in both ({examples})"
-        raise InputError(fault + advice_on_names(first, last))
-    if len(files) == 2:
-        left_out_first["a layer of this file alone"] = [name for name in first if name not in last]
-        left_out_last["a layer of this file alone"] = [name for name in last if name not in first]
-        reshaped = [name for name in first if name in last and name not in common]
-        left_out_last["a layer of another shape than before"] = reshaped
-        say_left_out(files[0], left_out_first)
-    say_left_out(files[-1], left_out_last)
-    return common
-
-
-def advice_on_names(first: Shapes, last: Shapes) -> str:
-    """Say what to compare where one file has names of the other behind a prefix; nothing where it has not."""
-    for shapes, other in ((first, last), (last, first)):
-        endings = tuple(f".{name}" for name in other)
-        if any(name.endswith(endings) for name in shapes):
-            return (
-                "; one has a prefix before the names of the other: a run's encoder/model.safetensors has timm's names, "
-                "without prefix; compare it with such a file, or the ckpt.safetensors of two runs"
-            )
-    return ""
-
-
-def shapes_in(path: str, prefix: str | None) -> tuple[Shapes, LeftOut]:
-    """Return the shapes of the layers in a file, and what is left out. InputError for a file without a layer."""
-    weights, left_out = sort_out(path, prefix)
-    if not weights:
-        where = f"under {prefix}" if prefix else "in it"
-        kinds = f"; left out: {', '.join(left_out)}" if left_out else ""
-        raise InputError(f"{path}: no weight {where} of two neurons or more in 3 dimensions or more{kinds}")
-    return {name: tuple(weight.shape) for name, weight in weights.items()}, left_out
-
-
-def say_left_out(path: str, left_out: LeftOut) -> None:
-    """Name what is left out of a file, a line a reason."""
-    for reason, names in left_out.items():
-        if names:
-            processes.say(f"{path}: left out, {reason}: {', '.join(names)}")
-
-
-def sort_out(path: str, prefix: str | None) -> tuple[dict[str, Tensor], LeftOut]:
-    """Return the weights (N, ...) of a file, and the names of what else has two dimensions or more, by the reason.
+def read_weights(path: str, prefix: str | None) -> tuple[Weights, LeftOut]:
+    """Return the weights of a file, and the names of what else has two dimensions or more. InputError without a weight.
 
     Neither holds the state of a run, such as momentum, whose names have a slash in our files alone. A folder will do
     for the file in it: see `files.weights_file`.
     """
     tensors, header = read_tensors(weights_file(path))
     is_of_a_run = is_ours(header)
-    weights = {}
-    left_out = {}
-    for name, tensor in tensors.items():
+    weights, left_out = {}, {}
+    for name, tensor in with_weight_norm(tensors).items():
         is_state = is_of_a_run and "/" in name
         if tensor.ndim < 2 or is_state or not name.startswith(prefix or ""):
             continue
@@ -165,7 +110,26 @@ def sort_out(path: str, prefix: str | None) -> tuple[dict[str, Tensor], LeftOut]
             left_out.setdefault(reason, []).append(name)
         else:
             weights[name] = tensor
+    if not weights:
+        where = f"under {prefix}" if prefix else "in it"
+        kinds = f"; left out: {', '.join(left_out)}" if left_out else ""
+        raise InputError(f"{path}: no weight {where} of two neurons or more in 3 dimensions or more{kinds}")
     return weights, left_out
+
+
+def with_weight_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put a weight of torch's weight_norm over neurons, g v / ||v||, in place of its two parts."""
+    found = dict(tensors)
+    for name, g in tensors.items():
+        for g_name, v_name in WEIGHT_NORM.items():
+            module = name.removesuffix(g_name)
+            v = tensors.get(module + v_name)
+            if module == name or v is None or g.shape != v.shape[:1] + (1,) * (v.ndim - 1):
+                continue
+            lengths = v.flatten(1).norm(dim=1).view_as(g)
+            found[f"{module}weight"] = v * (g / lengths)
+            del found[name], found[module + v_name]
+    return found
 
 
 def why_no_layer(name: str, tensor: Tensor) -> str:
@@ -176,6 +140,8 @@ def why_no_layer(name: str, tensor: Tensor) -> str:
         return "state of an optimizer"
     if ADAPTER.search(name):
         return "an adapter that is not merged into its weight"
+    if PARAMETRIZATION.search(name):
+        return "a part of a parametrized weight, by a rule that the file does not hold"
     if EMBEDDING.search(module) and not is_convolution:  # patch_embed may be one
         return "an embedding"
     if NO_WEIGHT.search(module):
@@ -196,14 +162,28 @@ def why_no_layer(name: str, tensor: Tensor) -> str:
     return ""
 
 
+def common_layers(files: tuple[str, ...], contents: list[tuple[Weights, LeftOut]]) -> list[str]:
+    """Name the layers that all files have in one shape, and say what is left out. InputError if there are none."""
+    first, last = contents[0][0], contents[-1][0]
+    common = [name for name in first if name in last and first[name].shape == last[name].shape]
+    if not common:
+        examples = f"{next(iter(first))} in the first, {next(iter(last))} in the second"
+        raise InputError(f"{' and '.join(files)}: no layer has one name and one shape in both ({examples})")
+    for path, (weights, left_out) in zip(files, contents):
+        left_out["a layer that the other file has not, or in another shape"] = [*weights.keys() - common]
+        for reason, names in left_out.items():
+            if names:
+                processes.say(f"{path}: left out, {reason}: {', '.join(sorted(names))}")
+    return common
+
+
 # ---- What is measured ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def measure(weight: Tensor, s: float, angular: bool) -> Measured:
     """Return energy and closest pair of the neurons of a weight (N, ...). Rows of zeros have no direction: no part."""
-    rows = weight.flatten(1).double()
-    neurons = unit(rows)
+    neurons = unit(weight.flatten(1).double())
     neurons = neurons[neurons.any(1)]
     energies = energy_of({"neurons": neurons}, s, angular)
     return Measured(energies["neurons"].item(), closest_angle(neurons))
@@ -227,114 +207,76 @@ def closest_angle(neurons: Tensor) -> float:
     return math.degrees(angle)
 
 
-# ---- Neurons that are uniform on the sphere --------------------------------------------------------------------------
-
-
 def uniform_energy(d: int, s: float, angular: bool) -> float:
     """Return the expected energy of two independent, uniform points of the sphere in d >= 2 dimensions.
 
-    It is infinite for s >= d - 1. Its relative error is below 1e-13 up to d = 100, and below 1e-9 up to d = 100,000.
+    It is infinite for s >= d - 1. Its relative error is below 1e-9 up to d = 100,000 and s = 50.
     """
     if s >= d - 1:
         return math.inf
-    chord = uniform_chord(d, s)
-    return chord + angle_beyond_chord(d, s) if angular else chord
-
-
-def uniform_chord(d: int, s: float) -> float:
-    """Return E ||x - y||^-s or, for s = 0, E log(1 / ||x - y||): ||x - y||^2 / 4 is Beta(a, a), a = (d - 1) / 2."""
-    a = (d - 1) / 2
-    if s == 0:
-        digamma, digamma_of_sum = torch.tensor([a, 2 * a], dtype=torch.float64).digamma().tolist()
-        return (digamma_of_sum - digamma) / 2 - math.log(2)
-    # both without the term log Gamma(a), which cancels
-    log_beta_of_moment = math.lgamma(a - s / 2) - math.lgamma(2 * a - s / 2)
-    log_beta = math.lgamma(a) - math.lgamma(2 * a)
-    return math.exp(log_beta_of_moment - log_beta - s * math.log(2))
+    a = (d - 1) / 2  # a quarter of the chord's square, ||x - y||^2 / 4, has the distribution Beta(a, a)
+    if s > 0:
+        chord = poch(2 * a - s / 2, s / 2) / poch(a - s / 2, s / 2) / 2**s
+    else:
+        chord = (digamma(2 * a) - digamma(a)) / 2 - math.log(2)
+    return float(chord + angle_beyond_chord(d, s)) if angular else float(chord)
 
 
 def angle_beyond_chord(d: int, s: float) -> float:
-    """Return E f_s(angle) - E f_s(chord), f_s as in regularizers.riesz, by quadrature over the angle.
+    """Return E f_s(angle) - E f_s(chord) of uniform points, f_s as in regularizers.riesz.
 
     The density of the angle is sin(angle)^(d - 2), up to a factor; its standard deviation is about 1 / sqrt(d). Both
-    functions have a pole at 0, but their difference has none that counts. The nodes are those of tanh-sinh quadrature.
+    functions have a pole at 0, but their difference has none that counts.
     """
-    step = min(1 / 64, 1 / (8 * math.sqrt(d)))
-    t = torch.arange(-4, 4 + step, step, dtype=torch.float64)
-    x = math.pi * t.sinh()
-    angle = math.pi * x.sigmoid()  # 0 ... pi, dense at both ends
-    sine = (math.pi * (-x.abs()).sigmoid()).sin()  # of the angle, or of pi minus the angle, which is the smaller one
-    slope = x.sigmoid() * (-x).sigmoid() * t.cosh()
-    log_weight = (d - 2) * sine.log() + slope.log()
-    log_weight = log_weight.log_softmax(0)
-    chord = 2 * (angle / 2).sin()
-    log_ratio = (angle / chord).log()
-    if s == 0:
-        return -(log_weight.exp() * log_ratio).sum().item()
-    # weight (angle^-s - chord^-s); angle^-s alone would overflow
-    weighted_power = (log_weight - s * angle.log()).exp()
-    return -(weighted_power * (s * log_ratio).expm1()).sum().item()
+
+    def weighted_difference(t: float) -> float:
+        angle = math.pi / 2 + t
+        log_ratio = math.log(angle / (2 * math.sin(angle / 2)))
+        log_density = (d - 2) * math.log(math.cos(t))
+        if s == 0:
+            return -math.exp(log_density) * log_ratio
+        # density (angle^-s - chord^-s); angle^-s alone would overflow
+        return -math.exp(log_density - s * math.log(angle)) * math.expm1(s * log_ratio)
+
+    end = min(math.pi / 2, 20 / math.sqrt(d))
+    integral, _ = quad(weighted_difference, -end, end, epsabs=0, epsrel=1e-11, limit=200)
+    density_integral = math.sqrt(math.pi) / poch((d - 1) / 2, 1 / 2)
+    return integral / density_integral
 
 
 # ---- Rows ------------------------------------------------------------------------------------------------------------
 
 
-def row_of(name: str, shape: tuple[int, ...], after: Measured, before: Measured | None) -> dict:
-    """Return the row of a layer, without the expected energy."""
-    row = {"layer": name, "neurons": shape[0], "dims": math.prod(shape[1:])}
-    if before is None:
-        return row | {"energy": after.energy, "closest": after.closest}
-    row |= {"before": before.energy, "after": after.energy, "difference": after.energy - before.energy}
+def compared(before: Measured, after: Measured) -> dict:
+    """Return the numbers of a layer in two files."""
+    row = {"before": before.energy, "after": after.energy, "difference": after.energy - before.energy}
     return row | {"closest before": before.closest, "closest after": after.closest}
 
 
-def sum_of(rows: list[dict]) -> dict:
-    """Return the last row, with the sum over layers of each column that has one."""
-    total = {"layer": "sum"}
-    for column in SUMMED:
-        if column in rows[0]:
-            total[column] = math.fsum(row[column] for row in rows)
-    return total
-
-
-def begin_rows(files: tuple[str, ...], layers: Shapes, s: float, angular: bool, json: bool) -> Callable[[dict], None]:
-    """Print what the numbers are, and return the function that prints a row."""
+def begin_table(files: tuple[str, ...], names: list[str], s: float, angular: bool, json: bool) -> None:
+    """Print what the numbers are, and the heads of the table."""
     if json:
         emit({"stage": "energy", "files": list(files), "s": s, "angular": angular})
-        return emit_row
+        return
     distance = "angle" if angular else "chord"
     print(f"energy by the {distance}, s = {s:g}, mean over pairs of neurons: {', then '.join(files)}")
     print("uniform: expected of independent, uniform neurons. closest: angle of the closest pair, in degrees")
-    name_width = max(map(len, layers))
-    heads = {column: column for column in COLUMNS[len(files)]}
-    write = partial(print_row, columns=COLUMNS[len(files)], name_width=name_width)
-    write({"layer": "layer"} | heads)
-    return write
+    write_row({column: column for column in ("layer", *COLUMNS[len(files)])}, names, json)
 
 
-def emit_row(row: dict) -> None:
-    """Print a row as JSON, where an infinite number is null."""
-    finite = {name: None if value == math.inf else value for name, value in row.items()}
-    emit({"stage": "energy", "of": "sum" if row["layer"] == "sum" else "layer", **finite})
-
-
-def print_row(row: dict, columns: tuple[str, ...], name_width: int) -> None:
-    """Print a row of the table."""
-    cells = [row["layer"].ljust(name_width)]
-    for column in columns:
-        width = max(len(column), 11)
-        cells.append(as_text(column, row.get(column, "")).rjust(width))
+def write_row(row: dict, names: list[str], json: bool) -> None:
+    """Print a row of the table or, with `json`, as JSON, where an infinite number is null."""
+    if json:
+        finite = {name: None if value == math.inf else value for name, value in row.items()}
+        emit({"stage": "energy", "of": "sum" if row["layer"] == "sum" else "layer", **finite})
+        return
+    cells = [row["layer"].ljust(max(map(len, names)))]
+    for column in COLUMNS[2 if "difference" in row else 1]:
+        value = row.get(column, "")
+        text = f"{value:.7g}" if isinstance(value, float) else str(value)
+        cells.append(text.rjust(max(len(column), 11)))
     tqdm.write("  ".join(cells).rstrip(), file=sys.stdout)
     sys.stdout.flush()
-
-
-def as_text(column: str, value: str | float) -> str:
-    """Write the value of a column."""
-    if not isinstance(value, float):
-        return str(value)
-    if column == "difference":
-        return f"{value:+.3g}"
-    return f"{value:#.4g}" if column.startswith("closest") else f"{value:#.7g}"
 
 
 if __name__ == "__main__":

@@ -45,20 +45,11 @@ from tools.neighbours import neighbours
 
 # Okabe and Ito's colours, told apart by the colour-blind, each with a dash of its own for black and white
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
-DASHES = (
-    "-",
-    "--",
-    "-.",
-    ":",
-    (0, (5, 1)),  # lengths that are drawn and left out, in turns
-    (0, (1, 1)),
-    (0, (3, 1, 1, 1)),
-    (0, (8, 3)),
-)
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (8, 3)))
 STYLES = list(zip(COLOURS, DASHES)) * 9
+JUDGES = {"linear": "linear_eval", "k-NN": "knn_eval"}  # and their stages
 GRID_SIDE = 113  # points on each side of the grid on which a density is drawn
 EXTENT = 1.4  # the grid spans -1.4 ... 1.4 in both directions
-FILE_ENDINGS = (".png", ".svg", ".pdf", ".jpg", ".md", ".csv")  # an --out that ends so is meant as a file
 
 
 def figures(
@@ -73,18 +64,16 @@ def figures(
 ):
     """Draw a figure, or make a table, of run folders."""
     refuse_idle_arguments(name, runs, dataset, data_dir)
-    if Path(out).suffix in FILE_ENDINGS:
-        raise InputError(f"--out {out}: takes a folder; the files in it have names of their own, such as {name}.png")
     if name == "paper":
         print(*paper.markdown(), sep="\n")
         return
     if name == "views":
         images = data.load(dataset, data_dir or "data", pretraining=True, skip_broken=True)
-        write(contact_sheet(images), Path(out, f"views-{Path(dataset).resolve().name}"))
+        save_figure(contact_sheet(images), Path(out, f"views-{Path(dataset).resolve().name}"))
         return
     if name == "neighbours":
         figure, run_name = neighbours(runs[0], dataset, data_dir)
-        write(figure, Path(out, f"neighbours-{run_name}"))
+        save_figure(figure, Path(out, f"neighbours-{run_name}"))
         return
     logs = [read_log(Path(run)) for run in runs]
     if name == "table":
@@ -93,33 +82,27 @@ def figures(
     if any(other_data(log.rows[0], logs[0].rows[0]) for log in logs):
         datasets = {log.settings["dataset"] for log in logs}
         raise InputError(f"{name}: runs of different data sets in one figure: {', '.join(sorted(datasets))}")
-    if name == "circle":
-        figure = circle(logs, data_dir)
-    else:
-        draw = {"energy": energy, "dynamics": dynamics, "knn": knn, "rank": rank, "batch": batch}
-        figure = draw[name](logs)
-    write(figure, Path(out, name))
+    draw = {"energy": energy, "dynamics": dynamics, "knn": knn, "rank": rank, "batch": batch}
+    figure = circle(logs, data_dir) if name == "circle" else draw[name](logs)
+    save_figure(figure, Path(out, name))
 
 
 def refuse_idle_arguments(name: str, runs: tuple[str, ...], dataset: str | None, data_dir: str | None) -> None:
     """Raise InputError for arguments that a figure does not take, and for those that it lacks."""
-    takes = "run folders"
-    is_right = bool(runs) and not dataset
-    if name == "views":
-        takes, is_right = "--dataset and no runs", bool(dataset) and not runs
-    elif name == "paper":
-        takes, is_right = "no runs and no --dataset", not runs and not dataset
-    elif name == "neighbours":
-        takes, is_right = "one run folder, or a checkpoint in it", len(runs) == 1
+    rules = {
+        "views": ("--dataset and no runs", bool(dataset) and not runs),
+        "paper": ("no runs and no --dataset", not runs and not dataset),
+        "neighbours": ("one run folder, or a checkpoint in it", len(runs) == 1),
+    }
+    takes, is_right = rules.get(name, ("run folders", bool(runs) and not dataset))
     if not is_right:
         raise InputError(f"{name}: takes {takes}")
-    if data_dir and name not in ("circle", "views", "neighbours"):
-        raise InputError(f"--data_dir {data_dir}: has no effect on {name}")
-    if data_dir and name == "views" and has_no_data_dir(dataset):
-        raise InputError(f"--data_dir {data_dir}: has no effect on views of {dataset}")
+    has_own_place = name == "views" and has_no_data_dir(dataset)
+    if data_dir and (has_own_place or name not in ("circle", "views", "neighbours")):
+        raise InputError(f"--data_dir {data_dir}: has no effect on {name}{f' of {dataset}' if has_own_place else ''}")
 
 
-def write(figure, stem: Path) -> None:
+def save_figure(figure, stem: Path) -> None:
     """Write PNG and SVG of a figure, and print their names. InputError if they cannot be written."""
     figure.set_layout_engine("constrained")
     try:
@@ -137,20 +120,34 @@ def write(figure, stem: Path) -> None:
 
 # ---- Curves ----------------------------------------------------------------------------------------------------------
 
+Panel = tuple[str, str | None, str]  # a column of the log, the kind of row it stands in, and what it is
 
-def lines(axis, runs: list[RunLog], key: str, of: str | None = None, per_epoch: bool = False) -> None:
+
+def curves(runs: list[RunLog], panels: list[Panel], per_epoch: bool = False):
+    """Draw a panel for each column of the logs, with one line a group of seeds, under one legend."""
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    size = (max(4.5, 3 * columns), 2.6 * rows + 1)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axis, panel in zip(axes.flat, panels):
+        draw_lines(axis, runs, *panel, per_epoch)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    # below all panels, so that it covers no panel's lines
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    return figure
+
+
+def draw_lines(axis, runs: list[RunLog], key: str, of: str | None, name: str, per_epoch: bool) -> None:
     """Draw one line a group of seeds, at the steps that all its seeds have. InputError where there is nothing."""
-    is_empty = True
     for (label, group), (colour, dash) in zip(groups(runs).items(), STYLES):
         series = [run.series(key, of) for run in group]
         steps = sorted(set.intersection(*(set(values) for values in series)))
         if not steps:
             continue
-        is_empty = False
-        x = steps
-        if per_epoch:
-            epoch_of = {row["step"]: row["epoch"] for row in group[0].rows if "step" in row}
-            x = [epoch_of[step] for step in steps]
+        epoch_of = {row["step"]: row["epoch"] for row in group[0].rows if "step" in row}
+        x = [epoch_of[step] for step in steps] if per_epoch else steps
         points = [mean_and_std([values[step] for values in series]) for step in steps]
         mean = [m for m, _ in points]
         low = [m - std for m, std in points]
@@ -158,9 +155,10 @@ def lines(axis, runs: list[RunLog], key: str, of: str | None = None, per_epoch: 
         marker = "o" if len(steps) == 1 else None  # a line of one point would be invisible
         axis.plot(x, mean, color=colour, linestyle=dash, marker=marker, label=label)
         axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    if is_empty:
+    if not axis.lines:
         raise InputError(f"no run has a row with {key}; pretrain.py writes it every --eval_every epochs")
     axis.set_xlabel("epoch" if per_epoch else "iteration")
+    axis.set_ylabel(name)
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -169,101 +167,63 @@ def energy(runs: list[RunLog]):
     keys = {key: None for run in runs for row in run.rows for key in row}  # each once, in their order
     blocks = [key for key in keys if key.startswith("block/")]
     if not blocks:
-        rule = "pretrain.py writes them every --eval_every epochs, of ResNets"
-        raise InputError(f"no run has energies of blocks; {rule}")
-    columns = min(4, len(blocks))
-    rows = math.ceil(len(blocks) / columns)
-    size = (3 * columns, 2.4 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    panels = list(axes.flat)
-    for axis, block in zip(panels, blocks):
-        lines(axis, runs, block, "representations")
-        axis.set_title(block.removeprefix("block/"), fontsize=9)
-        axis.set_ylabel("energy, s = 0")
-    for axis in panels[len(blocks) :]:
-        axis.remove()
-    handles, labels = panels[0].get_legend_handles_labels()
-    # below all panels, so that it covers no panel's lines
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    return figure
+        raise InputError("no run has energies of blocks; pretrain.py writes them every --eval_every epochs, of ResNets")
+    return curves(runs, [(block, "representations", f"energy of {block.removeprefix('block/')}") for block in blocks])
 
 
 def dynamics(runs: list[RunLog]):
     """Draw Figure 5: G2 of the representations, and the energy of the regularized layers."""
-    kinds = set()
-    for run in runs:
-        distance = "chord" if run.settings["reg"] == "mhe" else "angle"
-        kinds.add((distance, run.settings["s"]))
+    kinds = {("chord" if run.settings["reg"] == "mhe" else "angle", run.settings["s"]) for run in runs}
     if len(kinds) > 1:
         listed = " and ".join(sorted(f"by the {distance} at s = {s:g}" for distance, s in kinds))
         raise InputError(f"dynamics: energies {listed} do not compare; draw these runs apart")
     distance, s = kinds.pop()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
-    lines(left, runs, "g2", "representations")
-    left.set_ylabel("G2 of the representations")
-    left.legend(fontsize=7, frameon=False)
-    lines(right, runs, "energy")
-    right.set_ylabel(f"energy of the weights\n({distance}, s = {s:g})")
-    return figure
+    weights = f"energy of the weights\n({distance}, s = {s:g})"
+    return curves(runs, [("g2", "representations", "G2 of the representations"), ("energy", None, weights)])
 
 
 def knn(runs: list[RunLog]):
     """Draw Figure 6: k-NN accuracy against the epoch."""
-    figure, axis = plt.subplots(figsize=(4.5, 3.2))
-    lines(axis, runs, "top1", "online", per_epoch=True)
-    axis.set_ylabel("k-NN top-1, k = 20 (%)")
-    axis.legend(fontsize=7, frameon=False)
-    return figure
+    return curves(runs, [("top1", "online", "k-NN top-1, k = 20 (%)")], per_epoch=True)
 
 
 def rank(runs: list[RunLog]):
     """Draw the effective rank of the features (RankMe, Garrido et al., 2023) against the iteration."""
-    figure, axis = plt.subplots(figsize=(4.5, 3.6))
-    lines(axis, runs, "rank", "representations")
-    axis.set_ylabel("effective rank of the features")
-    axis.set_yscale("log", base=2)
-    axis.yaxis.set_major_formatter("{x:g}")
-    figure.legend(loc="outside lower center", fontsize=7, frameon=False)
+    figure = curves(runs, [("rank", "representations", "effective rank of the features")])
+    figure.axes[0].set_yscale("log", base=2)
+    figure.axes[0].yaxis.set_major_formatter("{x:g}")
     return figure
 
 
 def batch(runs: list[RunLog]):
     """Draw Figure 8: loss of accuracy when micro-batches shrink, by the linear evaluation if all have it, else k-NN."""
-    judge = judge_of_all(runs)
-    if judge is None:
+    scores_by_judge = {judge: [run.score(stage) for run in runs] for judge, stage in JUDGES.items()}
+    judges = [judge for judge, scores in scores_by_judge.items() if None not in scores]
+    if not judges:
         raise InputError("batch: not all runs have been judged; run linear_eval.py, or knn_eval.py, on each")
-    curves = {}
-    for label, group in groups(runs, apart=("accumulate",)).items():
-        curves[label] = {}
+    figure, axis = plt.subplots(figsize=(4.5, 3.2))
+    most_sizes = 0
+    for (label, group), (colour, dash) in zip(groups(runs, apart=("accumulate",)).items(), STYLES):
+        curve = {}
         for run in group:
             size = run.settings["batch_size"] // run.settings["accumulate"]
-            curves[label].setdefault(size, []).append(run.score(judge))
-    if max(len(curve) for curve in curves.values()) < 2:
-        raise InputError("batch: takes runs that differ in --accumulate; these have one micro-batch size")
-    figure, axis = plt.subplots(figsize=(4.5, 3.2))
-    for (label, curve), (colour, dash) in zip(curves.items(), STYLES):
+            curve.setdefault(size, []).append(run.score(JUDGES[judges[0]]))
         sizes = sorted(curve, reverse=True)
+        most_sizes = max(most_sizes, len(sizes))
         whole = statistics.fmean(curve[sizes[0]])
         points = [mean_and_std([score - whole for score in curve[size]]) for size in sizes]
         mean, std = zip(*points)
         style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 3, "capsize": 2}
         axis.errorbar(sizes, mean, std, label=label, **style)
+    if most_sizes < 2:
+        raise InputError("batch: takes runs that differ in --accumulate; these have one micro-batch size")
     axis.set_xscale("log", base=2)
     axis.invert_xaxis()
     axis.set_xlabel("images in a micro-batch")
-    axis.set_ylabel(f"change of {'linear' if judge == 'linear_eval' else 'k-NN'} top-1 (points)")
+    axis.set_ylabel(f"change of {judges[0]} top-1 (points)")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=7, frameon=False)
     return figure
-
-
-def judge_of_all(runs: list[RunLog]) -> str | None:
-    """Name the stage that has judged all runs, the linear evaluation before k-NN."""
-    for judge in ("linear_eval", "knn_eval"):
-        scores = [run.score(judge) for run in runs]
-        if None not in scores:
-            return judge
-    return None
 
 
 # ---- Circles ---------------------------------------------------------------------------------------------------------
@@ -275,27 +235,27 @@ def circle(runs: list[RunLog], data_dir: str | None = None):
         out_dim = run.settings["out_dim"]
         if out_dim != 2:
             raise InputError(f"{run.folder}: projects to {out_dim} dimensions; a circle takes pretrain.py --out_dim 2")
-    loaded = [load_network(run.folder / CKPT) for run in runs]
-    first = loaded[0][1]
-    settings = first["settings"]
+    settings = runs[0].settings
     name = settings["dataset"]
     if data_dir and has_no_data_dir(name):
         raise InputError(f"--data_dir {data_dir}: has no effect on a circle of {name}")
     place = data_dir or place_of(name, settings["data_dir"])
-    images = data.load(name, place, skip_broken=settings.get("skip_broken", False))
+    columns = []
+    for run in runs:
+        network, description = load_network(run.folder / CKPT)
+        columns.append((score_title(run), network, description["view"]))
     torch.manual_seed(settings["seed"])
     untrained = build_described("checkpoint", settings)
-    columns = [("untrained\n", untrained, first["view"])]
-    for run, (network, description) in zip(runs, loaded):
-        columns.append((title_of(run), network, description["view"]))
+    columns.insert(0, ("untrained\n", untrained, columns[0][2]))
+    images = data.load(name, place, skip_broken=settings.get("skip_broken", False))
     classes = images.test.labels.unique()[:3].tolist()
     rows = ["all classes", "density of the angle", *(images.classes[label] for label in classes)]
-    size = (2.2 * len(columns), 10)
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False)
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=(2.2 * len(columns), 10), squeeze=False)
     for axis, label in zip(axes[:, 0], rows):
         axis.set_ylabel(label, fontsize=8)
     for (everything, density, *by_class), (title, network, view) in zip(axes.T, columns):
-        z = projections(network, images.test, view)
+        pair = nn.Sequential(network.encoder, network.projector)
+        z = nn.functional.normalize(models.embed(pair, data.evaluation_views(images.test, **view)))
         everything.set_title(title, fontsize=8)
         draw_plane(everything, z)
         draw_angles(density, z)
@@ -304,22 +264,15 @@ def circle(runs: list[RunLog], data_dir: str | None = None):
     return figure
 
 
-def title_of(run: RunLog) -> str:
+def score_title(run: RunLog) -> str:
     """Name a run by its method, its norm and its score, linear where there is one."""
     without_norm = ", no BatchNorm" if run.settings["norm"] == "none" else ""
     title = f"{method_name(run.settings)}{without_norm}\n"
-    for judge, stage in (("linear", "linear_eval"), ("k-NN", "knn_eval")):
+    for judge, stage in JUDGES.items():
         top1 = run.score(stage)
         if top1 is not None:
             return f"{title}{judge} {top1:.1f} %"
     return title
-
-
-def projections(network: nn.Module, test: data.Split, view: dict) -> Tensor:
-    """Compute the normalised projections (n, 2) of a split."""
-    pair = nn.Sequential(network.encoder, network.projector)
-    z = models.embed(pair, data.evaluation_views(test, **view))
-    return nn.functional.normalize(z)
 
 
 def draw_plane(axis, z: Tensor) -> None:

@@ -11,7 +11,6 @@ and the commit. The digests depend on the processor and on the versions of the p
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from torchvision.io import write_jpeg
 
 import data
 from lib import cli
+from lib.files import CKPT, LOG, WEIGHTS
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--model test_resnet --hidden_dim 32 --out_dim 16 --batch_size 250 --epochs 2 --eval_every 1 --lr 2"
@@ -34,7 +34,7 @@ RUNS = {
     "streamed": "--dataset pictures --model test_resnet --hidden_dim 32 --out_dim 16 --batch_size 16 --epochs 2 --lr 2",
     "killed": f"{SMALL} --reg mhe --save_every 3steps",
 }
-JUDGES = {"knn_eval.py": ["--k", "5,20"], "linear_eval.py": ["--epochs", "2"]}
+JUDGES = {"knn_eval.py": "--k 5,20", "linear_eval.py": "--epochs 2"}
 NOT_COMPARED = ("images_per_s", "command", "git")
 
 
@@ -45,34 +45,26 @@ def fingerprint():
         for name, flags in RUNS.items():
             run = Path(place, name)
             if name == "killed":
-                start(flags, run, kill_in_epoch=2)
-            start(flags, run)
+                process = launch("pretrain.py", f"{flags} --out {run}", place)
+                for line in process.stdout:
+                    if '"epoch": 1, ' in line:
+                        process.kill()
+                        break
+                process.wait()
+            if launch("pretrain.py", f"{flags} --out {run}", place).wait():
+                sys.exit(f"{name}: did not end well")
             for script, judge_flags in JUDGES.items():
-                words = [str(run / "ckpt.safetensors"), *judge_flags]
-                python(script, words, Path(place)).wait()
-            for file in ("ckpt.safetensors", "encoder/model.safetensors"):
+                launch(script, f"{run / CKPT} {judge_flags}", place).wait()
+            for file in (CKPT, WEIGHTS):
                 print(f"{name:10} {file:25} {digest_of_tensors(run / file)}", flush=True)
-            print(f"{name:10} {'metrics.jsonl':25} {digest_of_rows(run / 'metrics.jsonl', place)}", flush=True)
+            print(f"{name:10} {LOG:25} {digest_of_rows(run / LOG, place)}", flush=True)
 
 
-def start(flags: str, run: Path, kill_in_epoch: int | None = None) -> None:
-    """Train in a run folder, to the end or until the row of an epoch appears."""
-    words = [*flags.split(), "--out", str(run)]
-    process = python("pretrain.py", words, run.parent)
-    for line in process.stdout:
-        if kill_in_epoch and f'"epoch": {kill_in_epoch - 1}, ' in line:
-            process.send_signal(signal.SIGKILL)
-            break
-    code = process.wait()
-    if code and not kill_in_epoch:
-        sys.exit(f"{run.name}: exit code {code}")
-
-
-def python(script: str, words: list[str], folder: Path) -> subprocess.Popen:
-    """Start a stage as a process on one thread, with its standard output to read."""
+def launch(script: str, flags: str, folder: str, stderr: int | None = None) -> subprocess.Popen:
+    """Start a stage in a folder, as a process on one thread of the CPU, with its standard output to read."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, str(ROOT / script), *words]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(ROOT / script), *flags.split()]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
 
 def make_pictures(folder: Path) -> None:

@@ -28,22 +28,20 @@ def groups(runs: list[RunLog], apart: tuple[str, ...] = ()) -> Groups:
             alike.append([run])
     by_method = {}
     for group in alike:
-        refuse_twins(group, apart)
+        by_seed = {}
+        for run in group:
+            seed = tuple(run.settings[name] for name in ("seed", *apart))
+            twin = by_seed.setdefault(seed, run)
+            if twin is not run:
+                raise InputError(f"{twin.folder} and {run.folder} have the same settings and seed; name one")
         by_method.setdefault(method_name(group[0].settings), []).append(group)
     named = {}
     for method, same_method in by_method.items():
-        settings = [with_named_weights(group[0].settings) for group in same_method]
-        differing = [name for name in settings[0] if name not in ignored and differs(settings, name)]
-        if "reg_on" in differing and settings[0]["reg"] not in ("mhe", "amhe"):  # it says what is logged, no more
-            differing.remove("reg_on")
-        if "init_digest" in differing:
-            name_weights(differing, settings)
-        if any(other_data(group[0].rows[0], same_method[0][0].rows[0]) for group in same_method):
-            differing.insert(0, "dataset")
-        for group, values in zip(same_method, settings):
-            details = [f"{name} {as_text(values.get(name))}" for name in differing]
+        differing = differences([group[0] for group in same_method], ignored)
+        for group in same_method:
+            details = [f"{name} {setting_text(group[0].settings, name)}" for name in differing]
             label = ", ".join([method, *details])
-            if label in named:  # another precision, or other data in the same place
+            if label in named:  # another precision, weights of one name, or other data in the same place
                 label += f", as {group[0].folder}"
             named[label] = group
     return named
@@ -58,48 +56,34 @@ def is_alike(run: RunLog, other: RunLog, ignored: tuple[str, ...]) -> bool:
     return same_precision and not other_data(run.rows[0], other.rows[0])
 
 
-def refuse_twins(group: list[RunLog], apart: tuple[str, ...]) -> None:
-    """Raise InputError for two runs of a group with the same seed."""
-    by_seed = {}
-    for run in group:
-        seed = tuple(run.settings[name] for name in ("seed", *apart))
-        if seed in by_seed:
-            raise InputError(f"{by_seed[seed].folder} and {run.folder} have the same settings and seed; name one")
-        by_seed[seed] = run
+def differences(runs: list[RunLog], ignored: tuple[str, ...]) -> list[str]:
+    """Name the settings in which runs of one method differ."""
+    first = runs[0]
+    names = ["dataset"] if any(other_data(run.rows[0], first.rows[0]) for run in runs) else []
+    for name in first.settings:
+        values = {setting_text(run.settings, name) for run in runs}
+        if name in ignored or len(values) == 1:
+            continue
+        if name == "reg_on" and first.settings["reg"] not in ("mhe", "amhe"):  # it says what is logged, no more
+            continue
+        names.append("init" if name == "init_digest" else name)
+    return names
 
 
-def with_named_weights(settings: dict) -> dict:
-    """Return settings with the name of the weights that a run began from in place of their path."""
-    init = settings.get("init")
-    return settings | {"init": name_of_weights(init)} if init else settings
-
-
-def name_weights(differing: list[str], settings: list[dict]) -> None:
-    """Put the name of the weights before their digest; drop the digest if no two groups have one name for several."""
-    place = differing.index("init_digest")
-    differing.insert(place, "init")
-    weights = {(values.get("init"), values["init_digest"]) for values in settings}
-    names = {name for name, _ in weights}
-    if len(names) == len(weights):
-        differing.remove("init_digest")
-
-
-def differs(settings: list[dict], name: str) -> bool:
-    """Whether a setting has several values."""
-    return len({as_text(values.get(name)) for values in settings}) > 1
-
-
-def as_text(value) -> str:
-    """Write a setting's value as it appears in a name: networks joined by a plus."""
+def setting_text(settings: dict, name: str) -> str:
+    """Write a setting's value as it appears in a name: networks joined by a plus, weights without their path."""
+    value = settings.get(name)
+    if name == "init" and value:
+        return name_of_weights(value)
     is_networks = isinstance(value, list) and value and isinstance(value[0], str)
     return "+".join(value) if is_networks else str(value)
 
 
 def method_name(settings: dict) -> str:
     """Name the method and its regularizer: BYOL-aMHE, s = 2."""
-    s = f"{settings['s']:g}"
+    s, reg = f"{settings['s']:g}", settings["reg"]
     suffixes = {"none": "", "uniform": " + uniformity", "mhe": f"-MHE, s = {s}", "amhe": f"-aMHE, s = {s}"}
-    return models.METHODS[settings["method"]].title + suffixes[settings["reg"]]
+    return models.METHODS[settings["method"]].title + suffixes.get(reg, f" + {reg}")
 
 
 def mean_and_std(values: list[float]) -> tuple[float, float]:

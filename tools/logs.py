@@ -55,32 +55,30 @@ class RunLog:
         Variants of the protocol do not count, such as --labels, nor do rows of a run that was still under way. Where
         knn_eval has not been run, the online k-NN of the last epoch is the same number.
         """
-        settings = self.settings
-        wanted = {"stage": stage, "split": "test", "net": "online", "labels": None}
-        wanted["eval_crop"] = settings["eval_crop"]
+        judged = {"stage": stage, "split": "test", "net": "online", "labels": None}
+        judged["eval_crop"] = self.settings["eval_crop"]
         if stage == "knn_eval":
-            wanted |= {"of": "trained", "k": 20, "temperature": 0.07}
+            online = {"stage": "pretrain", "of": "online", "split": "test", "k": 20, "epoch": self.settings["epochs"]}
+            protocols = [judged | {"of": "trained", "k": 20, "temperature": 0.07}, online]
         else:
-            wanted |= {"features": "augmented", "epochs": 80, "weight_decay": 0.0}  # linear_eval's defaults
-        row = self._last_row(wanted)
-        if row is None and stage == "knn_eval":
-            online = {"stage": "pretrain", "of": "online", "split": "test", "k": 20}
-            online["epoch"] = settings["epochs"]
-            row = self._last_row(online)
-        return row
-
-    def _last_row(self, wanted: dict) -> dict | None:
-        """Return the last row of a finished training that has all the wanted values."""
-        epochs, own_place = self.settings["epochs"], self.settings["dataset"]
-        for row in reversed(self.rows):
-            is_finished = row.get("trained_epochs", epochs) == epochs
-            is_other_rate = row["stage"] == "linear_eval" and not row.get("swept") and row.get("lr", 0.2) != 0.2
-            in_fp32 = row.get("precision", "no") == "no"  # rows of old versions, all in fp32, do not say
-            on_own_data = row.get("own_data", same_place(row.get("dataset", own_place), own_place))
-            fits = is_finished and in_fp32 and on_own_data and not is_other_rate
-            if fits and all(row.get(key) == value for key, value in wanted.items()):
-                return row
+            protocols = [judged | {"features": "augmented", "epochs": 80, "weight_decay": 0.0}]  # its defaults
+        for protocol in protocols:
+            for row in reversed(self.rows):
+                if self._counts(row) and all(row.get(key) == value for key, value in protocol.items()):
+                    return row
         return None
+
+    def _counts(self, row: dict) -> bool:
+        """Whether a row is of the finished training, on the run's own data, in fp32, at the default rate or a sweep's.
+
+        Rows of old versions, all in fp32, do not say so.
+        """
+        epochs, place = self.settings["epochs"], self.settings["dataset"]
+        is_finished = row.get("trained_epochs", epochs) == epochs
+        is_other_rate = row["stage"] == "linear_eval" and not row.get("swept") and row.get("lr", 0.2) != 0.2
+        in_fp32 = row.get("precision", "no") == "no"
+        on_own_data = row.get("own_data", same_place(row.get("dataset", place), place))
+        return is_finished and in_fp32 and on_own_data and not is_other_rate
 
 
 def read_log(folder: Path) -> RunLog:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 import data
 from harness import judging
-from harness.judging import Judged
 from harness.settings import name_of_weights
 from lib import processes
 from lib.errors import InputError
@@ -25,7 +24,6 @@ from tools.groups import method_name
 
 QUERIES = 10
 NEIGHBOURS = 8
-SEED = 0
 RIGHT, WRONG = "#009E73", "#D55E00"  # Okabe and Ito's green and vermilion
 LONGEST_NAME = 15  # letters of a class's name that fit below a picture
 
@@ -52,14 +50,13 @@ def neighbours(run: str, dataset: str | None = None, data_dir: str | None = None
 
     Returns the figure and the name of the run, which is the same for all of these. InputError as from the judges.
     """
-    sheet = find(run, dataset, data_dir)
-    return draw(sheet), name_of_weights(run)
+    return draw_sheet(find_neighbours(run, dataset, data_dir)), name_of_weights(run)
 
 
 # ---- What is found ---------------------------------------------------------------------------------------------------
 
 
-def find(ckpt: str, dataset: str | None, data_dir: str | None) -> Sheet:
+def find_neighbours(ckpt: str, dataset: str | None, data_dir: str | None) -> Sheet:
     """Find the nearest training pictures of some queries. dataset, data_dir: None = as in training."""
     accelerator = processes.start()
     if accelerator.num_processes > 1:
@@ -68,31 +65,23 @@ def find(ckpt: str, dataset: str | None, data_dir: str | None) -> Sheet:
     flags = judging.shared_flags(dataset=dataset, data_dir=data_dir, skip_broken=is_folder)
     judged = judging.open_judged(accelerator, ckpt, flags, without_classes=True)
     bank, test = judged.images.train, judged.images.test
-    if len(bank.labels) < 2:
+    n = len(bank.labels)
+    if n < 2:
         raise InputError(f"neighbours: dataset {judged.dataset} has one training picture; it takes two or more")
-    query_split = test if len(test.labels) else bank
-    query_rows = draw_queries(query_split.labels, QUERIES)
-    queries = query_split.rows(query_rows)
+    has_test = len(test.labels) > 0
+    query_rows = draw_queries(test.labels if has_test else bank.labels, QUERIES)
+    queries = (test if has_test else bank).rows(query_rows)
     bank_features = features_of(judged.encoder, bank, judged.view, accelerator, "train")
     query_features = features_of(judged.encoder, queries, judged.view, accelerator, "queries")
-    if query_split is bank:
-        cosines, rows = nearest(query_features, [bank_features], len(bank.labels), NEIGHBOURS + 1)
-        cosines, rows = without_queries(cosines.cpu(), rows.cpu(), query_rows)
-    else:
-        cosines, rows = nearest(query_features, [bank_features], len(bank.labels), NEIGHBOURS)
-    neighbour_pictures = bank.rows(rows.cpu().flatten())
-    title = title_of(judged, *rows.shape)
-    return Sheet(title, queries, neighbour_pictures, cosines.cpu(), judged.images.classes, judged.view)
-
-
-def title_of(judged: Judged, m: int, k: int) -> str:
-    """Name the method and the data set; count m queries, k neighbours of each, and the pictures these are among."""
-    n = len(judged.images.train.labels)
-    if len(judged.images.test.labels):
-        counts = f"{m} test pictures, each with its {k} nearest of {n:,} to train on"
-    else:
-        counts = f"{m} training pictures, each with its {k} nearest of the other {n - 1:,}"
-    return f"{method_name(judged.settings)}, on {Path(judged.dataset).resolve().name}: {counts}"
+    cosines, rows = nearest(query_features, [bank_features], n, NEIGHBOURS + (not has_test))
+    cosines, rows = cosines.cpu(), rows.cpu()
+    if not has_test:
+        cosines, rows = without_queries(cosines, rows, query_rows)
+    m, k = cosines.shape
+    where = f"{k} nearest of {n:,} to train on" if has_test else f"{k} nearest of the other {n - 1:,}"
+    counts = f"{m} {'test' if has_test else 'training'} pictures, each with its {where}"
+    title = f"{method_name(judged.settings)}, on {Path(judged.dataset).resolve().name}: {counts}"
+    return Sheet(title, queries, bank.rows(rows.flatten()), cosines, judged.images.classes, judged.view)
 
 
 def draw_queries(labels: Tensor, n: int) -> Tensor:
@@ -100,7 +89,7 @@ def draw_queries(labels: Tensor, n: int) -> Tensor:
 
     labels: (images,), all -1 of images without classes.
     """
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(0)
     order_in_class = torch.randperm(len(labels), generator=generator)
     rows, place_in_class = data.by_class(labels + 1, order_in_class)  # + 1: it takes no negative labels
     order_of_classes = torch.randperm(len(labels), generator=generator)  # so that of many, not the first n are drawn
@@ -119,8 +108,11 @@ def without_queries(cosines: Tensor, rows: Tensor, query_rows: Tensor) -> tuple[
 # ---- What is drawn ---------------------------------------------------------------------------------------------------
 
 
-def draw(sheet: Sheet):
-    """Draw a row for each query: its picture, then its neighbours, framed by whether their class is the query's."""
+def draw_sheet(sheet: Sheet):
+    """Draw a row for each query: its picture, then its neighbours, each with its cosine.
+
+    Where there are classes, a frame says whether a neighbour's is the query's, and a wrong one stands below.
+    """
     m, k = sheet.cosines.shape
     widths = [1, 0.2, *[1] * k]  # the second column is a gap
     size = (0.9 * sum(widths), 1.1 * m + 0.6)
@@ -129,28 +121,18 @@ def draw(sheet: Sheet):
     if sheet.classes:
         title += f"\n{sheet.is_right.sum()} of {m * k} have the class of their query (green frame)"
     figure.suptitle(title, fontsize=9)
-    query_pixels = pixels_of(sheet.queries, sheet.view)
-    pixels = pixels_of(sheet.neighbours, sheet.view)
+    query_pixels, pixels = pixels_of(sheet.queries, sheet.view), pixels_of(sheet.neighbours, sheet.view)
     for i, (query, gap, *others) in enumerate(axes):
         gap.set_axis_off()
-        draw_picture(query, query_pixels[i], name_of(sheet, sheet.queries.labels[i]))
+        draw_picture(query, query_pixels[i], class_name(sheet, sheet.queries.labels[i]))
         for j, axis in enumerate(others):
-            draw_neighbour(axis, sheet, i, j, pixels[i * k + j])
+            is_right = sheet.is_right[i, j]
+            wrong_class = " " if is_right else class_name(sheet, sheet.neighbours.labels[i * k + j])
+            draw_picture(axis, pixels[i * k + j], f"{sheet.cosines[i, j]:.3f}\n{wrong_class}")
+            if sheet.classes:
+                axis.spines[:].set_visible(True)
+                axis.spines[:].set(color=RIGHT if is_right else WRONG, linewidth=2.5)
     return figure
-
-
-def draw_neighbour(axis, sheet: Sheet, i: int, j: int, pixels: Tensor) -> None:
-    """Draw neighbour j of query i, with its cosine, in a frame; below a wrong one stands its class."""
-    caption = f"{sheet.cosines[i, j]:.3f}"
-    if not sheet.classes:
-        draw_picture(axis, pixels, caption)
-        return
-    is_right = sheet.is_right[i, j]
-    label = sheet.neighbours.labels.view_as(sheet.cosines)[i, j]
-    second_line = " " if is_right else name_of(sheet, label)  # a blank one keeps the rows equally far apart
-    draw_picture(axis, pixels, f"{caption}\n{second_line}")
-    axis.spines[:].set_visible(True)
-    axis.spines[:].set(color=RIGHT if is_right else WRONG, linewidth=2.5)
 
 
 def draw_picture(axis, pixels: Tensor, caption: str) -> None:
@@ -168,9 +150,7 @@ def pixels_of(split: data.Split, view: dict) -> Tensor:
     return torch.cat(list(data.evaluation_views(split, **plain)))
 
 
-def name_of(sheet: Sheet, label: Tensor) -> str:
+def class_name(sheet: Sheet, label: Tensor) -> str:
     """Return the name of a class, cut to fit; nothing without classes."""
-    if not sheet.classes:
-        return ""
-    name = sheet.classes[label]
+    name = sheet.classes[label] if sheet.classes else ""
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"

@@ -1,7 +1,6 @@
 """The rows of the paper's tables: paper_tables.csv is the one copy of its numbers, this file reads it."""
 
 import csv
-import json
 import shlex
 from dataclasses import dataclass
 from inspect import signature
@@ -10,11 +9,12 @@ from pathlib import Path
 from data import FACTS
 from harness.settings import resolve_recipe
 from lib import cli
+from lib.log import as_json
 from pretrain import RECIPES, pretrain
 
 TABLES = Path(__file__).parent / "paper_tables.csv"
 # settings that make no difference to what a row of the paper says
-NOT_COMPARED = ("seed", "data_dir", "eval_every", "eval_crop", "skip_broken")
+IDLE = ("seed", "data_dir", "eval_every", "eval_crop", "skip_broken")
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,12 @@ class PaperRow:
 
     def settings(self) -> dict:
         """Return the settings that the flags come to, as a log has them."""
-        parameters = signature(pretrain).parameters
-        flags = cli.defaults(pretrain) | cli.read(shlex.split(self.flags), parameters)
+        flags = cli.defaults(pretrain) | cli.read(shlex.split(self.flags), signature(pretrain).parameters)
         values = resolve_recipe(flags, RECIPES, world=1)
         facts = FACTS[values["dataset"]]
         values["stem"] = flags["stem"] or facts["stem"]
         values["blur_p"] = facts.get("blur_p", (0.0, 0.0))
-        compared = {name: value for name, value in values.items() if name not in NOT_COMPARED}
-        return json.loads(json.dumps(compared))
+        return as_json({name: value for name, value in values.items() if name not in IDLE})
 
 
 def paper_rows() -> list[PaperRow]:
@@ -55,7 +53,5 @@ def is_row(settings: dict, row: dict) -> bool:
 
 def markdown() -> list[str]:
     """Write the lines of the table in docs/reproduce.md."""
-    lines = ["| table, row | flags | paper | here |", "|---|---|---|---|"]
-    for row in paper_rows():
-        lines.append(f"| {row.name} | `{row.flags}` | {row.cell} | not run here |")
-    return lines
+    lines = [f"| {row.name} | `{row.flags}` | {row.cell} | not run here |" for row in paper_rows()]
+    return ["| table, row | flags | paper | here |", "|---|---|---|---|", *lines]

@@ -13,7 +13,6 @@ holds the logs of all and the table that tools.figures makes of them; checkpoint
 
 import contextlib
 import inspect
-import json
 import os
 import re
 import shlex
@@ -23,14 +22,14 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from safetensors import SafetensorError, safe_open
-
 from harness.settings import NOT_SETTINGS
 from lib import cli
 from lib.errors import InputError, Stopped
 from lib.files import CKPT, LOG, write_whole
+from lib.log import as_json
 from pretrain import pretrain
 from tools.logs import read_log
+from tools.table import is_finished
 
 ROOT = Path(__file__).parent.parent
 ALL = "--reg_on encoder,projector,predictor"
@@ -66,7 +65,6 @@ def reproduce(
     folder: Annotated[str, "the folder of the run folders"] = "runs/cifar10",
     results: Annotated[str, "the folder that logs and table are copied to; None = --folder and -table"] | None = None,
     precision: Annotated[Literal["no", "bf16", "fp16"], "of pre-training, as accelerate's --mixed_precision"] = "no",
-    compile: Annotated[bool, "pre-train as with accelerate launch --dynamo_backend inductor"] = False,
     trial: Annotated[bool, "runs of 1 to 3 epochs of a tiny network, to see that the list runs through"] = False,
 ):
     """Do what is left of the list of runs, or of a part of it."""
@@ -74,20 +72,15 @@ def reproduce(
     results = results or f"{folder.rstrip('/')}-table"
     first, parts = part_of(part, len(runs))
     own = list(enumerate(runs, 1))[first - 1 :: parts]  # so that each part begins with what tells most
-    environment = {}
-    if precision != "no":  # the variable also says that a launcher has set the number of threads
-        environment["ACCELERATE_MIXED_PRECISION"] = precision
-    if compile:
-        environment["ACCELERATE_DYNAMO_BACKEND"] = "INDUCTOR"
+    # without a precision no variable: it also says that a launcher has set the number of threads
+    environment = {} if precision == "no" else {"ACCELERATE_MIXED_PRECISION": precision}
     failed = []
     for number, words in own:
         flags = flags_of(words, dataset, data_dir, trial)
         run = Path(folder, name_of(words))
         done = stages_done(run, flags, trial)
-        commands = commands_of(run, flags, trial)
-        for stage, command in commands.items():
-            if stage in done:
-                continue
+        left = {stage: command for stage, command in commands_of(run, flags, trial).items() if stage not in done}
+        for stage, command in left.items():
             print(f"[{number} of {len(runs)}] python {shlex.join(command)}", file=sys.stderr, flush=True)
             exit_code = run_child(command, environment if stage == "pretrain" else {})
             if exit_code:
@@ -95,7 +88,7 @@ def reproduce(
                 if not (run / LOG).exists():  # it never began, so no other run would
                     raise InputError(f"the list stops at {failed[-1]}, for the reason above")
                 break
-        if not commands.keys() <= done:
+        if left:
             exit_code = collect(Path(folder), Path(results), runs)
             if exit_code:
                 failed.append(f"{results}/table.md (exit code {exit_code})")
@@ -117,9 +110,7 @@ def part_of(part: str, runs: int) -> tuple[int, int]:
 def flags_of(words: str, dataset: str, data_dir: str, trial: bool) -> dict[str, str]:
     """Return the flags of a run of the list; a trial's network is tiny and it has 1 to 3 epochs."""
     flags = {"dataset": dataset, "data_dir": data_dir, "recipe": "cifar10-300"}  # a folder would take another recipe
-    if trial:
-        flags |= TRIAL
-    flags |= as_typed(words)
+    flags |= (TRIAL if trial else {}) | as_typed(words)
     if trial:
         epochs = int(flags["epochs"])
         flags["epochs"] = str(epochs // 100 or min(epochs, 2))
@@ -129,8 +120,7 @@ def flags_of(words: str, dataset: str, data_dir: str, trial: bool) -> dict[str, 
 def as_typed(words: str) -> dict[str, str]:
     """Return the flags of a command line by name: "--epochs 2 --seed 1"."""
     typed = words.split()
-    names = [name.removeprefix("--") for name in typed[::2]]
-    return dict(zip(names, typed[1::2]))
+    return {name.removeprefix("--"): value for name, value in zip(typed[::2], typed[1::2])}
 
 
 def name_of(words: str) -> str:
@@ -145,11 +135,8 @@ def commands_of(run: Path, flags: dict[str, str], trial: bool) -> dict[str, list
     typed = [f"--{name}={value}" for name, value in flags.items()]
     commands = {"pretrain": [str(ROOT / "pretrain.py"), *typed, f"--out={run}"]}
     if flags.get("eval_every") != "0":
-        ckpt = str(run / CKPT)
-        commands["knn_eval"] = [str(ROOT / "knn_eval.py"), ckpt]
-        commands["linear_eval"] = [str(ROOT / "linear_eval.py"), ckpt]
-        if trial:
-            commands["linear_eval"] += SHORT_PROBE
+        commands["knn_eval"] = [str(ROOT / "knn_eval.py"), str(run / CKPT)]
+        commands["linear_eval"] = [str(ROOT / "linear_eval.py"), str(run / CKPT), *(SHORT_PROBE if trial else [])]
     return commands
 
 
@@ -157,31 +144,26 @@ def stages_done(run: Path, flags: dict[str, str], trial: bool) -> set[str]:
     """Return the stages that a run with these flags has behind it: none if its folder holds a run with other flags."""
     try:
         log = read_log(run)
-        with safe_open(run / CKPT, "pt") as file:
-            description = json.loads(file.metadata()["description"])
-        trained_epochs = description["epoch"]
-        epochs = log.settings["epochs"]
-    except (InputError, SafetensorError, OSError, ValueError, LookupError, TypeError):
+    except InputError:
         return set()
-    if trained_epochs != epochs or not has_settings(log.settings, flags):
+    if not is_finished(log) or not has_settings(log.settings, flags):
         return set()
-    done = {"pretrain"}
-    if any(row["stage"] == "knn_eval" and row.get("trained_epochs") == epochs for row in log.rows):
-        done.add("knn_eval")
-    was_probed = any(row["stage"] == "linear_eval" and "top5" in row for row in log.rows)
-    if log.score("linear_eval") is not None or (trial and was_probed):  # a trial's is short, and no score
-        done.add("linear_eval")
-    return done
+    epochs = log.settings["epochs"]
+    judged = {row["stage"] for row in log.rows if row.get("trained_epochs") == epochs and "top5" in row}
+    if log.score("linear_eval") is None and not trial:  # a trial's is short, and no score
+        judged.discard("linear_eval")
+    # without a judge's row pretrain.py is asked, too: it ends at once, unless it was killed before its last checkpoint
+    is_judged = judged >= {"knn_eval", "linear_eval"} or flags.get("eval_every") == "0"
+    return judged | {"pretrain"} if is_judged else judged
 
 
 def has_settings(settings: dict, flags: dict[str, str]) -> bool:
     """Whether a run has the settings that its flags, and the defaults of the others, ask for."""
-    parameters = inspect.signature(pretrain).parameters
-    wanted = {name: value for name, value in cli.defaults(pretrain).items() if name not in NOT_SETTINGS}
-    wanted |= cli.read([f"--{name}={value}" for name, value in flags.items()], parameters)
-    del wanted["data_dir"]  # the set may have moved
-    for name, value in wanted.items():
-        if value is not None and settings.get(name) != json.loads(json.dumps(value)):
+    typed = [f"--{name}={value}" for name, value in flags.items()]
+    wanted = cli.defaults(pretrain) | cli.read(typed, inspect.signature(pretrain).parameters)
+    for name, value in as_json(wanted).items():
+        # the set may have moved
+        if name not in (*NOT_SETTINGS, "data_dir") and value is not None and settings.get(name) != value:
             return False
     return True
 
@@ -191,31 +173,24 @@ def run_child(command: list[str], environment: dict[str, str]) -> int:
 
     A signal is passed on to it, and Stopped is raised once it has ended.
     """
-    caught, children = [], []
-    paths = [str(ROOT)]
-    if "PYTHONPATH" in os.environ:  # packages that this process finds, its children find, too
-        paths.append(os.environ["PYTHONPATH"])
 
-    def pass_on(number: int, _frame) -> None:
-        # It does not wait here: `wait` below holds a lock while it waits, and a second wait would never return.
-        caught.append(signal.Signals(number))
-        for child in children:
-            child.send_signal(number)
+    def stop(number: int, _frame) -> None:
+        raise Stopped(f"{signal.Signals(number).name}; the same command goes on", 128 + number)
 
-    handlers = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        handlers[number] = signal.signal(number, pass_on)
+    paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))  # a child finds the packages that we find
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment}
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment}
-        child = subprocess.Popen([sys.executable, *command], env=variables, start_new_session=True)
-        children.append(child)
-        exit_code = child.wait()
+        # in a session of its own, so that Ctrl-C reaches it once; leaving the block waits for its end
+        with subprocess.Popen([sys.executable, *command], env=variables, start_new_session=True) as child:
+            try:
+                return child.wait()
+            except Stopped as e:
+                child.send_signal(e.exit_code - 128)
+                raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if caught:
-        raise Stopped(f"{caught[0].name}; the same command goes on", 128 + caught[0])
-    return exit_code
 
 
 def collect(folder: Path, results: Path, runs: list[str]) -> int:

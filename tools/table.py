@@ -20,7 +20,7 @@ OF_FEATURES = {"rank": 1, "uniformity_share": 2}
 OF_EPOCHS = {**OF_PROJECTIONS, "energy": 3, **OF_FEATURES, "images_per_s": 1}
 DIGITS = {"k-NN": 1, "linear": 1, **OF_EPOCHS}
 HEADS = ("run", "data set", "seeds", "k-NN (%)", "linear (%)", "uniformity", "alignment", "energy")
-HEADS += ("features: rank", "features: uniformity share", "images/s")
+HEADS += ("features: rank", "features: uniformity share", "images/s", "the paper's linear (%)")
 
 
 def table(runs: list[RunLog]) -> list[dict]:
@@ -34,13 +34,11 @@ def table(runs: list[RunLog]) -> list[dict]:
         settings = group[0].settings
         places = [i for i, (_, expected) in enumerate(paper) if is_row(settings, expected)]
         row = {"run": label, "dataset": settings["dataset"], "seeds": len(group)}
-        dead = sum(is_dead(run) for run in group)
-        for key, values in columns(group).items():
+        for key in DIGITS:
+            values = values_of(group, key)
             mean, std = mean_and_std(values) if values else (None, None)
-            row[key] = mean
-            row[f"{key} std"] = std if len(values) > 1 else None
-            row[f"{key} n"] = len(values)
-        row["dead"] = dead
+            row |= {key: mean, f"{key} std": std if len(values) > 1 else None, f"{key} n": len(values)}
+        row["dead"] = sum(is_dead(run) for run in group)
         row["paper"] = "; ".join(f"{paper[i][0].top1:.2f} ({paper[i][0].name})" for i in places)
         order = (min(places, default=len(paper)), row["dataset"])
         ordered.append((order, row))
@@ -48,23 +46,21 @@ def table(runs: list[RunLog]) -> list[dict]:
     return [row for _, row in ordered]
 
 
-def columns(group: list[RunLog]) -> dict[str, list[float]]:
-    """Collect the numbers of a group of seeds, without those that a run does not have.
+def values_of(group: list[RunLog], key: str) -> list[float]:
+    """Return a column's numbers of a group of seeds, without those that a run does not have.
 
     A run that is still under way has none. A dead network has accuracies, but its projections have no uniformity or
     alignment.
     """
-    found = {
-        "k-NN": [run.score("knn_eval") for run in group],
-        "linear": [run.score("linear_eval") for run in group],
-    }
-    for key in OF_EPOCHS:
-        of_projections = key in OF_PROJECTIONS
-        of = "representations" if key in OF_FEATURES else None
-        measured = [run for run in group if is_finished(run) and not (of_projections and is_dead(run))]
-        series = [list(run.series(key, of).values()) for run in measured]
-        found[key] = [values[-1] for values in series if values]
-    return {key: [value for value in values if value is not None] for key, values in found.items()}
+    if key in ("k-NN", "linear"):
+        scores = [run.score("knn_eval" if key == "k-NN" else "linear_eval") for run in group]
+        return [score for score in scores if score is not None]
+    found = []
+    for run in group:
+        series = list(run.series(key, "representations" if key in OF_FEATURES else None).values())
+        if series and is_finished(run) and not (key in OF_PROJECTIONS and is_dead(run)):
+            found.append(series[-1])
+    return found
 
 
 def is_finished(run: RunLog) -> bool:
@@ -85,51 +81,42 @@ def is_dead(run: RunLog) -> bool:
 def cell(row: dict, key: str) -> str:
     """Write mean and standard deviation, and the number of seeds where it is not all of them."""
     if row[key] is None:
-        is_of_dead = row["dead"] and key in OF_PROJECTIONS
-        return "dead" if is_of_dead else ""
-    digits = DIGITS[key]
-    text = f"{row[key]:.{digits}f}"
+        return "dead" if row["dead"] and key in OF_PROJECTIONS else ""
+    text = f"{row[key]:.{DIGITS[key]}f}"
     if row[f"{key} std"] is not None:
-        text += f" ± {row[f'{key} std']:.{digits}f}"
+        text += f" ± {row[f'{key} std']:.{DIGITS[key]}f}"
     if row[f"{key} n"] != row["seeds"]:
         text += f" ({row[f'{key} n']})"
     return text
 
 
-def name(row: dict) -> str:
-    """Write the name of a group of seeds, and how many of its networks are dead."""
-    if not row["dead"]:
-        return row["run"]
-    part = "" if row["dead"] == row["seeds"] else f"{row['dead']} of {row['seeds']} "
-    return f"{row['run']} ({part}dead)"
-
-
-def markdown(rows: list[dict]) -> list[str]:
+def table_lines(rows: list[dict]) -> list[str]:
     """Write the rows as the lines of a Markdown table."""
-    heads = [*HEADS, "the paper's linear (%)"]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    lines = [f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS)]
     for row in rows:
-        cells = [name(row), Path(row["dataset"]).name, str(row["seeds"])]
+        name = row["run"]
+        if row["dead"]:
+            part = "" if row["dead"] == row["seeds"] else f"{row['dead']} of {row['seeds']} "
+            name += f" ({part}dead)"
+        cells = [name, Path(row["dataset"]).name, str(row["seeds"])]
         cells += [cell(row, key) for key in DIGITS]
-        cells.append(row["paper"])
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([*cells, row['paper']])} |")
     return lines
 
 
 def write_table(runs: list[RunLog], folder: Path) -> None:
     """Write table.md and table.csv; print the first, and the names of both. InputError if they cannot be written."""
     rows = table(runs)
-    lines = markdown(rows)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--out {folder}: cannot be written ({e.strerror})") from e
-    with write_whole(folder / "table.md") as file:
-        file.write("".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
+    lines = table_lines(rows)
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with write_whole(folder / "table.csv") as file:
-        file.write(text.getvalue().encode(errors="backslashreplace"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--out {folder}: cannot be written ({e.strerror})") from e
+    for name, content in (("table.md", "\n".join([*lines, ""])), ("table.csv", text.getvalue())):
+        with write_whole(folder / name) as file:
+            file.write(content.encode(errors="backslashreplace"))
     print(*lines, folder / "table.md", folder / "table.csv", sep="\n")

@@ -7,8 +7,6 @@ of a run that nothing stops, the start of Python included, and started again by 
 in the tensors and, but for the clock's, in the rows of that run. Prints one line a run; exit code 1 if one differs.
 """
 
-import json
-import os
 import random
 import signal
 import subprocess
@@ -18,14 +16,10 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
-
-from harness import checkpoint
 from lib import cli
 from lib.files import CKPT, LOG, WEIGHTS
-from tools.fingerprint import NOT_COMPARED
+from tools.fingerprint import digest_of_rows, digest_of_tensors, launch
 
-ROOT = Path(__file__).parent.parent
 FLAGS = (
     "--model test_resnet --hidden_dim 64 --out_dim 16 --batch_size 250 --epochs 2 --save_every 3steps --eval_every 2"
 )
@@ -39,23 +33,22 @@ def trial(
 ):
     """Kill runs at random moments and compare how they end with one that nothing stopped."""
     generator = random.Random(seed)
-    number = signal.Signals[signal_name]
     stopped, kills, different = 0, 0, 0
     with tempfile.TemporaryDirectory() as place:
-        start = time.perf_counter()
-        assert train(Path(place, "whole")).wait() == 0
-        length = time.perf_counter() - start
+        begun = time.perf_counter()
+        if train(place, "whole").wait():
+            sys.exit("the run that nothing stops did not end well")
+        length = time.perf_counter() - begun
         whole = ending(Path(place, "whole"))
         for i in range(runs):
-            run = Path(place, str(i))
             codes = []
             for _ in range(generator.randint(1, 3)):
-                process = train(run)
+                process = train(place, str(i))
                 time.sleep(generator.uniform(0, 0.8 * length))
-                process.send_signal(number)
+                process.send_signal(signal.Signals[signal_name])
                 codes.append(process.wait())
-            codes.append(train(run).wait())
-            is_same = codes[-1] == 0 and ending(run) == whole
+            codes.append(train(place, str(i)).wait())
+            is_same = codes[-1] == 0 and ending(Path(place, str(i))) == whole
             kills += sum(code != 0 for code in codes)
             stopped += any(codes)
             different += not is_same
@@ -64,25 +57,16 @@ def trial(
     sys.exit(different > 0)
 
 
-def train(run: Path) -> subprocess.Popen:
+def train(place: str, name: str) -> subprocess.Popen:
     """Start, or go on with, a run in a process."""
-    command = [sys.executable, str(ROOT / "pretrain.py"), *FLAGS.split(), "--out", str(run)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}  # a GPU may round otherwise each time
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return launch("pretrain.py", f"{FLAGS} --out {name}", place, subprocess.DEVNULL)
 
 
-def ending(run: Path) -> tuple:
-    """Return the names of a run's files, the digests of its tensors, and its rows without the clock's numbers."""
-    rows = []
-    for line in (run / LOG).read_text().splitlines():
-        row = json.loads(line)
-        rows.append({name: x for name, x in row.items() if name not in NOT_COMPARED})
-    digests = []
-    for file in (CKPT, WEIGHTS):
-        tensors, _ = checkpoint.load_file(run / file)
-        assert all(x.isfinite().all() for x in tensors.values() if x.dtype == torch.float32)
-        digests.append(checkpoint.digest(tensors, {}))
-    return sorted(str(path.relative_to(run)) for path in run.rglob("*")), digests, rows
+def ending(run: Path) -> list[str]:
+    """Return the names of a run's files, and the digests of its tensors and rows."""
+    names = sorted(str(path.relative_to(run)) for path in run.rglob("*"))
+    digests = [digest_of_tensors(run / file) for file in (CKPT, WEIGHTS)]
+    return [*names, *digests, digest_of_rows(run / LOG, str(run))]
 
 
 if __name__ == "__main__":
