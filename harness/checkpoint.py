@@ -105,7 +105,7 @@ def is_timms(settings: dict) -> bool:
 
 
 # ---- Files read back -------------------------------------------------------------------------------------------------
-def described(header: dict[str, str]) -> dict | None:
+def description_in(header: dict[str, str]) -> dict | None:
     """Return the description in a safetensors header; None for a file that `save` did not write."""
     try:
         description = json.loads(header["description"])
@@ -123,7 +123,7 @@ def load_file(path: str | Path, is_wanted: Callable = lambda name: True) -> tupl
         raise InputError(f"{path}: no such file; name a run's folder, its ckpt.safetensors, or its encoder")
     try:
         with safe_open(path, "pt") as file:
-            description = described(file.metadata() or {})
+            description = description_in(file.metadata() or {})
             if description is None:
                 raise InputError(
                     f"{path}: not written by pretrain.py; name its --model and --dataset, if it is another's"

@@ -34,7 +34,7 @@ def adopt(path: str | Path, model: str, stem: str, prefix: str | None = None) ->
     holds several, unless `prefix`, or a part of it between dots, picks one.
     """
     tensors, header = read_tensors(path)
-    if checkpoint.described(header):
+    if checkpoint.description_in(header):
         raise InputError(f"{path}: --model {model} has no effect, the file says what it is")
     copies = find_copies(tensors, model, [stem], path)
     chosen = choose(copies, prefix, f"{path}: holds {model}")
@@ -122,8 +122,8 @@ def refuse_unfit_weights(flags: dict) -> None:
     if not os.path.exists(path):
         raise InputError(f"--init {flags['init']}: no such file")
     tensors, header = read_tensors(path)
-    if checkpoint.described(header):
-        refuse_other_encoder(path, checkpoint.described(header), flags)
+    if checkpoint.description_in(header):
+        refuse_other_encoder(path, checkpoint.description_in(header), flags)
     elif flags["norm"] == "none":
         raise InputError(f"--norm none: {path} is of another project, whose encoders have BatchNorm; take --norm bn")
     else:
@@ -153,7 +153,7 @@ def begin_from(cfg, network: nn.Module) -> str | None:
     if not os.path.exists(path):
         return None
     _, header = read_tensors(path)
-    if checkpoint.described(header):
+    if checkpoint.description_in(header):
         encoder, description = checkpoint.load_encoder(path)
         refuse_other_encoder(path, description, vars(cfg))
     else:

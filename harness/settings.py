@@ -112,7 +112,7 @@ def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
     refuse_idle_flags(flags, defaults)
     recipe_name(flags, recipes)
     state.Schedule(flags["save_every"], 0, is_new=True)  # InputError for another spelling
-    if "predictor" in (flags["reg_on"] or ()) and "predictor" not in parts_of(flags):
+    if "predictor" in (flags["reg_on"] or ()) and "predictor" not in trained_parts(flags):
         raise InputError(f"--reg_on predictor: {flags['method']} has none here; take encoder, projector or both")
     if flags["resume"] == "never" and any((folder / name).exists() for name in RUN_FILES):
         raise InputError(f"--out {folder}: already holds a run; name another folder, or take --resume auto")
@@ -221,7 +221,7 @@ def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
     values = {name: defaults.get(name) if value is None else value for name, value in given.items()}
     if "queue" not in method.flags:
         values["queue"] = 0
-    values["reg_on"] = [part for part in parts_of(flags) if part in (flags["reg_on"] or HEADS)]
+    values["reg_on"] = [part for part in trained_parts(flags) if part in (flags["reg_on"] or HEADS)]
     if flags["reg_on"] is None and min(values["hidden_dim"], values["out_dim"] // 4) < NARROW:  # 4: see predictor_width
         values["reg_on"] = wide_layers(values)
     if values["warmup"] >= epochs:
@@ -231,7 +231,7 @@ def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
     return values
 
 
-def parts_of(flags: dict) -> list[str]:
+def trained_parts(flags: dict) -> list[str]:
     """Return the networks of a method that are trained by gradients."""
     has_predictor = models.METHODS[flags["method"]].network.has_predictor and flags["predictor"] == "mlp"
     return ["encoder", "projector", "predictor"] if has_predictor else ["encoder", "projector"]
@@ -334,7 +334,7 @@ def refuse_other_run(folder: Path, description: dict, stored: dict) -> None:
 def announcement(cfg: Settings, flags: dict, layers: dict[str, Tensor]) -> list[str]:
     """Write the objective, the numbers in force, and how processes share a batch: lines."""
     lines = formula(cfg, layers)
-    if cfg.term == "energy" and flags["reg_on"] is None and cfg.reg_on != parts_of(asdict(cfg))[1:]:
+    if cfg.term == "energy" and flags["reg_on"] is None and cfg.reg_on != trained_parts(asdict(cfg))[1:]:
         narrow = f"layers whose neurons have fewer than {NARROW} dimensions"
         lines.append(f"left out: {narrow}; --reg_on projector,predictor takes them in")
     if cfg.init:

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 import data
 import models
-from harness.checkpoint import load, load_encoder
+from harness.checkpoint import load_encoder, load_file
 from knn_eval import knn_eval, vote
 from lib.pictures import Files, read
 from tools.embed import embed
@@ -22,7 +22,7 @@ def test_features_are_those_that_the_judge_votes_with(command, trained, folder, 
     code, (settings, last), err = command(embed, trained / "ckpt.safetensors")
     assert code == 0, err
     assert settings["dataset"] == str(folder) and settings["images"] == {"train": 48, "test": 18}
-    tensors, description = load(tmp_path / "features.safetensors")
+    tensors, description = load_file(tmp_path / "features.safetensors")
     assert last["tensors"] == {name: list(tensor.shape) for name, tensor in tensors.items()}
     assert {tensors[f"{part}.features"].dtype for part in ("train", "test")} == {torch.float32}
     parts = [tensors[f"{part}.{kind}"] for part in ("train", "test") for kind in ("features", "labels")]
@@ -50,7 +50,7 @@ def test_a_folder_without_classes_has_paths_and_no_labels(command, trained, fold
     words = [trained / "encoder", "--dataset", "flat", "--out", "flat.safetensors", "--skip_broken"]
     code, _, err = command(embed, *words)
     assert code == 0, err
-    tensors, description = load(tmp_path / "flat.safetensors")
+    tensors, description = load_file(tmp_path / "flat.safetensors")
     assert list(tensors) == ["train.features"] and len(tensors["train.features"]) == 4
     assert description["folder"] == "flat/deep" and description["classes"] == []
     code, _, err = command(embed, *words[:3], "--out", "few.safetensors", "--labels", 0.5, "--skip_broken")
@@ -73,7 +73,7 @@ def test_the_encoder_of_another_project_and_a_set_without_files(command, trained
     words = ["theirs.pth", "--model", "test_resnet", "--dataset", "photos", "--mean", "0.5", "--std", "0.25"]
     code, (settings, _), err = command(embed, *words, "--split", "test")
     assert code == 0 and settings["model"] == "test_resnet", err
-    tensors, description = load(tmp_path / "features.safetensors")
+    tensors, description = load_file(tmp_path / "features.safetensors")
     assert description["view"]["std"] == [0.25] * 3 and "paths" not in description and "git" in description
     assert torch.equal(tensors["test.labels"], photos.test.labels) and len(tensors) == 2
 
@@ -106,4 +106,4 @@ def test_nothing_is_left_where_features_are_not_finite(command, trained, tmp_pat
 def test_a_judge_refuses_features(command, trained, tmp_path):
     assert command(embed, trained / "ckpt.safetensors")[0] == 0
     code, _, err = command(knn_eval, "features.safetensors")
-    assert code == 2 and err.count("\n") == 1 and "its description is not one that pretrain.py writes" in err
+    assert code == 2 and err.count("\n") == 1 and "its tensors are not those of its description" in err

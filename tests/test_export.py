@@ -129,7 +129,7 @@ def test_one_citation_everywhere():
         ("run --to run/metrics.jsonl/out", "out: cannot be written ([Errno 20] Not a directory"),
         ("run/encoder --to out", "run/encoder: not a run folder, its metrics.jsonl cannot be read"),
         ("young --to out", "young: holds no encoder/model.safetensors; a run writes it at the end of its first epoch"),
-        ("cut --to out", "cut/encoder/model.safetensors: not a whole safetensors file"),
+        ("cut --to out", "cut/encoder/model.safetensors: cannot be read as a safetensors file"),
         ("text --to out", "text/encoder/config.json: not the file that pretrain.py wrote"),
     ],
 )

@@ -71,11 +71,10 @@ def test_nothing_is_written_while_pictures_are_judged(folder, tmp_path, monkeypa
         judged.append(1)
         if len(judged) > 2:  # after the floors
             judges.set()
-        return {}
+        return {20: {"top1": 50.0}}
 
     monkeypatch.setattr(checkpoint, "save", slow)
     monkeypatch.setattr("pretrain.nearest_neighbours", judge)
-    monkeypatch.setattr("harness.measure.poor_features", lambda _: "")
     flags = RUN | {"epochs": 1, "eval_every": 1, "save_every": "2steps"}
     pretrain(dataset=str(folder), out=str(tmp_path / "run"), **flags)
     assert written_late == [True] and len(judged) == 3

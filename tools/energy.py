@@ -19,7 +19,7 @@ from scipy.special import digamma, poch
 from torch import Tensor
 from tqdm import tqdm
 
-from harness.checkpoint import is_ours
+from harness.checkpoint import description_in
 from lib import cli, processes
 from lib.errors import InputError
 from lib.files import weights_file
@@ -99,7 +99,7 @@ def read_weights(path: str, prefix: str | None) -> tuple[Weights, LeftOut]:
     for the file in it: see `files.weights_file`.
     """
     tensors, header = read_tensors(weights_file(path))
-    is_of_a_run = is_ours(header)
+    is_of_a_run = description_in(header)
     weights, left_out = {}, {}
     for name, tensor in with_weight_norm(tensors).items():
         is_state = is_of_a_run and "/" in name
