@@ -22,7 +22,7 @@ import data
 import models
 from harness import settings
 from harness.foreign import begin_from
-from harness.measure import DEAD, floors_are_cheap, representations
+from harness.measure import floors_are_cheap, representations
 from harness.run import Run
 from harness.settings import Settings
 from knn_eval import nearest_neighbours
@@ -69,6 +69,8 @@ RECIPES = {
     "imagenet-1000": Recipe(1000, 4096,  0.2, 1.5e-6,  10, 0.996,    1,  0.1),
 }  # fmt: skip
 PARTS = ("encoder", "projector", "predictor")
+Fraction = Annotated[float, ">= 0", "<= 1"]
+Width = Annotated[int, ">= 1", "<= 65536"]
 
 
 def pretrain(
@@ -96,13 +98,13 @@ def pretrain(
     lr: Annotated[float, "> 0", "< 1e6", "learning rate per 256 images, after the warm-up"] | None = None,
     weight_decay: Annotated[float, ">= 0", "of all weights but biases and norms"] | None = None,
     warmup: Annotated[float, ">= 0", "epochs of linear warm-up; None = the recipe's part of all epochs"] | None = None,
-    tau: Annotated[float, ">= 0", "<= 1", "of the target's moving average at the start"] | None = None,
-    tau_end: Annotated[float, ">= 0", "<= 1", "of the target's moving average at the end"] | None = None,
-    hidden_dim: Annotated[int, ">= 1", "<= 65536", "width of the hidden layers of the heads"] | None = None,
-    out_dim: Annotated[int, ">= 1", "<= 65536", "width of the projections"] | None = None,
-    blur_p: Annotated[float, ">= 0", "<= 1", "probability of blur in both views; None = the data set's"] | None = None,
-    jitter: Annotated[float, ">= 0", "<= 1", "part of BYOL's colour jitter; 0 where colour tells classes"] = 1.0,
-    grey: Annotated[float, ">= 0", "<= 1", "probability of grey in both views"] = data.GREY_P,
+    tau: Annotated[Fraction, "of the target's moving average at the start"] | None = None,
+    tau_end: Annotated[Fraction, "of the target's moving average at the end"] | None = None,
+    hidden_dim: Annotated[Width, "width of the hidden layers of the heads"] | None = None,
+    out_dim: Annotated[Width, "width of the projections"] | None = None,
+    blur_p: Annotated[Fraction, "probability of blur in both views; None = the data set's"] | None = None,
+    jitter: Annotated[Fraction, "part of BYOL's colour jitter; 0 where colour tells classes"] = 1.0,
+    grey: Annotated[Fraction, "probability of grey in both views"] = data.GREY_P,
     eval_crop: Annotated[float, "> 0", "<= 1", "part of the side that the evaluation view keeps"] = data.EVAL_CROP,
     holdout: Annotated[bool, "judge on images held out of the training set, not on the test set"] = False,
     skip_broken: Annotated[bool, "leave out pictures of a folder that cannot be read, instead of stopping"] = False,
@@ -251,15 +253,13 @@ def layer_energies(layers: Layers, cfg: Settings) -> dict[str, Tensor]:
 
 def epoch_row(training: Training, means: dict[str, float], lr: float, tau: float) -> dict:
     """Complete the mean terms of an epoch to its row in the log; lr and tau are those of its last step."""
-    cfg, row = training.cfg, dict(means)
-    if means["std"] * cfg.out_dim**0.5 < DEAD:  # as a share of a full sphere's
-        row["dead"] = True
+    cfg, row = training.cfg, {**means, "lr": lr}
     if cfg.term != "energy":  # then it is that of the weights as they are now
         with torch.no_grad():
             row |= {name: energy.item() for name, energy in layer_energies(training.layers, cfg).items()}
     if training.network.has_target:
         row["tau"] = tau
-    return {**row, "lr": lr}
+    return row
 
 
 # ---- Schedules, Appendix B.2 -----------------------------------------------------------------------------------------

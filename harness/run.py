@@ -165,6 +165,8 @@ class Run:
     def log(self, **columns) -> None:
         """Print a row, add it to the log, and give its numbers to the tracker; warn of a dead network."""
         row = {"stage": "pretrain", "epoch": self.epoch, "step": self.step, **columns}
+        if row.get("std", 1) * self.cfg.out_dim**0.5 < measure.DEAD:  # as a share of a full sphere's
+            row["dead"] = True
         emit(row, self.log_file)
         prefix = f"{row['of']}/" if "of" in row else ""
         numbers = {prefix + name: x for name, x in row.items() if isinstance(x, float)}
