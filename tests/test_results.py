@@ -21,7 +21,6 @@ TABLES = [  # heading, folder of the logs, flags of all rows, and those of a row
     ("### The recipe `folder`", "cifar10-5000", "--recipe folder", ALL),
     ("### All 50,000", "cifar10", "--recipe folder", ALL),
     ("### Small micro-batches", "cifar10", "--recipe folder", OTHERS),
-    ("### The recipe on photos", "photos-folder", "--recipe folder", ALL),
 ]
 
 
