@@ -39,7 +39,9 @@ FLOORS = {"untrained": "a random network", "init": "the weights that it began fr
 CITATION = """@misc{durrant2022hyperspherically,
   title  = {Hyperspherically Regularized Networks for Self-Supervision},
   author = {Durrant, Aiden and Leontidis, Georgios},
-  year   = {2022}
+  year   = {2022},
+  eprint = {2105.00925},
+  archivePrefix = {arXiv}
 }"""
 LOAD_BY_TIMM = """import timm
 from PIL import Image
