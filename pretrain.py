@@ -7,7 +7,7 @@ ckpt.safetensors (all networks), encoder/ (the encoder alone, for timm) and metr
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -22,7 +22,7 @@ import data
 import models
 from harness import settings
 from harness.foreign import begin_from
-from harness.measure import floors_are_cheap, representations
+from harness.measure import representations
 from harness.run import Run
 from harness.settings import Settings
 from knn_eval import nearest_neighbours
@@ -69,6 +69,7 @@ RECIPES = {
     "imagenet-1000": Recipe(1000, 4096,  0.2, 1.5e-6,  10, 0.996,    1,  0.1),
 }  # fmt: skip
 PARTS = ("encoder", "projector", "predictor")
+Terms = dict[str, Tensor]  # of the objective, by name
 Fraction = Annotated[float, ">= 0", "<= 1"]
 Width = Annotated[int, ">= 1", "<= 65536"]
 
@@ -137,14 +138,17 @@ def pretrain(
     judged_on = (images.train, images.test, view, accelerator)
 
     with run:  # a signal ends the run between two steps, with its state saved
-        if run.step == 0 and cfg.eval_every and floors_are_cheap(images.train, images.test, images.size):
-            run.log_scores("init" if cfg.init else "untrained", nearest_neighbours(encoder, *judged_on))
+        if run.wants_floors():
+            before = "init" if cfg.init else "untrained"
+            run.log_scores(before, nearest_neighbours(encoder, *judged_on))
             run.log_scores("pixels", nearest_neighbours(nn.Flatten(), *judged_on))
         for _ in run.epochs():
             for crops, _, u in run.rest_of_epoch(micro_batches):
                 terms = train_micro_batch(training, crops, u, rates[run.step], taus[run.step])
                 run.after(terms)  # sums for the log; counts the step; saves or stops if that is due
-            run.log(**epoch_row(training, run.means(), rates[run.step - 1], taus[run.step - 1]))
+            last = run.step - 1
+            row = epoch_row(training, run.means(), rates[last], taus[last])
+            run.log(**row)
             if run.judges_now():
                 run.log_scores("online", nearest_neighbours(encoder, *judged_on))
                 run.log(of="representations", **representations(encoder, images.test, view))
@@ -171,7 +175,7 @@ def build(cfg: Settings, images: data.Dataset, accelerator: Accelerator) -> Trai
     heads = (cfg.hidden_dim, cfg.out_dim, cfg.predictor, cfg.queue)
     network = models.METHODS[cfg.method].network(cfg.model, cfg.stem, cfg.norm, *heads)
     if cfg.init:
-        cfg = replace(cfg, init_digest=begin_from(cfg, network))
+        cfg.init_digest = begin_from(cfg, network)
     groups = parameter_groups(network, cfg.weight_decay)
     if cfg.optimizer == "lars":
         optimizer = Lars(groups, momentum=0.9, trust_coeff=1e-3)
@@ -192,7 +196,7 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
     return [adapted, {"params": others, "weight_decay": 0}]
 
 
-def train_micro_batch(training: Training, crops: Tensor, u: Tensor, lr: float, tau: float) -> dict[str, Tensor]:
+def train_micro_batch(training: Training, crops: Tensor, u: Tensor, lr: float, tau: float) -> Terms:
     """Backpropagate a micro-batch; after the last one of a step, update the weights and the target.
 
     crops (2, b, 3, size, size), which are overwritten, and u (2, b, DRAWS_PER_IMAGE) are as `data.batches` yields them.
@@ -219,7 +223,7 @@ def train_micro_batch(training: Training, crops: Tensor, u: Tensor, lr: float, t
 
 
 # ---- The objective ---------------------------------------------------------------------------------------------------
-def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p: Pair, t: Pair) -> dict[str, Tensor]:
+def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p: Pair, t: Pair) -> Terms:
     """Compute the loss and its terms, unweighted, of the outputs of a network, (b, out_dim) a view.
 
     The loss is Eq. 7 with an energy of the layers, if there are any, Eq. 4 with uniformity. alignment and std of the
@@ -243,7 +247,7 @@ def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p:
     return {"loss": loss, **terms}
 
 
-def layer_energies(layers: Layers, cfg: Settings) -> dict[str, Tensor]:
+def layer_energies(layers: Layers, cfg: Settings) -> Terms:
     """Compute the sum of Eq. 7 without lambda, and what each layer adds: by chord for --reg mhe, else by angle."""
     energies = {}
     for name, energy in energy_of(layers, cfg.s, angular=cfg.reg != "mhe").items():
@@ -256,7 +260,9 @@ def epoch_row(training: Training, means: dict[str, float], lr: float, tau: float
     cfg, row = training.cfg, {**means, "lr": lr}
     if cfg.term != "energy":  # then it is that of the weights as they are now
         with torch.no_grad():
-            row |= {name: energy.item() for name, energy in layer_energies(training.layers, cfg).items()}
+            of_weights = layer_energies(training.layers, cfg)
+        for name, energy in of_weights.items():
+            row[name] = energy.item()
     if training.network.has_target:
         row["tau"] = tau
     return row

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -35,10 +34,7 @@ class Run:
     """A run from the claim of its folder to its end: position, sums of the epoch in progress, log, signals, files."""
 
     def __init__(self, folder: Path, training, steps: int, flags: dict):
-        """Claim a folder, and bring a `pretrain.Training` to the state in it, if there is one.
-
-        InputError if the folder holds another run, or if another process has it.
-        """
+        """Claim a folder, and bring a `pretrain.Training` to its state. InputError if it holds, or is in, another run."""
         self.folder, self.training, self.steps, self.flags = folder, training, steps, flags
         self.cfg, self.accelerator = training.cfg, training.accelerator
         self.steps_per_epoch = steps // self.cfg.epochs
@@ -46,7 +42,7 @@ class Run:
             self.lock = files.claim(folder) if self.accelerator.is_main_process else None
             tensors, stored = stored_state(folder)
         images, view = training.images, training.images.view(self.cfg.eval_crop)
-        self.description = {"settings": asdict(self.cfg), "view": view, "data": contents(images, self.cfg.holdout)}
+        self.description = {"settings": {**vars(self.cfg)}, "view": view, "data": contents(images, self.cfg.holdout)}
         self.description |= {"images": len(images.pretraining.labels), "steps": steps, **provenance()}
         self.step = self.whole_epochs = self.epoch = 0
         self.sums = {}
@@ -80,7 +76,7 @@ class Run:
             emit({"stage": "pretrain", **self.description, **hardware}, self.log_file)
         self.warned = {row["about"] for row in rows if row.get("of") == "warning" and "about" in row}
         if self.step < self.steps:
-            self.accelerator.init_trackers("pretrain", {name: str(x) for name, x in asdict(self.cfg).items()})
+            self.accelerator.init_trackers("pretrain", {name: str(x) for name, x in vars(self.cfg).items()})
             print(*lines, sep="\n  ", file=sys.stderr)
 
     def __enter__(self) -> "Run":
@@ -188,6 +184,12 @@ class Run:
         self.log(of="warning", about=about, text=text)
         processes.say(f"WARNING: {text}")
 
+    def wants_floors(self) -> bool:
+        """Whether the network and the pixels are judged now: before the first step, on a small bank."""
+        images = self.training.images
+        is_cheap = measure.floors_are_cheap(images.train, images.test, images.size)
+        return self.step == 0 and self.cfg.eval_every > 0 and is_cheap
+
     def judges_now(self) -> bool:
         """Whether the encoder is judged after this epoch: each `eval_every` epochs, and after the last."""
         eval_every = self.cfg.eval_every
@@ -239,12 +241,9 @@ class Run:
         checkpoint.save(self.folder / CKPT, tensors, {**description, "holds": "checkpoint"})
 
     def _end_save(self) -> None:
-        """Return when the last save is whole; raise what it has raised.
-
-        It waits in turns of a second: a signal that comes just before a turn begins would not end it.
-        """
+        """Return when the last save is whole; raise what it has raised."""
         while not self._saving.done():
-            wait([self._saving], timeout=1)
+            wait([self._saving], timeout=1)  # in turns: a signal that comes just before one begins would not end it
         self._saving.result()
 
     def stop(self, caught: signal.Signals) -> None:
@@ -302,10 +301,8 @@ def stored_state(folder: Path) -> tuple[dict[str, Tensor], dict | None]:
             raise InputError(f"{ckpt}: holds {description['holds']}, not the state of a run; name another --out")
         return tensors, description
     rows = read_rows(folder) if (folder / LOG).exists() else []
-    if rows and "settings" not in rows[0]:
-        raise InputError(f"--out {folder}: its {LOG} was not begun by pretrain.py; name another folder")
-    has_later_rows = any(row["stage"] != "pretrain" or row.get("epoch", 0) > 1 for row in rows)
-    if has_later_rows or (not rows and (folder / WEIGHTS).exists()):
+    is_begun = any("settings" not in rows[0] or row["stage"] != "pretrain" or row.get("epoch", 0) > 1 for row in rows)
+    if is_begun or (not rows and (folder / WEIGHTS).exists()):
         raise InputError(f"--out {folder}: holds a run whose {CKPT} is gone; name another folder, or remove this one")
     return {}, None
 

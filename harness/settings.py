@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,14 +32,8 @@ from lib.log import PLACES, as_json, other_data, same_place
 from lib.sources import has_no_data_dir, has_no_files
 
 NOT_SETTINGS = ("out", "save_every", "resume", "tracker", "workers")  # flags that change nothing in what a run computes
-GROUPS = {  # titles in --help, by the first flag of each group
-    "dataset": "data",
-    "method": "method",
-    "reg": "regularizer",
-    "temperature": "recipe",
-    "blur_p": "views",
-    "seed": "run",
-}
+GROUPS = {"dataset": "data", "method": "method", "reg": "regularizer"}  # titles in --help, by first flags
+GROUPS |= {"temperature": "recipe", "blur_p": "views", "seed": "run"}
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what --weight weighs
 NARROW = 3  # a layer whose neurons have fewer dimensions is regularized only if --reg_on names its network
 LONGEST_QUEUE = 65_536  # of MoCo, by default: its authors' for ImageNet
@@ -53,46 +47,11 @@ IDLE = {  # flags that have no effect where another has a value
 FOLDER_RECIPE = "folder"  # of a folder of pictures, unless --recipe names another
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Every setting that decides what a run computes, with the value in force. pretrain.py explains the flags."""
+class Settings(SimpleNamespace):
+    """Every setting that decides what a run computes, by the name of its flag, which pretrain.py explains, in force.
 
-    dataset: str
-    data_dir: str
-    recipe: str
-    method: str
-    model: str
-    stem: str
-    norm: str
-    reg: str
-    s: float
-    weight: float
-    reg_on: list[str]  # networks, or layers of a network that is not regularized as a whole
-    temperature: float
-    epochs: int
-    batch_size: int
-    accumulate: int
-    lr: float
-    weight_decay: float
-    warmup: float
-    tau: float
-    hidden_dim: int
-    out_dim: int
-    blur_p: tuple[float, float]  # of the first and the second view
-    eval_crop: float
-    holdout: bool
-    skip_broken: bool
-    seed: int
-    eval_every: int
-    optimizer: str
-    tau_end: float
-    predictor: str
-    queue: int  # keys
-    jitter: float  # part of BYOL's strength
-    grey: float
-    init: str | None  # where the weights lie that the encoder begins from
-    prefix: str | None
-    init_digest: str | None = None  # of these weights; known once they are read, see `run.Run`
+    None of them is None, but for `init`, `prefix` and `init_digest`: the digest of the weights that `init` names.
+    """
 
     @property
     def term(self) -> str | None:
@@ -282,6 +241,7 @@ def resolve_images(values: dict, flags: dict, images: data.Dataset) -> Settings:
     batch_size = values["batch_size"] or batch_size_for(n, values["accumulate"])
     blur_p = images.blur_p if flags["blur_p"] is None else (flags["blur_p"], flags["blur_p"])
     values = {**values, "batch_size": batch_size, "stem": flags["stem"] or images.stem, "blur_p": blur_p}
+    values["init_digest"] = None  # until the weights are read
     if batch_size > n:
         source = "" if flags["batch_size"] else f" (recipe {values['recipe']})"
         raise InputError(f"--batch_size {batch_size}{source}: {dataset} has {n} images to train on; take fewer")
@@ -334,7 +294,7 @@ def refuse_other_run(folder: Path, description: dict, stored: dict) -> None:
 def announcement(cfg: Settings, flags: dict, layers: dict[str, Tensor]) -> list[str]:
     """Write the objective, the numbers in force, and how processes share a batch: lines."""
     lines = formula(cfg, layers)
-    if cfg.term == "energy" and flags["reg_on"] is None and cfg.reg_on != trained_parts(asdict(cfg))[1:]:
+    if cfg.term == "energy" and flags["reg_on"] is None and cfg.reg_on != trained_parts(vars(cfg))[1:]:
         narrow = f"layers whose neurons have fewer than {NARROW} dimensions"
         lines.append(f"left out: {narrow}; --reg_on projector,predictor takes them in")
     if cfg.init:
@@ -352,7 +312,7 @@ def announcement(cfg: Settings, flags: dict, layers: dict[str, Tensor]) -> list[
 def formula(cfg: Settings, layers: dict[str, Tensor]) -> list[str]:
     """Write the objective with every number in force."""
     term = f" + {cfg.weight:g} {cfg.term}" if cfg.term else ""
-    lines = [f"loss = {cfg.method}{term}", models.METHODS[cfg.method].formula.format(**asdict(cfg))]
+    lines = [f"loss = {cfg.method}{term}", models.METHODS[cfg.method].formula.format(**vars(cfg))]
     if cfg.predictor == "none":
         lines.append("p = z, as there is no predictor")
     if cfg.term == "uniformity":
