@@ -34,7 +34,7 @@ class Run:
     """A run from the claim of its folder to its end: position, sums of the epoch in progress, log, signals, files."""
 
     def __init__(self, folder: Path, training, steps: int, flags: dict):
-        """Claim a folder, and bring a `pretrain.Training` to its state. InputError if it is of another run, or in use."""
+        """Claim a folder, and bring a `pretrain.Training` to its state. InputError if another run is, or was, in it."""
         self.folder, self.training, self.steps, self.flags = folder, training, steps, flags
         self.cfg, self.accelerator = training.cfg, training.accelerator
         self.steps_per_epoch = steps // self.cfg.epochs
