@@ -27,14 +27,16 @@ from lib.errors import InputError
 # ---- Data sets -------------------------------------------------------------------------------------------------------
 # size: side of the views in pixels, Appendix B.5. stem: Appendix B.1. holdout: images of a class that `hold_out`
 # takes from the training set, Appendix B.4; None = IMAGENET_HOLDOUT of all. mean, std: of the training pixels in
-# [0, 1]; None = computed when the set is read. blur_p, solarise_p: probabilities in the first and the second view;
-# Appendix B.5.2 uses neither; ImageNet's are BYOL's, Appendix B.3.
+# [0, 1]. blur_p, solarise_p: probabilities in the first and the second view; Appendix B.5.2 uses neither; ImageNet's
+# are BYOL's, Appendix B.3.
 # fmt: off
 FACTS = {
-    "photos": dict(size=32, stem="imagenet", holdout=20, mean=None, std=None),  # ours; holds out a tenth of each class
+    "photos": dict(size=32, stem="imagenet", holdout=20,  # ours; holds out a tenth of each class
+                   mean=(0.5055, 0.3898, 0.3450), std=(0.2612, 0.2191, 0.2247)),
     "cifar10": dict(size=32, stem="cifar", holdout=500,
                     mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
-    "cifar100": dict(size=32, stem="cifar", holdout=50, mean=None, std=None),
+    "cifar100": dict(size=32, stem="cifar", holdout=50,
+                     mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
     "stl10": dict(size=64, stem="imagenet", holdout=50,  # mean and std: the code of Wang and Isola (2020)
                   mean=(0.4409, 0.4279, 0.3868), std=(0.2683, 0.2610, 0.2687)),
     "imagenet": dict(size=224, stem="imagenet", holdout=None,
@@ -90,13 +92,16 @@ class Dataset:
         return {"size": self.size, "crop": crop, "mean": self.mean, "std": self.std}
 
 
-def load(name: str, data_dir: str = "data", pretraining: bool = False, skip_broken: bool = False) -> Dataset:
+def load(
+    name: str, data_dir: str = "data", pretraining=False, skip_broken=False, workers: int | None = None
+) -> Dataset:
     """Load the data set called `name`, or the folder of pictures at that path; docs/data.md describes them all.
 
     With `pretraining`, STL-10's 100,000 images without labels are read too, and a folder may hold pictures without
-    classes. InputError for a set that cannot be read, and for a broken picture unless `skip_broken` leaves these out.
+    classes. workers: processes that read pictures ahead; None = by cores and shared memory. InputError for a set that
+    cannot be read, and for a broken picture unless `skip_broken` leaves these out.
     """
-    classes, parts, facts = sources.read(name, data_dir, FACTS, pretraining, skip_broken)
+    classes, parts, facts = sources.read_set(name, data_dir, FACTS, pretraining, skip_broken, workers)
     train, test, *unlabeled = [Split(*part) for part in parts]
     learnt = unlabeled[0] if unlabeled else train
     return Dataset(classes, learnt, train, test, **facts)
@@ -107,27 +112,20 @@ def hold_out(dataset: Dataset) -> Dataset:
 
     InputError if a class has no image left to learn from, or if there are no classes.
     """
-    train, labels = dataset.train, dataset.train.labels
     if not dataset.classes:
         raise InputError("--holdout: the pictures have no classes, so nothing can be judged")
+    train, labels = dataset.train, dataset.train.labels
     order = torch.randperm(len(labels), generator=_generator("holdout"))
     if dataset.holdout is None:
         held = order[-IMAGENET_HOLDOUT:]
     else:
-        rows, place_in_class = by_class(labels, order)
         counts = labels.bincount().double()
         wanted = dataset.holdout * counts / counts.mean()  # the same part of each class
-        wanted = wanted.round().clamp_min(1)
-        held = rows[place_in_class < wanted[labels[rows]]]
-    is_held = torch.zeros(len(labels), dtype=torch.bool)
-    is_held[held] = True
-    kept = (~is_held).nonzero()[:, 0]
-    remaining = labels[kept].bincount(minlength=len(dataset.classes))
-    if not remaining.all():
-        empty = int(remaining.argmin())
-        n = int((labels == empty).sum())
-        kept_none = f"hold-out: class {dataset.classes[empty]} would keep none of its {n} training images"
-        raise InputError(f"{kept_none}; give it more, or leave out --holdout or --sweep")
+        held = first_of_classes(labels, order, wanted.round().clamp_min(1))
+    is_kept = torch.ones(len(labels), dtype=torch.bool)
+    is_kept[held] = False
+    kept = is_kept.nonzero()[:, 0]
+    refuse_lost_class("hold-out", dataset, kept, "give it more, or leave out --holdout or --sweep")
     kept_train = train.rows(kept)
     pretraining = kept_train if dataset.pretraining is train else dataset.pretraining
     return replace(dataset, pretraining=pretraining, train=kept_train, test=train.rows(held))
@@ -143,21 +141,30 @@ def with_labels(images: Dataset, part: float) -> Dataset:
     if not images.classes:
         raise InputError(f"--labels {part:g}: the pictures have no classes")
     labels = images.train.labels
-    counts = labels.bincount(minlength=len(images.classes))
-    wanted = (part * counts.double()).round()
-    if not wanted.all():
-        empty = int(wanted.argmin())
-        enough = math.ceil(1e4 / int(counts.min())) / 1e4  # rounded up, so that the number that is printed is enough
-        raise InputError(
-            f"--labels {part:g}: class {images.classes[empty]} would keep none of its {counts[empty]} training images; "
-            f"{enough:g} keeps one of each class"
-        )
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    rows, place_in_class = by_class(labels, order)
-    kept = rows[place_in_class < wanted[labels[rows]]]
-    train = images.train.rows(kept.sort().values)
+    counts = labels.bincount()
+    kept = first_of_classes(labels, order, (part * counts.double()).round())
+    enough = math.ceil(1e4 / int(counts.min())) / 1e4  # rounded up, so that the number that is printed is enough
+    refuse_lost_class(f"--labels {part:g}", images, kept, f"{enough:g} keeps one of each class")
     per_class = images.holdout or IMAGENET_HOLDOUT / len(images.classes)
-    return replace(images, train=train, holdout=part * per_class)
+    return replace(images, train=images.train.rows(kept.sort().values), holdout=part * per_class)
+
+
+def first_of_classes(labels: Tensor, order: Tensor, wanted: Tensor) -> Tensor:
+    """Return row numbers of images: of each class the first ones in the order (n,), as many as `wanted` (classes,)."""
+    rows, place_in_class = by_class(labels, order)
+    return rows[place_in_class < wanted[labels[rows]]]
+
+
+def refuse_lost_class(subject: str, dataset: Dataset, kept: Tensor, advice: str) -> None:
+    """Raise InputError if a class has none of the training images that are kept, of these row numbers."""
+    labels, n_classes = dataset.train.labels, len(dataset.classes)
+    remaining = labels[kept].bincount(minlength=n_classes)
+    if not remaining.all():
+        lost = int(remaining.argmin())
+        n = labels.bincount(minlength=n_classes)[lost]
+        fault = f"class {dataset.classes[lost]} would keep none of its {n} training images"
+        raise InputError(f"{subject}: {fault}; {advice}")
 
 
 def by_class(labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,8 +180,8 @@ def by_class(labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
 JITTER_P = 0.8
 GREY_P = 0.2
 COLOUR = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
-STRENGTH = (0.4, 0.4, 0.2, 0.1)  # of each operation of COLOUR: BYOL's
-NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # the factor of each that changes nothing
+STRENGTH = torch.tensor([0.4, 0.4, 0.2, 0.1])  # of each operation of COLOUR: BYOL's
+NEUTRAL = torch.tensor([1.0, 1.0, 1.0, 0.0])  # the factor of each that changes nothing
 
 
 def two_views(
@@ -211,8 +218,7 @@ def augmented(x: Tensor, u: Tensor, probabilities: Tensor, mean: tuple, std: tup
 def colour_changes(u: Tensor, jitter=1.0, grey_p=GREY_P) -> list[Change]:
     """Choose colour jitter, in an order of its own for each image, and grey by u, for `augment.change`."""
     draws = named_draws(u)
-    strength = jitter * torch.tensor(STRENGTH)
-    factors = (2 * draws["factors"] - 1) * strength + torch.tensor(NEUTRAL)
+    factors = (2 * draws["factors"] - 1) * (jitter * STRENGTH) + NEUTRAL
     order = draws["order"].argsort(1)  # order[i, turn]: the operation of COLOUR that image i gets in this turn
     jitter_p = JITTER_P if jitter else 0  # an operation of strength 0 would still round
     order[draws["jitter"] >= jitter_p] = -1  # none
@@ -248,27 +254,23 @@ def batches(
 
     def plan() -> Iterator[tuple[Tensor, Tensor]]:
         """Yield row numbers (b,) and u of each micro-batch of this process."""
-        last_epoch = None
-        for step in steps:
-            epoch = step // steps_per_epoch + 1
-            place = step % steps_per_epoch
-            if epoch != last_epoch:
-                last_epoch = epoch
-                order = torch.randperm(n, generator=_generator(seed, epoch))
-                rows_by_step = order.split(batch_size)
-            rows = rows_by_step[place]
-            u = torch.rand(views, len(rows), DRAWS_PER_IMAGE, generator=_generator(seed, epoch, place))
-            parts = zip(rows.tensor_split(micro_batches), u.tensor_split(micro_batches, 1))
-            for part, part_u in parts:
-                mine = processes.share(len(part), *share)
-                # index_select: part_u[:, mine] starts torch's threads, which take cores from the workers
-                yield part[mine], part_u.index_select(1, mine)
+        for epoch, steps_of_epoch in itertools.groupby(steps, lambda step: step // steps_per_epoch):
+            order = torch.randperm(n, generator=_generator(seed, epoch + 1))
+            rows_by_place = order.split(batch_size)
+            for step in steps_of_epoch:
+                place = step % steps_per_epoch
+                rows = rows_by_place[place]
+                u = torch.rand(views, len(rows), DRAWS_PER_IMAGE, generator=_generator(seed, epoch + 1, place))
+                for part, part_u in zip(rows.tensor_split(micro_batches), u.tensor_split(micro_batches, 1)):
+                    mine = processes.share(len(part), *share)
+                    # index_select: part_u[:, mine] starts torch's threads, which take cores from the workers
+                    yield part[mine], part_u.index_select(1, mine)
 
     device = split.labels.device
     if isinstance(split.images, Tensor):
         for rows, u in plan():
             rows = augment.to_device(rows, device)
-            crops = augment.crop_views(split.images[rows], u, size)
+            crops = augment.crop_flip(split.images[rows], u, size)
             yield crops, split.labels[rows], u
         return
     read_ahead, now = itertools.tee(plan())  # the loader reads ahead; `now` follows its results

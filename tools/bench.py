@@ -56,7 +56,7 @@ from lib import cli, processes
 from lib.augment import DRAWS_PER_IMAGE, crop_flip, normalise
 from lib.errors import InputError
 from lib.log import emit
-from lib.pictures import Files
+from lib.pictures import Files, fitting_workers
 from pretrain import RECIPES, Training, build, pretrain, train_step
 from regularizers import alignment, amhe, energy_by_definition, mhe
 
@@ -493,8 +493,7 @@ def our_views(images: Tensor, size: int, blur_p: float) -> Callable:
 
     def call() -> None:
         u = torch.rand(2, len(images), DRAWS_PER_IMAGE)
-        crops = [crop_flip(images, u_of_view, size) for u_of_view in u]
-        two_views(torch.stack(crops), u, MEAN, STD, (blur_p, blur_p))
+        two_views(crop_flip(images, u, size), u, MEAN, STD, (blur_p, blur_p))
 
     return call
 
@@ -586,7 +585,7 @@ def stream(accelerator: Accelerator) -> Iterator[Contest]:
     with tempfile.TemporaryDirectory() as folder:
         paths = jpegs(Path(folder), n)
         labels = torch.zeros(n, dtype=torch.long, device=accelerator.device)
-        split = data.Split(Files(paths), labels)
+        split = data.Split(Files(paths, workers=fitting_workers()), labels)
 
         def ours() -> None:
             for crops, _, _ in data.batches(split, size, batch_size, seed=0, steps=range(n // batch_size)):
