@@ -53,7 +53,7 @@ class Split(NamedTuple):
 
     images: Tensor | pictures.Files
     labels: Tensor
-    paths: np.ndarray | None = None  # (n,), of the files of pictures, also of those that were read into memory
+    paths: np.ndarray | None = None  # (n,), of pictures, also of those that were read into memory
 
     def rows(self, rows: Tensor) -> "Split":
         """Return the images of these rows, their labels and paths."""
@@ -114,66 +114,58 @@ def hold_out(dataset: Dataset) -> Dataset:
     """
     if not dataset.classes:
         raise InputError("--holdout: the pictures have no classes, so nothing can be judged")
-    train, labels = dataset.train, dataset.train.labels
+    labels = dataset.train.labels
     order = torch.randperm(len(labels), generator=_generator("holdout"))
-    if dataset.holdout is None:
-        held = order[-IMAGENET_HOLDOUT:]
-    else:
+    held = order[-IMAGENET_HOLDOUT:]
+    if dataset.holdout is not None:
         counts = labels.bincount().double()
         wanted = dataset.holdout * counts / counts.mean()  # the same part of each class
         held = first_of_classes(labels, order, wanted.round().clamp_min(1))
     is_kept = torch.ones(len(labels), dtype=torch.bool)
     is_kept[held] = False
     kept = is_kept.nonzero()[:, 0]
-    refuse_lost_class("hold-out", dataset, kept, "give it more, or leave out --holdout or --sweep")
-    kept_train = train.rows(kept)
-    pretraining = kept_train if dataset.pretraining is train else dataset.pretraining
-    return replace(dataset, pretraining=pretraining, train=kept_train, test=train.rows(held))
+    train = rows_to_learn_from(dataset, kept, "hold-out", "give it more, or leave out --holdout or --sweep")
+    pretraining = train if dataset.pretraining is dataset.train else dataset.pretraining
+    return replace(dataset, pretraining=pretraining, train=train, test=dataset.train.rows(held))
 
 
-def with_labels(images: Dataset, part: float) -> Dataset:
+def with_labels(dataset: Dataset, part: float) -> Dataset:
     """Keep this part of each class's training images, always the same ones; those of a smaller part are among them.
 
-    The hold-out of --sweep shrinks by the same part. InputError if a class would be left without an image.
+    The hold-out of --sweep shrinks by the same part. InputError as from `hold_out`.
     """
     if part == 1:
-        return images
-    if not images.classes:
+        return dataset
+    if not dataset.classes:
         raise InputError(f"--labels {part:g}: the pictures have no classes")
-    labels = images.train.labels
+    labels = dataset.train.labels
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     counts = labels.bincount()
     kept = first_of_classes(labels, order, (part * counts.double()).round())
     enough = math.ceil(1e4 / int(counts.min())) / 1e4  # rounded up, so that the number that is printed is enough
-    refuse_lost_class(f"--labels {part:g}", images, kept, f"{enough:g} keeps one of each class")
-    per_class = images.holdout or IMAGENET_HOLDOUT / len(images.classes)
-    return replace(images, train=images.train.rows(kept.sort().values), holdout=part * per_class)
+    advice = f"{enough:g} keeps one of each class"
+    train = rows_to_learn_from(dataset, kept.sort().values, f"--labels {part:g}", advice)
+    per_class = dataset.holdout or IMAGENET_HOLDOUT / len(dataset.classes)
+    return replace(dataset, train=train, holdout=part * per_class)
 
 
 def first_of_classes(labels: Tensor, order: Tensor, wanted: Tensor) -> Tensor:
-    """Return row numbers of images: of each class the first ones in the order (n,), as many as `wanted` (classes,)."""
-    rows, place_in_class = by_class(labels, order)
-    return rows[place_in_class < wanted[labels[rows]]]
+    """Return row numbers of images, of each class the first in the order (n,), as many as `wanted` (classes,)."""
+    by_class = order[labels[order].argsort(stable=True)]
+    rows_of_classes = by_class.split(labels.bincount().tolist())
+    return torch.cat([rows[: int(n)] for rows, n in zip(rows_of_classes, wanted)])
 
 
-def refuse_lost_class(subject: str, dataset: Dataset, kept: Tensor, advice: str) -> None:
-    """Raise InputError if a class has none of the training images that are kept, of these row numbers."""
-    labels, n_classes = dataset.train.labels, len(dataset.classes)
-    remaining = labels[kept].bincount(minlength=n_classes)
-    if not remaining.all():
-        lost = int(remaining.argmin())
-        n = labels.bincount(minlength=n_classes)[lost]
+def rows_to_learn_from(dataset: Dataset, rows: Tensor, subject: str, advice: str) -> Split:
+    """Return these rows of the training set; InputError if a class has none of them."""
+    split = dataset.train.rows(rows)
+    counts = split.labels.bincount(minlength=len(dataset.classes))
+    if not counts.all():
+        lost = int(counts.argmin())
+        n = (dataset.train.labels == lost).sum()
         fault = f"class {dataset.classes[lost]} would keep none of its {n} training images"
         raise InputError(f"{subject}: {fault}; {advice}")
-
-
-def by_class(labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort images by class, those of a class in the order (n,): their row numbers, and the place of each, from 0."""
-    sorted_rows = order[labels[order].argsort(stable=True)]
-    counts = labels.bincount()
-    firsts = counts.cumsum(0) - counts  # where each class begins
-    place_in_class = torch.arange(len(labels)) - firsts.repeat_interleave(counts)
-    return sorted_rows, place_in_class
+    return split
 
 
 # ---- The two views, Appendix B.5 -------------------------------------------------------------------------------------
@@ -185,7 +177,7 @@ NEUTRAL = torch.tensor([1.0, 1.0, 1.0, 0.0])  # the factor of each that changes 
 
 
 def two_views(
-    crops: Tensor, u: Tensor, mean: tuple, std: tuple, blur_p=(0, 0), solarise_p=(0, 0), jitter=1.0, grey_p=GREY_P
+    crops: Tensor, u: Tensor, mean, std, blur_p=(0, 0), solarise_p=(0, 0), jitter=1.0, grey_p=GREY_P
 ) -> tuple[Tensor, Tensor]:
     """Make the two views (b, 3, size, size) of crops (2, b, 3, size, size); overwrites float crops.
 
@@ -193,31 +185,25 @@ def two_views(
     each image has numbers of its own. Then come colour jitter, grey, blur and solarisation, the last two with a
     probability for each view, and normalisation by mean and std. jitter is a part, 0 ... 1, of BYOL's strength.
     """
+
+    def augmented(x: Tensor, u: Tensor, blur_p: Tensor, solarise_p: Tensor) -> Tensor:
+        draws = named_draws(u)
+        sigma = 0.1 + 1.9 * draws["sigma"]  # in pixels
+        threshold = torch.full_like(sigma, 0.5)
+        changes = colour_changes(draws, jitter, grey_p)
+        changes.append((augment.gaussian_blur, draws["blur"] < blur_p, sigma))
+        changes.append((augment.solarise, draws["solarise"] < solarise_p, threshold))
+        x = F.to_dtype(x, scale=True)
+        augment.change(x, changes)
+        return normalise(x, mean, std)
+
+    images, draws = crops.flatten(0, 1), u.flatten(0, 1)  # both views pass together
     probabilities = torch.tensor([blur_p, solarise_p]).repeat_interleave(crops.shape[1], 1)
-    per_image = (crops.flatten(0, 1), u.flatten(0, 1), probabilities.T)  # both views pass together
-    return augment.in_chunks(augmented, per_image, mean, std, jitter, grey_p).chunk(2)
+    return augment.in_chunks(augmented, (images, draws, *probabilities)).chunk(2)
 
 
-def augmented(x: Tensor, u: Tensor, probabilities: Tensor, mean: tuple, std: tuple, jitter, grey_p) -> Tensor:
-    """Augment crops x (n, 3, size, size) by u (n, DRAWS_PER_IMAGE); overwrites a float x.
-
-    probabilities (n, 2) are those of blur and of solarisation.
-    """
-    draws = named_draws(u)
-    blur_p, solarise_p = probabilities.unbind(1)
-    sigma = 0.1 + 1.9 * draws["sigma"]  # in pixels
-    threshold = torch.full_like(sigma, 0.5)
-    changes = colour_changes(u, jitter, grey_p)
-    changes.append((augment.gaussian_blur, draws["blur"] < blur_p, sigma))
-    changes.append((augment.solarise, draws["solarise"] < solarise_p, threshold))
-    x = F.to_dtype(x, scale=True)
-    augment.change(x, changes)
-    return normalise(x, mean, std)
-
-
-def colour_changes(u: Tensor, jitter=1.0, grey_p=GREY_P) -> list[Change]:
-    """Choose colour jitter, in an order of its own for each image, and grey by u, for `augment.change`."""
-    draws = named_draws(u)
+def colour_changes(draws: dict[str, Tensor], jitter=1.0, grey_p=GREY_P) -> list[Change]:
+    """Choose colour jitter, in an order of its own for each image, and grey, for `augment.change`."""
     factors = (2 * draws["factors"] - 1) * (jitter * STRENGTH) + NEUTRAL
     order = draws["order"].argsort(1)  # order[i, turn]: the operation of COLOUR that image i gets in this turn
     jitter_p = JITTER_P if jitter else 0  # an operation of strength 0 would still round
@@ -226,7 +212,8 @@ def colour_changes(u: Tensor, jitter=1.0, grey_p=GREY_P) -> list[Change]:
     for operations in order.unbind(1):
         for i, operation in enumerate(COLOUR):
             changes.append((operation, operations == i, factors[:, i]))
-    changes.append((augment.saturation, draws["grey"] < grey_p, torch.zeros(len(u))))
+    no_colour = torch.zeros(len(factors))
+    changes.append((augment.saturation, draws["grey"] < grey_p, no_colour))
     return changes
 
 
