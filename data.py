@@ -110,20 +110,19 @@ def load(
 def hold_out(dataset: Dataset) -> Dataset:
     """Replace the test set by images of the training set, always the same ones, Appendix B.4.
 
-    InputError if a class has no image left to learn from, or if there are no classes.
+    InputError if there are no classes, or if one has no image left to learn from.
     """
     if not dataset.classes:
         raise InputError("--holdout: the pictures have no classes, so nothing can be judged")
     labels = dataset.train.labels
     order = torch.randperm(len(labels), generator=_generator("holdout"))
-    held = order[-IMAGENET_HOLDOUT:]
-    if dataset.holdout is not None:
+    if dataset.holdout is None:
+        held = order[-IMAGENET_HOLDOUT:]
+        kept = order[:-IMAGENET_HOLDOUT]
+    else:
         counts = labels.bincount().double()
         wanted = dataset.holdout * counts / counts.mean()  # the same part of each class
-        held = first_of_classes(labels, order, wanted.round().clamp_min(1))
-    is_kept = torch.ones(len(labels), dtype=torch.bool)
-    is_kept[held] = False
-    kept = is_kept.nonzero()[:, 0]
+        held, kept = divided_classes(labels, order, wanted.clamp_min(1))
     train = rows_to_learn_from(dataset, kept, "hold-out", "give it more, or leave out --holdout or --sweep")
     pretraining = train if dataset.pretraining is dataset.train else dataset.pretraining
     return replace(dataset, pretraining=pretraining, train=train, test=dataset.train.rows(held))
@@ -139,33 +138,36 @@ def with_labels(dataset: Dataset, part: float) -> Dataset:
     if not dataset.classes:
         raise InputError(f"--labels {part:g}: the pictures have no classes")
     labels = dataset.train.labels
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     counts = labels.bincount()
-    kept = first_of_classes(labels, order, (part * counts.double()).round())
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    kept, _ = divided_classes(labels, order, part * counts.double())
     enough = math.ceil(1e4 / int(counts.min())) / 1e4  # rounded up, so that the number that is printed is enough
-    advice = f"{enough:g} keeps one of each class"
-    train = rows_to_learn_from(dataset, kept.sort().values, f"--labels {part:g}", advice)
+    train = rows_to_learn_from(dataset, kept, f"--labels {part:g}", f"{enough:g} keeps one of each class")
     per_class = dataset.holdout or IMAGENET_HOLDOUT / len(dataset.classes)
     return replace(dataset, train=train, holdout=part * per_class)
 
 
-def first_of_classes(labels: Tensor, order: Tensor, wanted: Tensor) -> Tensor:
-    """Return row numbers of images, of each class the first in the order (n,), as many as `wanted` (classes,)."""
+def divided_classes(labels: Tensor, order: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of each class that come first in the order (n,), `wanted` (classes,) of them, and the others."""
     by_class = order[labels[order].argsort(stable=True)]
     rows_of_classes = by_class.split(labels.bincount().tolist())
-    return torch.cat([rows[: int(n)] for rows, n in zip(rows_of_classes, wanted)])
+    first, others = [], []
+    for rows, n in zip(rows_of_classes, wanted.round().int().tolist()):
+        first.append(rows[:n])
+        others.append(rows[n:])
+    return torch.cat(first), torch.cat(others)
 
 
 def rows_to_learn_from(dataset: Dataset, rows: Tensor, subject: str, advice: str) -> Split:
-    """Return these rows of the training set; InputError if a class has none of them."""
-    split = dataset.train.rows(rows)
-    counts = split.labels.bincount(minlength=len(dataset.classes))
+    """Return these rows of the training set, sorted; InputError if a class has none of them."""
+    train = dataset.train.rows(rows.sort().values)
+    counts = train.labels.bincount(minlength=len(dataset.classes))
     if not counts.all():
         lost = int(counts.argmin())
         n = (dataset.train.labels == lost).sum()
         fault = f"class {dataset.classes[lost]} would keep none of its {n} training images"
         raise InputError(f"{subject}: {fault}; {advice}")
-    return split
+    return train
 
 
 # ---- The two views, Appendix B.5 -------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ def two_views(
     probability for each view, and normalisation by mean and std. jitter is a part, 0 ... 1, of BYOL's strength.
     """
 
-    def augmented(x: Tensor, u: Tensor, blur_p: Tensor, solarise_p: Tensor) -> Tensor:
+    def augmented(x, u, blur_p, solarise_p):
         draws = named_draws(u)
         sigma = 0.1 + 1.9 * draws["sigma"]  # in pixels
         threshold = torch.full_like(sigma, 0.5)
@@ -197,12 +199,13 @@ def two_views(
         augment.change(x, changes)
         return normalise(x, mean, std)
 
-    images, draws = crops.flatten(0, 1), u.flatten(0, 1)  # both views pass together
-    probabilities = torch.tensor([blur_p, solarise_p]).repeat_interleave(crops.shape[1], 1)
-    return augment.in_chunks(augmented, (images, draws, *probabilities)).chunk(2)
+    probabilities = torch.tensor([blur_p, solarise_p])
+    of_images = probabilities.repeat_interleave(crops.shape[1], 1)
+    per_image = (crops.flatten(0, 1), u.flatten(0, 1), *of_images)  # both views pass together
+    return augment.in_chunks(augmented, per_image).chunk(2)
 
 
-def colour_changes(draws: dict[str, Tensor], jitter=1.0, grey_p=GREY_P) -> list[Change]:
+def colour_changes(draws: dict, jitter=1.0, grey_p=GREY_P) -> list[Change]:
     """Choose colour jitter, in an order of its own for each image, and grey, for `augment.change`."""
     factors = (2 * draws["factors"] - 1) * (jitter * STRENGTH) + NEUTRAL
     order = draws["order"].argsort(1)  # order[i, turn]: the operation of COLOUR that image i gets in this turn
@@ -239,7 +242,7 @@ def batches(
     n = len(split.labels)
     steps_per_epoch = n // batch_size if drop_last else math.ceil(n / batch_size)
 
-    def plan() -> Iterator[tuple[Tensor, Tensor]]:
+    def plan() -> Iterator:
         """Yield row numbers (b,) and u of each micro-batch of this process."""
         for epoch, steps_of_epoch in itertools.groupby(steps, lambda step: step // steps_per_epoch):
             order = torch.randperm(n, generator=_generator(seed, epoch + 1))
@@ -247,8 +250,10 @@ def batches(
             for step in steps_of_epoch:
                 place = step % steps_per_epoch
                 rows = rows_by_place[place]
-                u = torch.rand(views, len(rows), DRAWS_PER_IMAGE, generator=_generator(seed, epoch + 1, place))
-                for part, part_u in zip(rows.tensor_split(micro_batches), u.tensor_split(micro_batches, 1)):
+                generator = _generator(seed, epoch + 1, place)
+                u = torch.rand(views, len(rows), DRAWS_PER_IMAGE, generator=generator)
+                parts = zip(rows.tensor_split(micro_batches), u.tensor_split(micro_batches, 1))
+                for part, part_u in parts:
                     mine = processes.share(len(part), *share)
                     # index_select: part_u[:, mine] starts torch's threads, which take cores from the workers
                     yield part[mine], part_u.index_select(1, mine)
@@ -260,15 +265,13 @@ def batches(
             crops = augment.crop_flip(split.images[rows], u, size)
             yield crops, split.labels[rows], u
         return
-    read_ahead, now = itertools.tee(plan())  # the loader reads ahead; `now` follows its results
-    for (rows, u), crops in zip(now, pictures.crops(split.images, size, read_ahead, device)):
-        labels = split.labels[augment.to_device(rows, device)]
-        yield augment.to_device(crops, device).transpose(0, 1), labels, u
+    for rows, u, crops in pictures.crops(split.images, size, plan(), device):
+        rows = augment.to_device(rows, device)
+        crops = augment.to_device(crops, device)
+        yield crops.transpose(0, 1), split.labels[rows], u
 
 
-def evaluation_views(
-    split: Split, size: int, crop: float, mean: tuple, std: tuple, batch_size: int = 500
-) -> Iterator[Tensor]:
+def evaluation_views(split: Split, size: int, crop: float, mean, std, batch_size=500) -> Iterator[Tensor]:
     """Yield batches (b, 3, size, size) of the evaluation view of a split's images, on the device of its labels.
 
     Images in memory: the central square of `crop` times the shorter side, resized (bicubic), Appendix B.5.2. Files:
@@ -290,4 +293,5 @@ def evaluation_views(
 def _generator(*key) -> torch.Generator:
     """Make a generator whose random numbers are a function of `key` alone."""
     text = " ".join(map(str, key))
-    return torch.Generator().manual_seed(random.Random(text).getrandbits(32))  # torch keeps 32 bits of a seed
+    seed = random.Random(text).getrandbits(32)  # torch keeps no more
+    return torch.Generator().manual_seed(seed)

@@ -12,7 +12,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, tee
 from pathlib import Path
 
 import numpy as np
@@ -197,10 +197,14 @@ def _side_and_histograms(white: int, path: str) -> list[int]:
     return [min(picture.size), *picture.histogram()]
 
 
-def crops(files: Files, size: int, micro_batches: Iterator, device: torch.device) -> Iterator[Tensor]:
-    """Yield crops (b, views, 3, size, size) of micro-batches: rows (b,) and u (views, b, DRAWS_PER_IMAGE)."""
-    keys = ([*zip(rows.tolist(), u.transpose(0, 1).numpy())] for rows, u in micro_batches)
-    yield from loader(functools.partial(_crops, files, size), keys, files.workers, pin_memory=device.type == "cuda")
+def crops(files: Files, size: int, micro_batches: Iterator, device: torch.device) -> Iterator[tuple]:
+    """Yield rows (b,), u (views, b, DRAWS_PER_IMAGE) and crops (b, views, 3, size, size) of micro-batches (rows, u)."""
+    read_ahead, now = tee(micro_batches)  # the loader reads ahead; `now` follows its results
+    keys = ([*zip(rows.tolist(), u.transpose(0, 1).numpy())] for rows, u in read_ahead)
+    make = functools.partial(_crops, files, size)
+    batches = loader(make, keys, files.workers, pin_memory=device.type == "cuda")
+    for (rows, u), crops in zip(now, batches):
+        yield rows, u, crops
 
 
 def _crops(files: Files, size: int, key: tuple[int, np.ndarray]) -> Tensor:
