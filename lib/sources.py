@@ -1,7 +1,7 @@
 """Where data sets come from: the embedded photographs, torchvision's sets, and folders of pictures.
 
-Each source returns the names of the classes and two or three parts, of which data.py makes splits: to train on, to
-judge by, and images without labels. What is known of the sets that have a name, FACTS, stands in data.py.
+Each source returns the names of the classes and the parts, of which data.py makes splits: to train on, to judge by and,
+of STL-10, images without labels. What is known of the sets that have a name, FACTS, stands in data.py.
 """
 
 import contextlib
@@ -37,9 +37,7 @@ SAMPLE = 2000  # pictures, of which the mean and the like are taken where not al
 NO_CLASS = -1  # the label of an image without a class
 
 
-def read_set(
-    name: str, data_dir: str, facts: dict[str, dict], pretraining: bool, skip_broken: bool, workers: int | None
-) -> Found:
+def read_set(name: str, data_dir: str, facts: dict, pretraining: bool, skip_broken: bool, workers: int | None) -> Found:
     """Read the data set called `name`, of those that have facts, or the folder of pictures at that path.
 
     Returns its classes, its parts, and its facts. Arguments and InputError are those of `data.load`.
@@ -50,7 +48,7 @@ def read_set(
     if name == "photos":
         return *photos(), facts[name]
     if name in MAKERS:
-        return *torchvision_set(name, root, unlabeled=pretraining), facts[name]
+        return *torchvision_set(name, root, pretraining), facts[name]
     if name == "imagenet":
         return folder(f"dataset imagenet: --data_dir {root}", root, facts[name], pretraining, skip_broken, workers)
     if os.path.isdir(name):
@@ -111,8 +109,7 @@ def _patches(image: Tensor, n: int, generator: torch.Generator) -> Tensor:
 def torchvision_set(name: str, root: Path, unlabeled: bool) -> tuple[Classes, list[Part]]:
     """Return the classes and parts of cifar10, cifar100 or stl10, downloaded to `root` if need be.
 
-    Of stl10 there are, with `unlabeled`, its 100,000 images without a label, too. InputError if they can be neither
-    read nor downloaded.
+    `unlabeled` adds STL-10's 100,000 images without a label. InputError if it can be neither read nor downloaded.
     """
     options = [{"train": True}, {"train": False}]
     if name == "stl10":
@@ -121,13 +118,11 @@ def torchvision_set(name: str, root: Path, unlabeled: bool) -> tuple[Classes, li
         sets = [MAKERS[name](root, **part) for part in options]
     except (OSError, RuntimeError):  # it is not there, or not whole
         sets = _downloaded(name, root, options)
-    parts = []
-    for each in sets:
-        images = torch.from_numpy(each.data)
-        if name == "stl10":
-            parts.append((images, torch.from_numpy(each.labels).long()))
-        else:  # torchvision keeps these as (n, h, w, 3), and their labels in a list
-            parts.append((images.permute(0, 3, 1, 2).contiguous(), torch.tensor(each.targets)))
+    if name == "stl10":
+        parts = [(torch.from_numpy(each.data), torch.from_numpy(each.labels).long()) for each in sets]
+    else:  # torchvision keeps these as (n, h, w, 3), and their labels in a list
+        images = [torch.from_numpy(each.data).permute(0, 3, 1, 2).contiguous() for each in sets]
+        parts = [(x, torch.tensor(each.targets)) for x, each in zip(images, sets)]
     return tuple(sets[0].classes), parts
 
 
@@ -156,13 +151,12 @@ def folder(
 ) -> Found:
     """Return classes, parts and facts of a folder with train/ and test/ or val/, each with a sub-folder a class.
 
-    Pictures of one size are read into memory, if they fit; others, and those of a set with `facts`, which is large,
-    stay in files. With `pretraining` they may be without classes. `name` is the folder's in messages. InputError for a
-    broken picture that is met, unless these are to be skipped, and for a folder that is not laid out like this.
+    Pictures of one size are read into memory, if they fit; others, and those of a set with `facts`, ImageNet, stay in
+    files. With `pretraining` own ones may be without classes. `name` is the folder's in messages. InputError for a
+    folder that is not laid out like this, and for a broken picture that is met, unless these are to be skipped.
     """
-    tests = ["val"] if facts else ["test", "val"]
     try:
-        classes, parts, told = _listed(name, root, tests, may_lack_classes=pretraining and not facts)
+        classes, parts, told = _listed(name, root, ["val"] if facts else ["test", "val"], pretraining and not facts)
     except OSError as e:
         raise InputError(f"{e.filename}: cannot be read ({e.strerror})") from e
     workers = pictures.fitting_workers() if workers is None else workers
@@ -191,8 +185,8 @@ def _listed(name: str, root: Path, tests: list[str], may_lack_classes: bool) -> 
 
     Without classes all pictures are to train on. InputError if they may not lack them, or if those of test are others.
     """
-    train = root / "train"
     left_out = Counter()
+    train = root / "train"
     classes = _classes(train, left_out)
     # Of test/ and val/ the one that shares most classes with train/.
     test = root / max(tests, key=lambda part: len({*classes} & {*_classes(root / part, Counter())}))
@@ -203,26 +197,24 @@ def _listed(name: str, root: Path, tests: list[str], may_lack_classes: bool) -> 
         written = repr if len(as_seen) == len(unpaired) else ascii  # some look alike: show how they differ
         places = [f"{written(label)} in {'train' if label in classes else test.name} alone" for label in unpaired[:5]]
         raise InputError(f"{name}: train and {test.name} do not hold the same classes: {', '.join(places)}")
-    fault = ""
-    for part, found in ((test, test_classes), (train, classes)):
-        if len(found) < 2:
-            fault = f"{part} is no folder of two or more classes"
-    if fault and not may_lack_classes:
-        needed = " or ".join(f"{part}/" for part in tests)
-        raise InputError(f"{name}: {fault}; train/ and {needed} must hold a sub-folder of pictures for each class")
     # Where the folder has parts, only train/ is trained on: the rest was laid aside to judge by.
     has_parts = any((root / part).is_dir() for part in ("train", *tests))
-    if fault:
+    unjudged = ""
+    if len(classes) > 1 and len(test_classes) > 1:
+        parts = _by_class(name, train, test, classes, left_out)
+    else:
+        fault = f"{train if len(classes) < 2 else test} is no folder of two or more classes"
+        if not may_lack_classes:
+            needed = " or ".join(f"{part}/" for part in tests)
+            raise InputError(f"{name}: {fault}; train/ and {needed} must hold a sub-folder of pictures for each class")
+        unjudged = f" (nothing is judged: {fault})"
         paths = pictures.find(train if has_parts else root, left_out, {})
         classes, parts = (), [[(path, NO_CLASS) for path in paths], []]
-    else:
-        parts = _by_class(name, train, test, classes, left_out)
     if has_parts:
         others = {*_classes(root, Counter())} - {train.name, test.name}
         left_out |= {f"folder {other}/": 1 for other in sorted(others)}
-    reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common(10) if n)
-    unjudged = f" (nothing is judged: {fault})" if fault else ""
-    return classes, parts, f"left out: {reasons or 'nothing'}{unjudged}"
+    reasons = [f"{n} {reason}" for reason, n in left_out.most_common(10)]
+    return classes, parts, f"left out: {', '.join(reasons) or 'nothing'}{unjudged}"
 
 
 def _classes(part: Path, left_out: Counter) -> Classes:
@@ -241,8 +233,7 @@ def _classes(part: Path, left_out: Counter) -> Classes:
 def _by_class(name: str, train: Path, test: Path, classes: Classes, left_out: Counter) -> list[Pairs]:
     """Return the pictures of train and of test, class by class; say where two places are one."""
     parts = [[], []]
-    place_by_folder = {}
-    twice = []
+    place_by_folder, twice = {}, []
     for pairs, part in zip(parts, (train, test)):
         for label, class_name in enumerate(classes):
             places = {}
