@@ -27,14 +27,16 @@ from lib.errors import InputError
 # ---- Data sets -------------------------------------------------------------------------------------------------------
 # size: side of the views in pixels, Appendix B.5. stem: Appendix B.1. holdout: images of a class that `hold_out`
 # takes from the training set, Appendix B.4; None = IMAGENET_HOLDOUT of all. mean, std: of the training pixels in
-# [0, 1]; None = computed when the set is read. blur_p, solarise_p: probabilities in the first and the second view;
-# Appendix B.5.2 uses neither; ImageNet's are BYOL's, Appendix B.3.
+# [0, 1]. blur_p, solarise_p: probabilities in the first and the second view; Appendix B.5.2 uses neither; ImageNet's
+# are BYOL's, Appendix B.3.
 # fmt: off
 FACTS = {
-    "photos": dict(size=32, stem="imagenet", holdout=20, mean=None, std=None),  # ours; holds out a tenth of each class
+    "photos": dict(size=32, stem="imagenet", holdout=20,  # ours; holds out a tenth of each class
+                   mean=(0.5055, 0.3898, 0.3450), std=(0.2612, 0.2191, 0.2247)),
     "cifar10": dict(size=32, stem="cifar", holdout=500,
                     mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
-    "cifar100": dict(size=32, stem="cifar", holdout=50, mean=None, std=None),
+    "cifar100": dict(size=32, stem="cifar", holdout=50,
+                     mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
     "stl10": dict(size=64, stem="imagenet", holdout=50,  # mean and std: the code of Wang and Isola (2020)
                   mean=(0.4409, 0.4279, 0.3868), std=(0.2683, 0.2610, 0.2687)),
     "imagenet": dict(size=224, stem="imagenet", holdout=None,
@@ -51,7 +53,7 @@ class Split(NamedTuple):
 
     images: Tensor | pictures.Files
     labels: Tensor
-    paths: np.ndarray | None = None  # (n,), of the files of pictures, also of those that were read into memory
+    paths: np.ndarray | None = None  # (n,), of pictures, also of those that were read into memory
 
     def rows(self, rows: Tensor) -> "Split":
         """Return the images of these rows, their labels and paths."""
@@ -90,13 +92,16 @@ class Dataset:
         return {"size": self.size, "crop": crop, "mean": self.mean, "std": self.std}
 
 
-def load(name: str, data_dir: str = "data", pretraining: bool = False, skip_broken: bool = False) -> Dataset:
+def load(
+    name: str, data_dir: str = "data", pretraining=False, skip_broken=False, workers: int | None = None
+) -> Dataset:
     """Load the data set called `name`, or the folder of pictures at that path; docs/data.md describes them all.
 
     With `pretraining`, STL-10's 100,000 images without labels are read too, and a folder may hold pictures without
-    classes. InputError for a set that cannot be read, and for a broken picture unless `skip_broken` leaves these out.
+    classes. workers: processes that read pictures ahead; None = by cores and shared memory. InputError for a set that
+    cannot be read, and for a broken picture unless `skip_broken` leaves these out.
     """
-    classes, parts, facts = sources.read(name, data_dir, FACTS, pretraining, skip_broken)
+    classes, parts, facts = sources.read_set(name, data_dir, FACTS, pretraining, skip_broken, workers)
     train, test, *unlabeled = [Split(*part) for part in parts]
     learnt = unlabeled[0] if unlabeled else train
     return Dataset(classes, learnt, train, test, **facts)
@@ -105,80 +110,76 @@ def load(name: str, data_dir: str = "data", pretraining: bool = False, skip_brok
 def hold_out(dataset: Dataset) -> Dataset:
     """Replace the test set by images of the training set, always the same ones, Appendix B.4.
 
-    InputError if a class has no image left to learn from, or if there are no classes.
+    InputError if there are no classes, or if one has no image left to learn from.
     """
-    train, labels = dataset.train, dataset.train.labels
     if not dataset.classes:
         raise InputError("--holdout: the pictures have no classes, so nothing can be judged")
+    labels = dataset.train.labels
     order = torch.randperm(len(labels), generator=_generator("holdout"))
     if dataset.holdout is None:
         held = order[-IMAGENET_HOLDOUT:]
+        kept = order[:-IMAGENET_HOLDOUT]
     else:
-        rows, place_in_class = by_class(labels, order)
         counts = labels.bincount().double()
         wanted = dataset.holdout * counts / counts.mean()  # the same part of each class
-        wanted = wanted.round().clamp_min(1)
-        held = rows[place_in_class < wanted[labels[rows]]]
-    is_held = torch.zeros(len(labels), dtype=torch.bool)
-    is_held[held] = True
-    kept = (~is_held).nonzero()[:, 0]
-    remaining = labels[kept].bincount(minlength=len(dataset.classes))
-    if not remaining.all():
-        empty = int(remaining.argmin())
-        n = int((labels == empty).sum())
-        kept_none = f"hold-out: class {dataset.classes[empty]} would keep none of its {n} training images"
-        raise InputError(f"{kept_none}; give it more, or leave out --holdout or --sweep")
-    kept_train = train.rows(kept)
-    pretraining = kept_train if dataset.pretraining is train else dataset.pretraining
-    return replace(dataset, pretraining=pretraining, train=kept_train, test=train.rows(held))
+        held, kept = divided_classes(labels, order, wanted.clamp_min(1))
+    train = rows_to_learn_from(dataset, kept, "hold-out", "give it more, or leave out --holdout or --sweep")
+    pretraining = train if dataset.pretraining is dataset.train else dataset.pretraining
+    return replace(dataset, pretraining=pretraining, train=train, test=dataset.train.rows(held))
 
 
-def with_labels(images: Dataset, part: float) -> Dataset:
+def with_labels(dataset: Dataset, part: float) -> Dataset:
     """Keep this part of each class's training images, always the same ones; those of a smaller part are among them.
 
-    The hold-out of --sweep shrinks by the same part. InputError if a class would be left without an image.
+    The hold-out of --sweep shrinks by the same part. InputError as from `hold_out`.
     """
     if part == 1:
-        return images
-    if not images.classes:
+        return dataset
+    if not dataset.classes:
         raise InputError(f"--labels {part:g}: the pictures have no classes")
-    labels = images.train.labels
-    counts = labels.bincount(minlength=len(images.classes))
-    wanted = (part * counts.double()).round()
-    if not wanted.all():
-        empty = int(wanted.argmin())
-        enough = math.ceil(1e4 / int(counts.min())) / 1e4  # rounded up, so that the number that is printed is enough
-        raise InputError(
-            f"--labels {part:g}: class {images.classes[empty]} would keep none of its {counts[empty]} training images; "
-            f"{enough:g} keeps one of each class"
-        )
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    rows, place_in_class = by_class(labels, order)
-    kept = rows[place_in_class < wanted[labels[rows]]]
-    train = images.train.rows(kept.sort().values)
-    per_class = images.holdout or IMAGENET_HOLDOUT / len(images.classes)
-    return replace(images, train=train, holdout=part * per_class)
-
-
-def by_class(labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort images by class, those of a class in the order (n,): their row numbers, and the place of each, from 0."""
-    sorted_rows = order[labels[order].argsort(stable=True)]
+    labels = dataset.train.labels
     counts = labels.bincount()
-    firsts = counts.cumsum(0) - counts  # where each class begins
-    place_in_class = torch.arange(len(labels)) - firsts.repeat_interleave(counts)
-    return sorted_rows, place_in_class
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    kept, _ = divided_classes(labels, order, part * counts.double())
+    enough = math.ceil(1e4 / int(counts.min())) / 1e4  # rounded up, so that the number that is printed is enough
+    train = rows_to_learn_from(dataset, kept, f"--labels {part:g}", f"{enough:g} keeps one of each class")
+    per_class = dataset.holdout or IMAGENET_HOLDOUT / len(dataset.classes)
+    return replace(dataset, train=train, holdout=part * per_class)
+
+
+def divided_classes(labels: Tensor, order: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of each class that come first in the order (n,), `wanted` (classes,) of them, and the others."""
+    by_class = order[labels[order].argsort(stable=True)]
+    rows_of_classes = by_class.split(labels.bincount().tolist())
+    first, others = [], []
+    for rows, n in zip(rows_of_classes, wanted.round().int().tolist()):
+        first.append(rows[:n])
+        others.append(rows[n:])
+    return torch.cat(first), torch.cat(others)
+
+
+def rows_to_learn_from(dataset: Dataset, rows: Tensor, subject: str, advice: str) -> Split:
+    """Return these rows of the training set, sorted; InputError if a class has none of them."""
+    train = dataset.train.rows(rows.sort().values)
+    counts = train.labels.bincount(minlength=len(dataset.classes))
+    if not counts.all():
+        lost = int(counts.argmin())
+        n = (dataset.train.labels == lost).sum()
+        fault = f"class {dataset.classes[lost]} would keep none of its {n} training images"
+        raise InputError(f"{subject}: {fault}; {advice}")
+    return train
 
 
 # ---- The two views, Appendix B.5 -------------------------------------------------------------------------------------
 JITTER_P = 0.8
 GREY_P = 0.2
 COLOUR = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
-STRENGTH = (0.4, 0.4, 0.2, 0.1)  # of each operation of COLOUR: BYOL's
-NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # the factor of each that changes nothing
+STRENGTH = torch.tensor([0.4, 0.4, 0.2, 0.1])  # of each operation of COLOUR: BYOL's
+NEUTRAL = torch.tensor([1.0, 1.0, 1.0, 0.0])  # the factor of each that changes nothing
 
 
 def two_views(
-    crops: Tensor, u: Tensor, mean: tuple, std: tuple, blur_p=(0, 0), solarise_p=(0, 0), jitter=1.0, grey_p=GREY_P
+    crops: Tensor, u: Tensor, mean, std, blur_p=(0, 0), solarise_p=(0, 0), jitter=1.0, grey_p=GREY_P
 ) -> tuple[Tensor, Tensor]:
     """Make the two views (b, 3, size, size) of crops (2, b, 3, size, size); overwrites float crops.
 
@@ -186,33 +187,27 @@ def two_views(
     each image has numbers of its own. Then come colour jitter, grey, blur and solarisation, the last two with a
     probability for each view, and normalisation by mean and std. jitter is a part, 0 ... 1, of BYOL's strength.
     """
-    probabilities = torch.tensor([blur_p, solarise_p]).repeat_interleave(crops.shape[1], 1)
-    per_image = (crops.flatten(0, 1), u.flatten(0, 1), probabilities.T)  # both views pass together
-    return augment.in_chunks(augmented, per_image, mean, std, jitter, grey_p).chunk(2)
+
+    def augmented(x, u, blur_p, solarise_p):
+        draws = named_draws(u)
+        sigma = 0.1 + 1.9 * draws["sigma"]  # in pixels
+        threshold = torch.full_like(sigma, 0.5)
+        changes = colour_changes(draws, jitter, grey_p)
+        changes.append((augment.gaussian_blur, draws["blur"] < blur_p, sigma))
+        changes.append((augment.solarise, draws["solarise"] < solarise_p, threshold))
+        x = F.to_dtype(x, scale=True)
+        augment.change(x, changes)
+        return normalise(x, mean, std)
+
+    probabilities = torch.tensor([blur_p, solarise_p])
+    of_images = probabilities.repeat_interleave(crops.shape[1], 1)
+    per_image = (crops.flatten(0, 1), u.flatten(0, 1), *of_images)  # both views pass together
+    return augment.in_chunks(augmented, per_image).chunk(2)
 
 
-def augmented(x: Tensor, u: Tensor, probabilities: Tensor, mean: tuple, std: tuple, jitter, grey_p) -> Tensor:
-    """Augment crops x (n, 3, size, size) by u (n, DRAWS_PER_IMAGE); overwrites a float x.
-
-    probabilities (n, 2) are those of blur and of solarisation.
-    """
-    draws = named_draws(u)
-    blur_p, solarise_p = probabilities.unbind(1)
-    sigma = 0.1 + 1.9 * draws["sigma"]  # in pixels
-    threshold = torch.full_like(sigma, 0.5)
-    changes = colour_changes(u, jitter, grey_p)
-    changes.append((augment.gaussian_blur, draws["blur"] < blur_p, sigma))
-    changes.append((augment.solarise, draws["solarise"] < solarise_p, threshold))
-    x = F.to_dtype(x, scale=True)
-    augment.change(x, changes)
-    return normalise(x, mean, std)
-
-
-def colour_changes(u: Tensor, jitter=1.0, grey_p=GREY_P) -> list[Change]:
-    """Choose colour jitter, in an order of its own for each image, and grey by u, for `augment.change`."""
-    draws = named_draws(u)
-    strength = jitter * torch.tensor(STRENGTH)
-    factors = (2 * draws["factors"] - 1) * strength + torch.tensor(NEUTRAL)
+def colour_changes(draws: dict, jitter=1.0, grey_p=GREY_P) -> list[Change]:
+    """Choose colour jitter, in an order of its own for each image, and grey, for `augment.change`."""
+    factors = (2 * draws["factors"] - 1) * (jitter * STRENGTH) + NEUTRAL
     order = draws["order"].argsort(1)  # order[i, turn]: the operation of COLOUR that image i gets in this turn
     jitter_p = JITTER_P if jitter else 0  # an operation of strength 0 would still round
     order[draws["jitter"] >= jitter_p] = -1  # none
@@ -220,7 +215,8 @@ def colour_changes(u: Tensor, jitter=1.0, grey_p=GREY_P) -> list[Change]:
     for operations in order.unbind(1):
         for i, operation in enumerate(COLOUR):
             changes.append((operation, operations == i, factors[:, i]))
-    changes.append((augment.saturation, draws["grey"] < grey_p, torch.zeros(len(u))))
+    no_colour = torch.zeros(len(factors))
+    changes.append((augment.saturation, draws["grey"] < grey_p, no_colour))
     return changes
 
 
@@ -246,40 +242,36 @@ def batches(
     n = len(split.labels)
     steps_per_epoch = n // batch_size if drop_last else math.ceil(n / batch_size)
 
-    def plan() -> Iterator[tuple[Tensor, Tensor]]:
+    def plan() -> Iterator:
         """Yield row numbers (b,) and u of each micro-batch of this process."""
-        last_epoch = None
-        for step in steps:
-            epoch = step // steps_per_epoch + 1
-            place = step % steps_per_epoch
-            if epoch != last_epoch:
-                last_epoch = epoch
-                order = torch.randperm(n, generator=_generator(seed, epoch))
-                rows_by_step = order.split(batch_size)
-            rows = rows_by_step[place]
-            u = torch.rand(views, len(rows), DRAWS_PER_IMAGE, generator=_generator(seed, epoch, place))
-            parts = zip(rows.tensor_split(micro_batches), u.tensor_split(micro_batches, 1))
-            for part, part_u in parts:
-                mine = processes.share(len(part), *share)
-                # index_select: part_u[:, mine] starts torch's threads, which take cores from the workers
-                yield part[mine], part_u.index_select(1, mine)
+        for epoch, steps_of_epoch in itertools.groupby(steps, lambda step: step // steps_per_epoch):
+            order = torch.randperm(n, generator=_generator(seed, epoch + 1))
+            rows_by_place = order.split(batch_size)
+            for step in steps_of_epoch:
+                place = step % steps_per_epoch
+                rows = rows_by_place[place]
+                generator = _generator(seed, epoch + 1, place)
+                u = torch.rand(views, len(rows), DRAWS_PER_IMAGE, generator=generator)
+                parts = zip(rows.tensor_split(micro_batches), u.tensor_split(micro_batches, 1))
+                for part, part_u in parts:
+                    mine = processes.share(len(part), *share)
+                    # index_select: part_u[:, mine] starts torch's threads, which take cores from the workers
+                    yield part[mine], part_u.index_select(1, mine)
 
     device = split.labels.device
     if isinstance(split.images, Tensor):
         for rows, u in plan():
             rows = augment.to_device(rows, device)
-            crops = augment.crop_views(split.images[rows], u, size)
+            crops = augment.crop_flip(split.images[rows], u, size)
             yield crops, split.labels[rows], u
         return
-    read_ahead, now = itertools.tee(plan())  # the loader reads ahead; `now` follows its results
-    for (rows, u), crops in zip(now, pictures.crops(split.images, size, read_ahead, device)):
-        labels = split.labels[augment.to_device(rows, device)]
-        yield augment.to_device(crops, device).transpose(0, 1), labels, u
+    for rows, u, crops in pictures.crops(split.images, size, plan(), device):
+        rows = augment.to_device(rows, device)
+        crops = augment.to_device(crops, device)
+        yield crops.transpose(0, 1), split.labels[rows], u
 
 
-def evaluation_views(
-    split: Split, size: int, crop: float, mean: tuple, std: tuple, batch_size: int = 500
-) -> Iterator[Tensor]:
+def evaluation_views(split: Split, size: int, crop: float, mean, std, batch_size=500) -> Iterator[Tensor]:
     """Yield batches (b, 3, size, size) of the evaluation view of a split's images, on the device of its labels.
 
     Images in memory: the central square of `crop` times the shorter side, resized (bicubic), Appendix B.5.2. Files:
@@ -301,4 +293,5 @@ def evaluation_views(
 def _generator(*key) -> torch.Generator:
     """Make a generator whose random numbers are a function of `key` alone."""
     text = " ".join(map(str, key))
-    return torch.Generator().manual_seed(random.Random(text).getrandbits(32))  # torch keeps 32 bits of a seed
+    seed = random.Random(text).getrandbits(32)  # torch keeps no more
+    return torch.Generator().manual_seed(seed)

@@ -17,7 +17,7 @@ import data
 import models
 from harness.checkpoint import load_encoder
 from harness.foreign import adopt
-from lib import pictures, processes
+from lib import processes
 from lib.errors import InputError
 from lib.files import weights_file
 from lib.log import contents, log_of, other_data
@@ -81,7 +81,6 @@ def open_judged(accelerator: Accelerator, ckpt: str, flags: dict, without_classe
     """
     refuse_unjudged_flags(flags)
     own_view = {name: channels(name, flags[name]) for name in ("mean", "std") if flags[name] is not None}
-    pictures.choose_workers(flags["workers"])
     of_encoder = [flags[name] for name in ("net", "model", "stem", "dataset", "prefix")]
     encoder, description = open_encoder(ckpt, *of_encoder)
     encoder.to(accelerator.device).requires_grad_(False)
@@ -89,7 +88,8 @@ def open_judged(accelerator: Accelerator, ckpt: str, flags: dict, without_classe
     settings = description["settings"]
     dataset = flags["dataset"] or settings["dataset"]
     with processes.first_alone(accelerator):  # it downloads a set, the others find it
-        images = open_images(description, flags["dataset"], flags["data_dir"], flags["skip_broken"], without_classes)
+        of_images = [flags[name] for name in ("dataset", "data_dir", "skip_broken", "workers")]
+        images = open_images(description, *of_images, without_classes)
 
     view = images.view(data.EVAL_CROP)
     found = {"settings": {**settings, "dataset": dataset}, "view": view, "data": contents(images)}
@@ -172,7 +172,7 @@ def untrained_encoder(judged: Judged) -> nn.Module:
 
 
 def open_images(
-    description: dict, dataset: str | None, data_dir: str | None, skip_broken: bool, without_classes: bool = False
+    description: dict, dataset: str | None, data_dir: str | None, skip_broken: bool, workers=None, without_classes=False
 ) -> data.Dataset:
     """Load the data set that an encoder is judged on; None = as in training. InputError as from `data.load`."""
     settings = description["settings"]
@@ -184,7 +184,7 @@ def open_images(
     place = data_dir or place_of(name, settings["data_dir"])
     pretraining = without_classes and name not in data.FACTS  # of a named set it would read more images
     try:
-        return data.load(name, place, pretraining, skip_broken or settings.get("skip_broken", False))
+        return data.load(name, place, pretraining, skip_broken or settings.get("skip_broken", False), workers)
     except InputError as e:
         if dataset:
             raise

@@ -25,7 +25,7 @@ import data
 import models
 from harness import state
 from harness.foreign import refuse_unfit_weights
-from lib import augment, pictures, processes
+from lib import augment, processes
 from lib.errors import InputError
 from lib.files import CKPT, RUN_FILES, WEIGHTS, run_folder, weights_file
 from lib.log import PLACES, as_json, other_data, same_place
@@ -157,9 +157,8 @@ def recipe_name(flags: dict, recipes: Mapping) -> str:
 def resolve(flags: dict, recipes: Mapping, accelerator: Accelerator) -> tuple[Settings, data.Dataset]:
     """Return the settings in force and the data set. InputError for settings that do not go together."""
     values = resolve_recipe(flags, recipes, accelerator.num_processes)
-    pictures.choose_workers(flags["workers"])
     with processes.first_alone(accelerator):  # it downloads a set, the others find it
-        images = data.load(flags["dataset"], flags["data_dir"], pretraining=True, skip_broken=flags["skip_broken"])
+        images = data.load(flags["dataset"], flags["data_dir"], True, flags["skip_broken"], flags["workers"])
     if flags["holdout"]:
         images = data.hold_out(images)
     cfg = resolve_images(values, flags, images)

@@ -1,7 +1,7 @@
 """What the views are made of: crop and flip, colour operations, blur, solarisation, of whole batches of images.
 
-    crops = crop_flip(images, u, size)             # u: (b, DRAWS_PER_IMAGE), uniform on [0, 1)
-    change(crops, [(hue, is_turned, shift)])       # some images of the batch, each by a number of its own
+    v1, v2 = crop_flip(images, u, size)         # u: (2, b, DRAWS_PER_IMAGE), uniform on [0, 1)
+    change(v1, [(hue, is_turned, shift)])       # some images of the batch, each by a number of its own
 
 torchvision's transforms draw once a batch; here each image has numbers of its own. Strengths and probabilities are the
 recipe of `data.two_views`. The tests hold each operation against torchvision's, image by image.
@@ -81,15 +81,13 @@ def change(x: Tensor, changes: list[Change]) -> None:
     a GPU gets all of them in two copies, and nobody waits for it. index_copy_, not x[rows] = ..., which takes a CPU
     twice as long.
     """
-    rows, numbers = [], []
-    for _, is_changed, number in changes:
-        rows.append(is_changed.nonzero()[:, 0])
-        numbers.append(number[rows[-1]])
-    lengths = [len(changed_rows) for changed_rows in rows]
-    rows = to_device(torch.cat(rows), x.device)
-    numbers = to_device(torch.cat(numbers), x.device)
-    parts = zip(changes, rows.split(lengths), numbers[:, None, None, None].split(lengths))
-    for (operation, _, _), changed_rows, number in parts:
+    operations, is_changed, numbers = zip(*changes)
+    is_changed = torch.stack(is_changed)
+    rows = to_device(is_changed.nonzero()[:, 1], x.device)
+    numbers = to_device(torch.stack(numbers)[is_changed], x.device)
+    lengths = is_changed.sum(1).tolist()
+    parts = zip(operations, rows.split(lengths), numbers[:, None, None, None].split(lengths))
+    for operation, changed_rows, number in parts:
         if len(changed_rows) > 0:
             changed = operation(x.index_select(0, changed_rows), number)
             x.index_copy_(0, changed_rows, changed)
@@ -110,46 +108,39 @@ def in_chunks(make: Callable, per_image: tuple[Tensor, ...], *arguments) -> Tens
 # ---- Crop, resize and flip -------------------------------------------------------------------------------------------
 
 
-def crop_views(images: Tensor, u: Tensor, size: int) -> Tensor:
-    """Return `crop_flip` of images (b, 3, h, w) for the u (views, b, DRAWS_PER_IMAGE) of each view, all at once."""
-    views = len(u)
-    crops = crop_flip(images.repeat(views, 1, 1, 1), u.flatten(0, 1), size)
-    return crops.unflatten(0, (views, -1))
-
-
 def crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
-    """Random resized crop (8-100 % of the area, aspect 3/4-4/3, bicubic) and flip, Appendix B.5.
+    """Random resized crops (8-100 % of the area, aspect 3/4-4/3, bicubic) and flips, Appendix B.5.
 
-    uint8 (b, 3, h, w) and u (b, DRAWS_PER_IMAGE) to (b, 3, size, size) in [0, 1]. Crop, antialiased resize and flip
-    of an image are together W_y @ image @ W_x^T, with one row of weights per output pixel.
+    uint8 (b, 3, h, w) and u (views, b, DRAWS_PER_IMAGE) to (views, b, 3, size, size) in [0, 1]. Crop, antialiased
+    resize and flip of an image are together W_y @ image @ W_x^T, with one row of weights per output pixel.
     """
-    return in_chunks(_crop_flip, (images, u), size)
+    views = len(u)
+    per_image = (images.repeat(views, 1, 1, 1), u.flatten(0, 1))  # all views pass together
+    return in_chunks(_crop_flip, per_image, size).unflatten(0, (views, -1))
 
 
 def _crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
     height, width = images.shape[2:]
-    draws = named_draws(u)
-    boxes = crop_boxes(draws["area"], draws["aspect"], draws["corner"], height, width)
-    boxes_and_flips = to_device(torch.column_stack([boxes, draws["flip"]]), images.device)  # in one copy
-    top, left, box_height, box_width, flip = boxes_and_flips.unbind(1)
+    boxes = to_device(crop_boxes(u, height, width), images.device)
+    top, left, box_height, box_width, is_flipped = boxes[:, :, None, None].unbind(1)
     w_y = _resampling(top, box_height, size, height)
     w_x = _resampling(left, box_width, size, width) / 255
-    flipped = w_x.flip(1)
-    w_x = torch.where(flip[:, None, None] < 0.5, flipped, w_x)
+    w_x = torch.where(is_flipped > 0, w_x.flip(1), w_x)
     rows = images.float().flatten(1, 2) @ w_x.mT  # (b, 3 h, size): one product for all three channels
     crops = w_y[:, None] @ rows.unflatten(1, (3, height))
     return crops.clamp_(0, 1)  # bicubic weights overshoot
 
 
-def crop_boxes(area: Tensor, aspect: Tensor, corner: Tensor, height: int, width: int) -> Tensor:
-    """Return crops (b, 4) as top, left, height and width: the first of ten tries that fits, else the image's centre.
+def crop_boxes(u: Tensor, height: int, width: int) -> Tensor:
+    """Return crops (b, 5) by u (b, DRAWS_PER_IMAGE): top, left, height, width, and 1 for one that is flipped.
 
-    area and aspect (b, 10), corner (b, 2) are uniform on [0, 1). In NumPy: loader workers do this picture by picture,
-    and torch's calls take three times as long on so few numbers.
+    It is the first of ten tries that fits, else the image's centre. In NumPy: loader workers do this picture by
+    picture, and torch's calls take three times as long on so few numbers.
     """
+    draws = {name: numbers.numpy() for name, numbers in named_draws(u).items()}
     full = np.array([height, width], np.float32)
-    pixels = (0.08 + 0.92 * area.numpy()) * height * width
-    shape = 2 * aspect.numpy() - 1
+    pixels = (0.08 + 0.92 * draws["area"]) * height * width
+    shape = 2 * draws["aspect"] - 1
     ratio = np.exp(shape * math.log(4 / 3))  # of width to height, uniform in its logarithm
     sides = np.stack([pixels / ratio, pixels * ratio], 2)
     sides = np.sqrt(sides).round()
@@ -159,18 +150,16 @@ def crop_boxes(area: Tensor, aspect: Tensor, corner: Tensor, height: int, width:
     widest = (full[::-1] * (4 / 3)).round()  # and highest, at an aspect of 4/3 and of 3/4
     length = np.where(any_fits, first_fit, np.minimum(full, widest))
     room = full - length
-    start = np.where(any_fits, corner.numpy() * (room + 1), room / 2)
-    boxes = np.concatenate([start, length], 1)
+    start = np.where(any_fits, draws["corner"] * (room + 1), room / 2)
+    boxes = np.column_stack([start, length, draws["flip"] < 0.5])
     return torch.from_numpy(boxes.astype(np.int64))
 
 
 def _resampling(start: Tensor, length: Tensor, size: int, full: int) -> Tensor:
     """Return weights (b, size, full) that resize `length` of `full` pixels from `start` on to `size`: Pillow's bicubic.
 
-    start and length are (b,). The kernel is as wide as a pixel of the output, where that is the wider one.
+    start and length are (b, 1, 1). The kernel is as wide as a pixel of the output, where that is the wider one.
     """
-    start = start[:, None, None]
-    length = length[:, None, None]
     scale = length / size
     pixel = torch.arange(full, device=start.device) - start
     middle = torch.arange(size, device=start.device) + 0.5
@@ -231,7 +220,7 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
 
     All angles are multiplied by chroma, so that a grey pixel, which has none, needs no division.
     """
-    r, g, b = x.unbind(1)
+    r, g, b = x[:, :, None].unbind(1)
     upper = torch.maximum(g, b)
     lower = torch.minimum(g, b)
     low = torch.minimum(r, lower)
@@ -241,12 +230,10 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     angle += (upper - r).relu_()  # the second, while red is in between
     angle.add_((lower - r).relu_(), alpha=2)  # the third, while red is the lowest
     angle.copysign_(g - b)  # towards green, or towards blue
-    angle.addcmul_(chroma, 6 * shift[:, 0])
+    angle.addcmul_(chroma, 6 * shift)
 
-    low = low[:, None]
-    chroma = chroma[:, None]
     colours = _per_channel((0.0, 2.0, -2.0), x.device)
-    distance = torch.addcmul(angle[:, None], chroma, colours, value=-1).abs_()
+    distance = torch.addcmul(angle, chroma, colours, value=-1).abs_()
     from_opposite = distance.sub_(chroma, alpha=3).abs_()
     above_low = from_opposite.sub_(chroma).relu_()
     torch.minimum(above_low, chroma, out=above_low)

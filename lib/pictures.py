@@ -1,7 +1,7 @@
 """Pictures in files: which there are, how one is read right, and many of them by worker processes.
 
-`find` lists a folder; `read` is one picture, RGB and upright; `by_workers` looks at many of them. A large set stays in
-files: `crops` and `centres` read it ahead.
+`find` lists a folder; `rgb` is one picture, upright; `by_workers` looks at many of them. A large set stays in `Files`:
+`crops` and `centres` read it ahead.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, tee
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +25,12 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from lib import processes
-from lib.augment import crop_boxes, named_draws
+from lib.augment import crop_boxes
 from lib.errors import InputError
 
-# The formats that pictures are kept in, by Pillow's names. It opens others as well, which hold pages, films or measured
-# fields, and for one of them it runs another program. MPO is opened as JPEG.
-Image.init()
-FORMATS = [name for name in Image.ID if name in "AVIF BMP DIB GIF JPEG JPEG2000 PCX PNG PPM QOI TGA TIFF WEBP".split()]
-SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO"))
+FORMAT_BY_SUFFIX = Image.registered_extensions()  # of all formats of Pillow, by its names, which it loads here
+# It opens others as well, which hold pages, films or measured fields, and for one of them it runs another program.
+FORMATS = sorted({*Image.ID} & {*"AVIF BMP DIB GIF JPEG JPEG2000 PCX PNG PPM QOI TGA TIFF WEBP".split()})
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # Image.Transpose that makes upright, by the orientation in EXIF
 WHITE = 2**16 - 1  # of a picture of 16 bits, where nothing else is known
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "System Volume Information")
@@ -43,15 +41,16 @@ BYTES_A_WORKER = 2**29  # room there: two batches of 512 pairs of 224 x 224 pixe
 class Files:
     """Pictures of any size that stay in files; `files[rows]` are some of them, as rows of a tensor are.
 
-    `white` is the value that is white in those of 16 bits.
+    `white` is the value that is white in those of 16 bits; `workers` processes read them, or none, but this one.
     """
 
-    def __init__(self, paths: Sequence[str], white: int = WHITE):
+    def __init__(self, paths: Sequence[str], white: int = WHITE, workers: int = 0):
         self.paths = np.array(paths)
         self.white = white
+        self.workers = workers
 
     def __getitem__(self, rows: Tensor) -> "Files":
-        return Files(self.paths[rows.cpu().numpy()], self.white)
+        return Files(self.paths[rows.cpu().numpy()], self.white, self.workers)
 
     def to(self, device) -> "Files":
         """Return self: files are read later, so there is nothing to move."""
@@ -74,9 +73,10 @@ def find(folder: str | Path, left_out: Counter, places: dict[str, str]) -> list[
     folders by their real paths. OSError for a folder that may not be read.
     """
     real_folder = os.path.realpath(folder)
-    leads_up = Path(next(iter(places), "")).is_relative_to(real_folder)
-    left_out["linked to a folder above"] += leads_up
-    if leads_up or real_folder in places:
+    if Path(next(iter(places), "")).is_relative_to(real_folder):
+        left_out["linked to a folder above"] += 1
+        return []
+    if real_folder in places:
         return []
     places[real_folder] = str(folder)
     paths, folders = [], []
@@ -86,7 +86,7 @@ def find(folder: str | Path, left_out: Counter, places: dict[str, str]) -> list[
             left_out["hidden"] += 1
         elif entry.is_dir():
             folders.append(entry.path)
-        elif suffix in SUFFIXES:
+        elif FORMAT_BY_SUFFIX.get(suffix) in (*FORMATS, "MPO"):  # which is opened as JPEG
             paths.append(entry.path)
         else:
             left_out[f"named *{suffix}" if suffix else "without a suffix"] += 1
@@ -114,16 +114,11 @@ def opened(path: str) -> Iterator[Image.Image]:
         raise InputError(f"{path}: not a picture that can be read ({reason})") from e
 
 
-def read(path: str, white: int = WHITE) -> Tensor:
-    """Return a picture as uint8 (3, h, w): RGB, upright as its EXIF says, 16 bits scaled to 8, on a white ground.
+def rgb(path: str, white: int = WHITE) -> Image.Image:
+    """Return a picture of 8 bits a channel, RGB, upright as its EXIF says, on a white ground.
 
     `white` is the value that is white in a picture of 16 bits. InputError if it cannot be read.
     """
-    return F.pil_to_tensor(_rgb(path, white))
-
-
-def _rgb(path: str, white: int) -> Image.Image:
-    """Return what `read` does, as a picture."""
     with opened(path) as picture:
         picture.load()
         # Not ImageOps.exif_transpose, which writes the EXIF anew, and fails where one of its tags is of another type.
@@ -145,30 +140,30 @@ def _rgb(path: str, white: int) -> Image.Image:
 # ---- Many pictures ---------------------------------------------------------------------------------------------------
 
 
-def by_workers(look: Callable, paths: Sequence[str]) -> Iterator:
+def by_workers(look: Callable, files: Files) -> Iterator:
     """Yield look(path) of each picture, by workers where there are many, with a bar if it lasts.
 
     `look` returns no tensors, so that answers come through pipes, however small the shared memory is.
     """
-    chunks = [paths[i : i + 32] for i in range(0, len(paths), 32)]
-    n_workers = min(workers(), len(chunks) // 2)  # a worker takes as long to start as to look at some
+    n = len(files.paths)
+    chunks = [files.paths[i : i + 32] for i in range(0, n, 32)]
+    n_workers = min(files.workers, len(chunks) // 2)  # a worker takes as long to start as to look at some
     answers = chain.from_iterable(loader(look, chunks, n_workers, collate_fn=list))
-    is_silent = not processes.is_main()
-    yield from tqdm(answers, "looking at pictures", len(paths), delay=2, leave=False, disable=is_silent)
+    yield from tqdm(answers, "looking at pictures", n, delay=2, leave=False, disable=not processes.is_main())
 
 
 def fault_of(path: str) -> str:
     """Say why a picture cannot be read; nothing if it can."""
     try:
-        _rgb(path, WHITE)
+        rgb(path)
     except InputError as e:
         return str(e)
     return ""
 
 
-def white_of(paths: Sequence[str]) -> int:
+def white_of(files: Files) -> int:
     """Return the value that is white in those of the pictures that have 16 bits: the last of the bits that all need."""
-    highest = max(by_workers(_highest, paths))
+    highest = max(by_workers(_highest, files))
     return 2 ** max(8, highest.bit_length()) - 1
 
 
@@ -178,47 +173,48 @@ def _highest(path: str) -> int:
         return int(np.asarray(picture).max()) if picture.mode.startswith("I") else 0
 
 
-def in_memory(paths: Sequence[str], white: int, most_bytes: int) -> Tensor | None:
+def in_memory(files: Files, most_bytes: int) -> Tensor | None:
     """Return pictures as uint8 (n, 3, h, w); None if they are of several sizes, or take more memory than that."""
     images = None
-    for row, picture in enumerate(by_workers(functools.partial(_rgb, white=white), paths)):
+    for row, picture in enumerate(by_workers(functools.partial(rgb, white=files.white), files)):
         width, height = picture.size
-        if images is None and 3 * height * width * len(paths) <= most_bytes:
-            images = torch.empty(len(paths), 3, height, width, dtype=torch.uint8)
+        if images is None and 3 * height * width * len(files.paths) <= most_bytes:
+            images = torch.empty(len(files.paths), 3, height, width, dtype=torch.uint8)
         if images is None or images.shape[2:] != (height, width):
             return None
         images[row] = F.pil_to_tensor(picture)
     return images
 
 
-def side_and_histograms(paths: Sequence[str], white: int) -> tuple[int, Tensor]:
+def side_and_histograms(files: Files) -> tuple[int, Tensor]:
     """Return the median of the pictures' shorter sides, and how often each value comes in each channel, (3, 256)."""
-    rows = torch.tensor(list(by_workers(functools.partial(_side_and_histograms, white=white), paths)))
+    rows = torch.tensor([*by_workers(functools.partial(_side_and_histograms, files.white), files)])
     return int(rows[:, 0].median()), rows[:, 1:].sum(0).view(3, 256)
 
 
-def _side_and_histograms(path: str, white: int) -> list[int]:
-    picture = _rgb(path, white)
+def _side_and_histograms(white: int, path: str) -> list[int]:
+    picture = rgb(path, white)
     return [min(picture.size), *picture.histogram()]
 
 
-def crops(files: Files, size: int, micro_batches: Iterator, device: torch.device) -> Iterator[Tensor]:
-    """Yield crops (b, views, 3, size, size) of micro-batches: rows (b,) and u (views, b, DRAWS_PER_IMAGE)."""
-    keys = ([*zip(rows.tolist(), u.transpose(0, 1).numpy())] for rows, u in micro_batches)
-    yield from loader(functools.partial(_crops, files, size), keys, workers(), pin_memory=device.type == "cuda")
+def crops(files: Files, size: int, micro_batches: Iterator, device: torch.device) -> Iterator[tuple]:
+    """Yield rows (b,), u (views, b, DRAWS_PER_IMAGE) and crops (b, views, 3, size, size) of micro-batches (rows, u)."""
+    read_ahead, now = tee(micro_batches)  # the loader reads ahead; `now` follows its results
+    keys = ([*zip(rows.tolist(), u.transpose(0, 1).numpy())] for rows, u in read_ahead)
+    make = functools.partial(_crops, files, size)
+    batches = loader(make, keys, files.workers, pin_memory=device.type == "cuda")
+    for (rows, u), crops in zip(now, batches):
+        yield rows, u, crops
 
 
 def _crops(files: Files, size: int, key: tuple[int, np.ndarray]) -> Tensor:
     """Return random resized crops and flips, uint8 (views, 3, size, size), of a row by the u of its views."""
     row, u = key
-    image = read(files.paths[row], files.white)
-    height, width = image.shape[1:]
-    draws = named_draws(torch.from_numpy(u))
-    boxes = crop_boxes(draws["area"], draws["aspect"], draws["corner"], height, width)
+    image = F.pil_to_tensor(rgb(files.paths[row], files.white))
     crops = []
-    for box, flip in zip(boxes.tolist(), draws["flip"]):
+    for *box, is_flipped in crop_boxes(torch.from_numpy(u), *image.shape[1:]).tolist():
         crop = F.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
-        crops.append(crop.flip(2) if flip < 0.5 else crop)
+        crops.append(crop.flip(2) if is_flipped else crop)
     return torch.stack(crops)
 
 
@@ -226,12 +222,14 @@ def centres(files: Files, size: int, crop: float, batch_size: int, device: torch
     """Yield the central squares (b, 3, size, size) of all files, in their order, each shrunk to size / crop before."""
     rows = range(len(files.paths))
     keys = (rows[i : i + batch_size] for i in rows[::batch_size])
-    yield from loader(functools.partial(_centre, files, size, crop), keys, workers(), pin_memory=device.type == "cuda")
+    yield from loader(
+        functools.partial(_centre, files, size, crop), keys, files.workers, pin_memory=device.type == "cuda"
+    )
 
 
 def _centre(files: Files, size: int, crop: float, row: int) -> Tensor:
     """Return the central square, uint8 (3, size, size), of a row."""
-    image = read(files.paths[row], files.white)
+    image = F.pil_to_tensor(rgb(files.paths[row], files.white))
     longest = 8 * min(image.shape[1:])  # 1 x 20,000 pixels, resized whole, would take gigabytes
     image = F.center_crop(image, [min(length, longest) for length in image.shape[1:]])
     image = F.resize(image, [round(size / crop)], InterpolationMode.BICUBIC, antialias=True)  # the shorter side
@@ -269,21 +267,8 @@ class _Made:
         return self.make(key)
 
 
-_chosen_workers: int | None = None
-
-
-def choose_workers(n: int | None) -> None:
-    """Set how many processes read pictures; None = one a core, or fewer where shared memory is small, as in Docker."""
-    global _chosen_workers
-    _chosen_workers = n
-    workers.cache_clear()
-
-
-@functools.cache  # so that it is told once
-def workers() -> int:
-    """Return how many processes read pictures ahead, for each of those that train."""
-    if _chosen_workers is not None:
-        return _chosen_workers
+def fitting_workers() -> int:
+    """Return how many processes can read pictures: one a core, or fewer where shared memory is small, as in Docker."""
     n = min(16, processes.cores())
     if not os.path.ismount(SHARED_MEMORY):  # as on a Mac
         return n

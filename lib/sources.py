@@ -1,7 +1,7 @@
 """Where data sets come from: the embedded photographs, torchvision's sets, and folders of pictures.
 
-Each source returns the names of the classes and two or three parts, of which data.py makes splits: to train on, to
-judge by, and images without labels. What is known of the sets that have a name, FACTS, stands in data.py.
+Each source returns the names of the classes and the parts, of which data.py makes splits: to train on, to judge by and,
+of STL-10, images without labels. What is known of the sets that have a name, FACTS, stands in data.py.
 """
 
 import contextlib
@@ -37,29 +37,25 @@ SAMPLE = 2000  # pictures, of which the mean and the like are taken where not al
 NO_CLASS = -1  # the label of an image without a class
 
 
-def read(name: str, data_dir: str, facts: dict[str, dict], pretraining: bool, skip_broken: bool) -> Found:
+def read_set(name: str, data_dir: str, facts: dict, pretraining: bool, skip_broken: bool, workers: int | None) -> Found:
     """Read the data set called `name`, of those that have facts, or the folder of pictures at that path.
 
-    Returns its classes, its parts, and its facts, with mean and std. InputError as from `data.load`.
+    Returns its classes, its parts, and its facts. Arguments and InputError are those of `data.load`.
     """
-    name, data_dir = os.path.expanduser(name), os.path.expanduser(data_dir)
-    own_facts = facts.get(name)
-    if own_facts and os.path.isdir(name) and os.path.realpath(name) != os.path.realpath(data_dir):
+    name, root = os.path.expanduser(name), Path(os.path.expanduser(data_dir))
+    if name in facts and os.path.isdir(name) and os.path.realpath(name) != os.path.realpath(root):
         processes.say(f"dataset {name}: the set of that name, not the folder; --dataset ./{name} is the folder")
+    if name == "photos":
+        return *photos(), facts[name]
+    if name in MAKERS:
+        return *torchvision_set(name, root, pretraining), facts[name]
     if name == "imagenet":
-        root = Path(data_dir)
-        return folder(f"dataset imagenet: --data_dir {root}", root, ["val"], own_facts, pretraining, skip_broken)
-    if not own_facts and os.path.isdir(name):
-        return folder(f"dataset {Path(name)}", Path(name), ["test", "val"], None, pretraining, skip_broken)
-    if not own_facts:
-        suggestions = difflib.get_close_matches(name, facts, 1)
-        hint = f" (did you mean {suggestions[0]}?)" if suggestions else ""
-        raise InputError(f"dataset {name}: neither {', '.join(facts)} nor a folder{hint}")
-    classes, parts = photos() if name == "photos" else torchvision_set(name, Path(data_dir), unlabeled=pretraining)
-    if own_facts["mean"] is None:
-        mean, std = pixel_statistics(histograms_of(parts[0][0]))
-        own_facts = {**own_facts, "mean": mean, "std": std}
-    return classes, parts, own_facts
+        return folder(f"dataset imagenet: --data_dir {root}", root, facts[name], pretraining, skip_broken, workers)
+    if os.path.isdir(name):
+        return folder(f"dataset {Path(name)}", Path(name), None, pretraining, skip_broken, workers)
+    suggestions = difflib.get_close_matches(name, facts, 1)
+    hint = f" (did you mean {suggestions[0]}?)" if suggestions else ""
+    raise InputError(f"dataset {name}: neither {', '.join(facts)} nor a folder{hint}")
 
 
 def has_no_data_dir(name: str) -> bool:
@@ -70,21 +66,6 @@ def has_no_data_dir(name: str) -> bool:
 def has_no_files(name: str) -> bool:
     """Whether a data set has no file for each picture."""
     return name == "photos" or name in MAKERS
-
-
-def histograms_of(images: Tensor) -> Tensor:
-    """Count how often each value comes in each channel of uint8 images (n, 3, h, w): (3, 256)."""
-    return torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
-
-
-def pixel_statistics(histograms: Tensor) -> tuple[Channels, Channels]:
-    """Return mean and standard deviation of each channel as parts of 255, to 4 digits, from its histogram (3, 256)."""
-    values = torch.arange(256, dtype=torch.float64) / 255
-    shares = histograms / histograms.sum(1, keepdim=True, dtype=torch.float64)
-    mean = shares @ values
-    variance = shares @ values.square() - mean.square()
-    std = variance.clamp_min(1 / 255**2).sqrt()  # one flat colour has none, and views are divided by it
-    return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) for x in std.tolist())
 
 
 # ---- The embedded photographs ----------------------------------------------------------------------------------------
@@ -103,15 +84,13 @@ def photos() -> tuple[Classes, list[Part]]:
     generator = torch.Generator().manual_seed(2022)
     train, test = [], []
     for name in PHOTOGRAPHS:
-        image = torch.from_numpy(getattr(photographs, name)())
-        if image.ndim == 2:  # grey
-            image = image[..., None].expand(-1, -1, 3)
-        image = image.permute(2, 0, 1)
+        pixels = np.atleast_3d(getattr(photographs, name)())
+        image = torch.from_numpy(pixels).permute(2, 0, 1).expand(3, -1, -1)  # grey ones have one channel
         border = int(0.7 * image.shape[2])
         train.append(_patches(image[:, :, :border], 200, generator))
         test.append(_patches(image[:, :, border:], 50, generator))
     labels = torch.arange(len(PHOTOGRAPHS))
-    parts = [(torch.cat(images), labels.repeat_interleave(len(images[0]))) for images in (train, test)]
+    parts = [(torch.cat(train), labels.repeat_interleave(200)), (torch.cat(test), labels.repeat_interleave(50))]
     return tuple(PHOTOGRAPHS), parts
 
 
@@ -130,8 +109,7 @@ def _patches(image: Tensor, n: int, generator: torch.Generator) -> Tensor:
 def torchvision_set(name: str, root: Path, unlabeled: bool) -> tuple[Classes, list[Part]]:
     """Return the classes and parts of cifar10, cifar100 or stl10, downloaded to `root` if need be.
 
-    Of stl10 there are, with `unlabeled`, its 100,000 images without a label, too. InputError if they can be neither
-    read nor downloaded.
+    `unlabeled` adds STL-10's 100,000 images without a label. InputError if it can be neither read nor downloaded.
     """
     options = [{"train": True}, {"train": False}]
     if name == "stl10":
@@ -140,13 +118,11 @@ def torchvision_set(name: str, root: Path, unlabeled: bool) -> tuple[Classes, li
         sets = [MAKERS[name](root, **part) for part in options]
     except (OSError, RuntimeError):  # it is not there, or not whole
         sets = _downloaded(name, root, options)
-    parts = []
-    for each in sets:
-        images = torch.from_numpy(each.data)
-        if name == "stl10":
-            parts.append((images, torch.from_numpy(each.labels).long()))
-        else:  # torchvision keeps these as (n, h, w, 3), and their labels in a list
-            parts.append((images.permute(0, 3, 1, 2).contiguous(), torch.tensor(each.targets)))
+    if name == "stl10":
+        parts = [(torch.from_numpy(each.data), torch.from_numpy(each.labels).long()) for each in sets]
+    else:  # torchvision keeps these as (n, h, w, 3), and their labels in a list
+        images = [torch.from_numpy(each.data).permute(0, 3, 1, 2).contiguous() for each in sets]
+        parts = [(x, torch.tensor(each.targets)) for x, each in zip(images, sets)]
     return tuple(sets[0].classes), parts
 
 
@@ -170,19 +146,22 @@ def _downloaded(name: str, root: Path, options: list[dict]) -> list[datasets.Vis
 # ---- A folder of pictures --------------------------------------------------------------------------------------------
 
 
-def folder(name: str, root: Path, tests: list[str], facts: dict | None, pretraining: bool, skip_broken: bool) -> Found:
-    """Return classes, parts and facts of a folder with train/ and one of `tests`, each with a sub-folder a class.
+def folder(
+    name: str, root: Path, facts: dict | None, pretraining: bool, skip_broken: bool, workers: int | None
+) -> Found:
+    """Return classes, parts and facts of a folder with train/ and test/ or val/, each with a sub-folder a class.
 
-    Pictures of one size are read into memory, if they fit; others, and those of a set with `facts`, which is large,
-    stay in files. With `pretraining` they may be without classes. `name` is the folder's in messages. InputError for a
-    broken picture that is met, unless these are to be skipped, and for a folder that is not laid out like this.
+    Pictures of one size are read into memory, if they fit; others, and those of a set with `facts`, ImageNet, stay in
+    files. With `pretraining` own ones may be without classes. `name` is the folder's in messages. InputError for a
+    folder that is not laid out like this, and for a broken picture that is met, unless these are to be skipped.
     """
     try:
-        classes, parts, told = _listed(name, root, tests, may_lack_classes=pretraining and not facts)
+        classes, parts, told = _listed(name, root, ["val"] if facts else ["test", "val"], pretraining and not facts)
     except OSError as e:
         raise InputError(f"{e.filename}: cannot be read ({e.strerror})") from e
+    workers = pictures.fitting_workers() if workers is None else workers
     if skip_broken:
-        parts = _without_broken(name, parts)
+        parts = _without_broken(name, parts, workers)
     train, test = parts
     told = f"{len(classes)} classes, {len(train)} pictures to train on, {len(test)} to judge by; {told}"
     for pairs in parts:
@@ -192,12 +171,11 @@ def folder(name: str, root: Path, tests: list[str], facts: dict | None, pretrain
     if not train:
         raise InputError(f"{name}: no picture that can be read; {told}")
     processes.say(f"{name}: {told}")
-    paths = [np.array([path for path, _ in pairs]) for pairs in parts]
+    images = [pictures.Files([path for path, _ in pairs], workers=workers) for pairs in parts]
     labels = [torch.tensor([label for _, label in pairs], dtype=torch.long) for pairs in parts]
-    if facts:
-        images = [pictures.Files(each) for each in paths]
-    else:
-        images, facts = _images_and_facts(*paths)
+    paths = [files.paths for files in images]
+    if not facts:
+        images, facts = _images_and_facts(*images)
         facts["holdout"] = len(train) / max(1, len(classes)) / 10
     return classes, list(zip(images, labels, paths)), facts
 
@@ -207,8 +185,8 @@ def _listed(name: str, root: Path, tests: list[str], may_lack_classes: bool) -> 
 
     Without classes all pictures are to train on. InputError if they may not lack them, or if those of test are others.
     """
-    train = root / "train"
     left_out = Counter()
+    train = root / "train"
     classes = _classes(train, left_out)
     # Of test/ and val/ the one that shares most classes with train/.
     test = root / max(tests, key=lambda part: len({*classes} & {*_classes(root / part, Counter())}))
@@ -219,26 +197,24 @@ def _listed(name: str, root: Path, tests: list[str], may_lack_classes: bool) -> 
         written = repr if len(as_seen) == len(unpaired) else ascii  # some look alike: show how they differ
         places = [f"{written(label)} in {'train' if label in classes else test.name} alone" for label in unpaired[:5]]
         raise InputError(f"{name}: train and {test.name} do not hold the same classes: {', '.join(places)}")
-    fault = ""
-    for part, found in ((test, test_classes), (train, classes)):
-        if len(found) < 2:
-            fault = f"{part} is no folder of two or more classes"
-    if fault and not may_lack_classes:
-        needed = " or ".join(f"{part}/" for part in tests)
-        raise InputError(f"{name}: {fault}; train/ and {needed} must hold a sub-folder of pictures for each class")
     # Where the folder has parts, only train/ is trained on: the rest was laid aside to judge by.
     has_parts = any((root / part).is_dir() for part in ("train", *tests))
-    if fault:
+    unjudged = ""
+    if len(classes) > 1 and len(test_classes) > 1:
+        parts = _by_class(name, train, test, classes, left_out)
+    else:
+        fault = f"{train if len(classes) < 2 else test} is no folder of two or more classes"
+        if not may_lack_classes:
+            needed = " or ".join(f"{part}/" for part in tests)
+            raise InputError(f"{name}: {fault}; train/ and {needed} must hold a sub-folder of pictures for each class")
+        unjudged = f" (nothing is judged: {fault})"
         paths = pictures.find(train if has_parts else root, left_out, {})
         classes, parts = (), [[(path, NO_CLASS) for path in paths], []]
-    else:
-        parts = _by_class(name, train, test, classes, left_out)
     if has_parts:
         others = {*_classes(root, Counter())} - {train.name, test.name}
         left_out |= {f"folder {other}/": 1 for other in sorted(others)}
-    reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common(10) if n)
-    unjudged = f" (nothing is judged: {fault})" if fault else ""
-    return classes, parts, f"left out: {reasons or 'nothing'}{unjudged}"
+    reasons = [f"{n} {reason}" for reason, n in left_out.most_common(10)]
+    return classes, parts, f"left out: {', '.join(reasons) or 'nothing'}{unjudged}"
 
 
 def _classes(part: Path, left_out: Counter) -> Classes:
@@ -257,8 +233,7 @@ def _classes(part: Path, left_out: Counter) -> Classes:
 def _by_class(name: str, train: Path, test: Path, classes: Classes, left_out: Counter) -> list[Pairs]:
     """Return the pictures of train and of test, class by class; say where two places are one."""
     parts = [[], []]
-    place_by_folder = {}
-    twice = []
+    place_by_folder, twice = {}, []
     for pairs, part in zip(parts, (train, test)):
         for label, class_name in enumerate(classes):
             places = {}
@@ -270,27 +245,39 @@ def _by_class(name: str, train: Path, test: Path, classes: Classes, left_out: Co
     return parts
 
 
-def _without_broken(name: str, parts: list[Pairs]) -> list[Pairs]:
+def _without_broken(name: str, parts: list[Pairs], workers: int) -> list[Pairs]:
     """Return the pairs whose picture can be read; count the others, and name ten."""
     paths = [path for pairs in parts for path, _ in pairs]
-    fault_by_path = dict(zip(paths, pictures.by_workers(pictures.fault_of, paths)))
+    fault_by_path = dict(zip(paths, pictures.by_workers(pictures.fault_of, pictures.Files(paths, workers=workers))))
     faults = [fault for fault in fault_by_path.values() if fault]
     if faults:
         processes.say("\n  ".join([f"{name}: skipped {len(faults)} of {len(paths)} pictures:", *faults[:10]]))
     return [[pair for pair in pairs if not fault_by_path[pair[0]]] for pairs in parts]
 
 
-def _images_and_facts(train: np.ndarray, test: np.ndarray) -> tuple[list, dict]:
+def _images_and_facts(train: pictures.Files, test: pictures.Files) -> tuple[list, dict]:
     """Return the images of both parts, in memory or as Files, and what data.FACTS holds of a named set."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    sample = train[order[:SAMPLE].sort().values.numpy()]
-    white = pictures.white_of(sample)
-    in_memory = pictures.in_memory([*train, *test], white, MEMORY)
+    order = torch.randperm(len(train.paths), generator=torch.Generator().manual_seed(0))
+    sample = train[order[:SAMPLE].sort().values]
+    train.white = test.white = sample.white = pictures.white_of(sample)
+    everything = pictures.Files([*train.paths, *test.paths], train.white, train.workers)
+    in_memory = pictures.in_memory(everything, MEMORY)
     if in_memory is None:
-        images = [pictures.Files(train, white), pictures.Files(test, white)]
-        side, histograms = pictures.side_and_histograms(sample, white)
+        images = [train, test]
+        side, histograms = pictures.side_and_histograms(sample)
     else:
-        images = in_memory.split([len(train), len(test)])
-        side, histograms = min(in_memory.shape[2:]), histograms_of(images[0])
+        images = in_memory.split([len(train.paths), len(test.paths)])
+        side = min(in_memory.shape[2:])
+        histograms = torch.stack([channel.flatten().bincount(minlength=256) for channel in images[0].unbind(1)])
     mean, std = pixel_statistics(histograms)
     return images, {"size": min(side, 224), "stem": "cifar" if side <= 32 else "imagenet", "mean": mean, "std": std}
+
+
+def pixel_statistics(histograms: Tensor) -> tuple[Channels, Channels]:
+    """Return mean and standard deviation of each channel as parts of 255, to 4 digits, from its histogram (3, 256)."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    shares = histograms / histograms.sum(1, keepdim=True, dtype=torch.float64)
+    mean = shares @ values
+    variance = shares @ values.square() - mean.square()
+    std = variance.clamp_min(1 / 255**2).sqrt()  # one flat colour has none, and views are divided by it
+    return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) for x in std.tolist())

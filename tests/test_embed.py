@@ -5,12 +5,13 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import data
 import models
 from harness.checkpoint import load_encoder, load_file
 from knn_eval import knn_eval, vote
-from lib.pictures import Files, read
+from lib.pictures import Files, rgb
 from tools.embed import embed
 
 
@@ -36,7 +37,7 @@ def test_features_are_those_that_the_judge_votes_with(command, trained, folder, 
         paths = [f"{description['folder']}/{path}" for path in description["paths"][part]]
         labels = tensors[f"{part}.labels"]
         assert [description["classes"][label] for label in labels] == [path.split("/")[-2] for path in paths]
-        pixels = Files(paths) if in_files else torch.stack([read(path) for path in paths])
+        pixels = Files(paths) if in_files else torch.stack([pil_to_tensor(rgb(path)) for path in paths])
         views = data.evaluation_views(data.Split(pixels, labels), **description["view"])
         torch.testing.assert_close(models.embed(encoder, views), tensors[f"{part}.features"])
 

@@ -464,9 +464,6 @@ class Fatal:
             os.kill(os.getpid(), signal.SIGKILL)
         return torch.ones(3)
 
-    def bytes_of(self, keys):
-        return 0
-
 
 def test_a_worker_that_dies_keeps_nobody_waiting(shell, monkeypatch):
     """Workers outlive a SIGTERM by half a minute, for which the interpreter waited at its end."""

@@ -51,7 +51,7 @@ from knn_eval import vote
 from lib import cli, processes
 from lib.augment import DRAWS_PER_IMAGE, crop_flip, normalise
 from lib.errors import InputError
-from lib.pictures import Files
+from lib.pictures import Files, fitting_workers
 from pretrain import RECIPES, Training, build, pretrain, train_micro_batch
 from regularizers import alignment, amhe, energy_by_definition, mhe
 
@@ -413,7 +413,7 @@ def stream(accelerator: Accelerator, n: int = 3000) -> Iterator[Contest]:
     with tempfile.TemporaryDirectory() as folder:
         paths = jpegs(Path(folder), n)
         labels = torch.zeros(n, dtype=torch.long, device=accelerator.device)
-        split = data.Split(Files(paths), labels)
+        split = data.Split(Files(paths, workers=fitting_workers()), labels)
 
         def ours() -> None:
             for crops, _, _ in data.batches(split, size, batch_size, seed=0, steps=range(n // batch_size)):

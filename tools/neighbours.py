@@ -91,11 +91,20 @@ def draw_queries(labels: Tensor, n: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     order_in_class = torch.randperm(len(labels), generator=generator)
-    rows, place_in_class = data.by_class(labels + 1, order_in_class)  # + 1: it takes no negative labels
+    rows, place_in_class = by_class(labels + 1, order_in_class)  # + 1: it takes no negative labels
     order_of_classes = torch.randperm(len(labels), generator=generator)  # so that of many, not the first n are drawn
     first_places = place_in_class[order_of_classes].argsort(stable=True)[:n]
     drawn = rows[order_of_classes[first_places]]
     return drawn[labels[drawn].argsort(stable=True)]
+
+
+def by_class(labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort images by class, those of a class in the order (n,): their row numbers, and the place of each, from 0."""
+    sorted_rows = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount()
+    firsts = counts.cumsum(0) - counts  # where each class begins
+    place_in_class = torch.arange(len(labels)) - firsts.repeat_interleave(counts)
+    return sorted_rows, place_in_class
 
 
 def without_queries(cosines: Tensor, rows: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
