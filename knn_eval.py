@@ -27,14 +27,13 @@ DEFAULT_K = (10, 20, 100, 200)
 QUERIES_AT_ONCE = 512  # queries in one chunk of the vote
 
 
-@judging.judge
 def knn_eval(
     ckpt: judging.Ckpt,
     *,
     k: Annotated[tuple[Annotated[int, ">= 1"], ...], "numbers of neighbours, up to all of the bank"] = DEFAULT_K,
     temperature: Annotated[float, "> 0", "of the votes' weights exp(cosine / temperature); DINO's 0.07"] = 0.07,
     floors: Annotated[bool, "judge an untrained network and pixels, too; None = up to 10,000 images"] | None = None,
-    **shared,
+    **shared: judging.shared_flags,
 ):
     """Print the accuracy (%) of a weighted k-NN vote on the features of a checkpoint, and where they lie."""
     accelerator = processes.start()

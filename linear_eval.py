@@ -39,7 +39,6 @@ class Features(NamedTuple):
     labels: Tensor
 
 
-@judging.judge
 def linear_eval(
     ckpt: judging.Ckpt,
     *,
@@ -50,7 +49,7 @@ def linear_eval(
     weight_decay: Annotated[float, ">= 0", "of the classifier"] = 0.0,
     seed: Annotated[int, ">= 0", "< 1e9", "of the classifier's weights, the order and the crops"] = 0,
     cached: Annotated[bool, "train on features of the evaluation view, in place of crops and flips"] = False,
-    **shared,
+    **shared: judging.shared_flags,
 ):
     """Print the accuracy (%) of a linear classifier trained on the frozen features of a checkpoint."""
     if sweep and lr:

@@ -1,6 +1,5 @@
 """The command line against a stage's signature, what --help prints, streams, and the log that rows go to."""
 
-import inspect
 import json
 import os
 import shlex
@@ -101,11 +100,11 @@ def test_what_other_projects_call_a_flag_leads_to_ours():
     }.items():
         for word in words.split():
             with pytest.raises(InputError) as e:
-                cli.read([word, "1"], inspect.signature(pretrain).parameters)
+                cli.values_of([word, "1"], pretrain)
             assert str(e.value) == f"{word}: no such flag; did you mean {meaning}?"
     for word in "--step --sched --outputs --drop --patch --pretrained".split():  # nothing far-fetched
         with pytest.raises(InputError, match="known: --ckpt, --k, "):
-            cli.read([word, "1"], inspect.signature(knn_eval).parameters)
+            cli.values_of([word, "1"], knn_eval)
 
 
 def test_help_is_80_columns_wide_and_grouped(monkeypatch, capsys):

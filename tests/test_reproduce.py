@@ -33,7 +33,7 @@ def typed(monkeypatch):
         script, *words = map(str, command)
         stage = STAGES[Path(script).stem]
         commands.append((stage.__name__, words, how))
-        flags = cli.read(words, inspect.signature(stage).parameters)
+        flags = cli.values_of(words, stage)
         places = [flags.pop(name) for name in ("ckpt", "name") if name in flags] + [*flags.pop("runs", ())]
         try:
             stage(*places, **flags)
@@ -170,9 +170,8 @@ def test_every_run_of_a_list_is_one_of_pretrain(plan, runs):
     """Its flags exist and go together, and no two runs share a folder."""
     names = [reproduce.name_of(words) for words in reproduce.PLANS[plan]]
     assert len(names) == len(set(names)) == runs
-    parameters = inspect.signature(pretrain).parameters
-    defaults = {name: flag.default for name, flag in parameters.items()}
+    defaults = pretrain.__kwdefaults__
     for words in reproduce.PLANS[plan]:
-        flags = cli.read(words.split(), parameters)
+        flags = cli.values_of(words.split(), pretrain)
         assert flags.keys() == reproduce.as_typed(words).keys()
         check({**defaults, **flags, "dataset": "cifar10", "out": "run"}, defaults, RECIPES)

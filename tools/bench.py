@@ -298,7 +298,7 @@ def energy_scaling(accelerator: Accelerator) -> Iterator[Contest]:
 def trainer(accelerator: Accelerator, batch_size: int, **flags) -> tuple[Training, Callable]:
     """Make a training of `pretrain` on photos, and its next step: crops, views, networks, LARS, target, faults."""
     images = data.load("photos", pretraining=True)
-    flags = {**cli.defaults(pretrain), "batch_size": batch_size, **flags}
+    flags = {**pretrain.__kwdefaults__, "batch_size": batch_size, **flags}
     values = resolve_recipe(flags, RECIPES, accelerator.num_processes)
     cfg = resolve_images(values, flags, images)
     training = build(cfg, images, accelerator)

@@ -12,7 +12,6 @@ holds the logs of all and the table that tools.figures makes of them; checkpoint
 """
 
 import contextlib
-import inspect
 import json
 import os
 import re
@@ -176,9 +175,8 @@ def stages_done(run: Path, flags: dict[str, str], trial: bool) -> set[str]:
 
 def has_settings(settings: dict, flags: dict[str, str]) -> bool:
     """Whether a run has the settings that its flags, and the defaults of the others, ask for."""
-    parameters = inspect.signature(pretrain).parameters
-    wanted = {name: value for name, value in cli.defaults(pretrain).items() if name not in NOT_SETTINGS}
-    wanted |= cli.read([f"--{name}={value}" for name, value in flags.items()], parameters)
+    wanted = {name: value for name, value in pretrain.__kwdefaults__.items() if name not in NOT_SETTINGS}
+    wanted |= cli.values_of([f"--{name}={value}" for name, value in flags.items()], pretrain)
     del wanted["data_dir"]  # the set may have moved
     for name, value in wanted.items():
         if value is not None and settings.get(name) != json.loads(json.dumps(value)):
