@@ -91,11 +91,6 @@ def test_a_sweep_takes_the_best_rate_on_the_hold_out(command, trained):
     assert [row.get("split") for row in rows].count("test") == 1
 
 
-def test_a_batch_larger_than_the_set_is_refused(command, trained):
-    code, rows, err = command(linear_eval, trained / "ckpt.safetensors", "--batch_size", 49)
-    assert code == 2 and rows == [] and "has 48 images to train on; take fewer" in err
-
-
 def test_a_rate_that_diverges_leaves_the_sweep(command, trained, monkeypatch):
     """The others go on as if it had not been there; if none is left, and without a sweep, the command ends."""
     exact = torch.nn.functional.cross_entropy

@@ -76,36 +76,6 @@ def test_energies_equal_their_definition(f, angular, s, shape):
     assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
 
 
-@pytest.mark.parametrize("shape", [(1500, 512), (256, 4096)])
-def test_energy_of_the_papers_heads(shape):
-    """amhe at s = 2 in fp32 against float64, in the dimensions of Section 3.6, the definition written once more."""
-    weight = random(*shape)
-    value, gradient = with_gradient(amhe, weight, 2)
-    wide = weight.double().requires_grad_()
-    cosine = normalize(wide) @ normalize(wide).T
-    off_diagonal = ~torch.eye(len(weight), dtype=torch.bool)
-    expected = cosine.masked_select(off_diagonal).arccos().pow(-2).mean()
-    expected.backward()
-    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert (gradient - wide.grad).norm() < 1e-5 * wide.grad.norm()
-
-
-@pytest.mark.parametrize("f, _", ENERGIES)
-def test_gradcheck(f, _):
-    for s in (0.0, 1.0, 2.0):
-        assert torch.autograd.gradcheck(lambda w, s=s: f(w, s), random(6, 4, dtype=torch.float64).requires_grad_())
-
-
-@pytest.mark.parametrize("angle", [1e-3, 0.15, 1.0, 3.14])
-def test_close_and_opposite_pairs_keep_their_digits(angle):
-    turn = torch.linalg.qr(random(300, 300, dtype=torch.float64)).Q
-    pair = (torch.tensor([[1, 0], [math.cos(angle), math.sin(angle)]], dtype=torch.float64) @ turn[:2]).float()
-    energy, gradient = with_gradient(amhe, pair, 1)
-    assert energy.item() == pytest.approx(1 / angle, rel=2e-5)
-    assert gradient[0].norm().item() == pytest.approx(1 / angle**2, rel=1e-4)
-    assert mhe(pair, 1).item() == pytest.approx(1 / (2 * math.sin(angle / 2)), rel=2e-5)
-
-
 @pytest.mark.parametrize("f, _", ENERGIES)
 def test_degenerate_rows(f, _):
     weight = random(6, 5)
@@ -157,16 +127,16 @@ def test_descent_reaches_the_minima_of_thomsons_problem(n, minimum):
     assert mhe(x, 1).item() * n * (n - 1) / 2 == pytest.approx(minimum, rel=1e-9)
 
 
-@pytest.mark.parametrize("zeros, length", [(0, 1e-9), (1, 1e19), (3, 1e30), (6, 1)])
-def test_uniformity_of_zero_rows_is_the_one_liners(zeros, length):
+@pytest.mark.parametrize("zeros, length, t", [(0, 1e-9, 2), (1, 1e19, 3.5), (3, 1e30, 2), (6, 1, 2)])
+def test_uniformity_is_wang_and_isolas_line(zeros, length, t):
     """Wang and Isola's line on normalised rows: two zero rows coincide, a zero row is at distance 1 from the others."""
     x = random(6, 4) * length
     x[:zeros] = 0
     wide = normalize(x.double())
-    expected = torch.pdist(wide).pow(2).mul(-2).exp().mean().log()
-    value, gradient = with_gradient(uniformity, x)
+    expected = torch.pdist(wide).pow(2).mul(-t).exp().mean().log()
+    value, gradient = with_gradient(uniformity, x, t)
     assert value.item() == pytest.approx(expected.item(), abs=1e-6)
-    _, expected_gradient = with_gradient(uniformity, x.double() / length)
+    _, expected_gradient = with_gradient(uniformity, x.double() / length, t)
     torch.testing.assert_close(gradient.double() * length, expected_gradient, rtol=1e-5, atol=1e-6)
 
 
@@ -288,7 +258,7 @@ def test_the_host_looks_at_the_device_once_for_all_layers(monkeypatch):
 def test_a_network_without_neurons_is_refused():
     with pytest.raises(ValueError, match="the network has no linear layer or convolution"):
         energy_of(nn.ReLU())
-    with pytest.raises(ValueError, match=r"not \(3,\)"):
+    with pytest.raises(ValueError, match=r"not \[3\], 2"):
         energy_of({"bias": torch.ones(3)})
 
 
@@ -389,18 +359,6 @@ def test_autocast_changes_nothing():
     assert amhe(low).item() == pytest.approx(amhe(low.double()).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("t", [2, 3.5])
-def test_uniformity_is_that_of_wang_and_isola(t):
-    """Their estimator: log of the mean of exp(-t d^2) over pdist's pairs."""
-    x = random(50, 8, dtype=torch.float64)
-    value, gradient = with_gradient(uniformity, x, t)
-    theirs = x.clone().requires_grad_()
-    expected = torch.pdist(normalize(theirs)).pow(2).mul(-t).exp().mean().log()
-    expected.backward()
-    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
-    torch.testing.assert_close(gradient, theirs.grad)
-
-
 def test_alignment_is_byols_loss():
     x, y = random(20, 16), random(20, 16, seed=1)
     byol = (2 - 2 * torch.nn.functional.cosine_similarity(x.double(), y.double())).mean()
@@ -423,12 +381,6 @@ def test_info_nce_is_simclrs_loss(temperature):
     assert info_nce(x, y, temperature).item() == pytest.approx(sum(losses) / 14, rel=1e-12)
     assert info_nce(3 * x.float(), y.float(), temperature).item() == pytest.approx(sum(losses) / 14, rel=1e-5)
     assert torch.autograd.gradcheck(info_nce, (x.requires_grad_(), y.requires_grad_(), temperature))
-
-
-def test_info_nce_of_known_configurations():
-    assert info_nce(torch.ones(4, 3), torch.ones(4, 3)).item() == pytest.approx(math.log(7), rel=1e-6)
-    pairs = math.log(1 + 6 * math.exp(-1 / 0.5))  # pairs that coincide, orthogonal to all others
-    assert info_nce(torch.eye(4), torch.eye(4)).item() == pytest.approx(pairs, rel=1e-6)
 
 
 def test_zero_and_coincident_rows_of_features():
