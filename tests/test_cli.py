@@ -120,10 +120,11 @@ def test_help_is_80_columns_wide_and_grouped(monkeypatch, capsys):
     ):
         assert part in text
     assert "No part of --help" not in text
-    for each in (knn_eval, linear_eval, energy, export, figures, reproduce):
+    for each in (pretrain, knn_eval, linear_eval, energy, export, figures, reproduce):
         text = cli.help_text(each, {})
         assert max(map(len, text.splitlines())) <= 80, each
-        assert "\n\nflags\n  " in text and f"{each.__name__}" in text.partition("\n\nexample\n  python ")[2]
+        assert "\n\nflags\n  " in text and f"{each.__name__}" in text.partition("\n\nexample\n  ")[2]
+    assert "\n  --skip_broken  " in cli.help_text(knn_eval, {})  # a flag of both judges
 
 
 # ---- Streams ---------------------------------------------------------------------------------------------------------

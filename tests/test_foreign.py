@@ -104,12 +104,8 @@ def test_lightlys_encoder_has_torchvisions_features():
 
 MISFITS = {  # where ResNet-18 is looked for: the model in the file, how much of it is there, and what is wrong
     "stem": ("resnet18", "cifar", 999, r"conv1.weight is \(64, 3, 3, 3\) in the file, \(64, 3, 7, 7\) in the encoder"),
-    "larger": (
-        "resnet34",
-        "imagenet",
-        999,
-        r"layer1.2.conv1.weight is \(64, 64, 3, 3\) in the file, absent in the encoder",
-    ),  # has all names of ResNet-18
+    # it has all names of ResNet-18
+    "larger": ("resnet34", "imagenet", 999, "layer1.2.conv1.weight is .* in the file, absent in the encoder"),
     "half": ("resnet18", "imagenet", 60, "layer3.0.conv1.weight is absent in the file"),
     "integers": ("resnet18", "imagenet", 999, "conv1.weight is torch.int8 in the file"),
 }
@@ -121,9 +117,7 @@ def test_what_keeps_a_file_from_being_the_encoder_is_told(case):
     state = list(models.build_encoder(model, stem).state_dict().items())
     dtype = torch.int8 if case == "integers" else torch.float16  # which are taken
     torch.save(under("net.", {name: x.to(dtype) for name, x in state[:n]}) | HEAD, "x")
-    with pytest.raises(
-        InputError, match=f"^x: does not hold resnet18 with the imagenet stem, {fault}.*; name the --mo"
-    ):
+    with pytest.raises(InputError, match=f"^x: does not hold resnet18 with the imagenet stem, {fault}.*; name the --m"):
         foreign.adopt("x", "resnet18", "imagenet")
 
 

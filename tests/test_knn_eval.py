@@ -125,10 +125,8 @@ def test_the_target_and_another_crop_are_judged(command, trained):
     of = ["--k", 5, "--nofloors"]
     _, (online,), _ = command(knn_eval, trained / "ckpt.safetensors", *of)
     _, (target,), _ = command(knn_eval, trained / "ckpt.safetensors", *of, "--net", "target", "--eval_crop", "1")
-    assert (online["net"], online["eval_crop"]) == ("online", 0.875) and (target["net"], target["eval_crop"]) == (
-        "target",
-        1,
-    )
+    assert (online["net"], online["eval_crop"]) == ("online", 0.875)
+    assert (target["net"], target["eval_crop"]) == ("target", 1)
     online, _ = judging.open_encoder(trained / "ckpt.safetensors")
     target, _ = judging.open_encoder(trained / "ckpt.safetensors", "target")
     tensors, _ = checkpoint.load(trained / "ckpt.safetensors")
