@@ -14,27 +14,24 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-import data
 import models
-from data import Split
+from data import Split, evaluation_views
 from harness import judging
 from harness.measure import floors_are_cheap, geometry
 from lib import cli, processes
 from lib.log import emit
 from lib.nearest import finest, in_parts, nearest
 
-DEFAULT_K = (10, 20, 100, 200)
 QUERIES_AT_ONCE = 512  # queries in one chunk of the vote
 
 
-@judging.judge
 def knn_eval(
     ckpt: judging.Ckpt,
     *,
-    k: Annotated[tuple[Annotated[int, ">= 1"], ...], "numbers of neighbours, up to all of the bank"] = DEFAULT_K,
+    k: Annotated[tuple[Annotated[int, ">= 1"], ...], "numbers of neighbours, of the bank at most"] = (10, 20, 100, 200),
     temperature: Annotated[float, "> 0", "of the votes' weights exp(cosine / temperature); DINO's 0.07"] = 0.07,
     floors: Annotated[bool, "judge an untrained network and pixels, too; None = up to 10,000 images"] | None = None,
-    **shared,
+    **shared: judging.shared_flags,
 ):
     """Print the accuracy (%) of a weighted k-NN vote on the features of a checkpoint, and where they lie."""
     accelerator = processes.start()
@@ -66,17 +63,17 @@ def nearest_neighbours(
     """
 
     def embed(split: Split) -> Tensor:
-        return models.embed(encoder, data.evaluation_views(split, **view))
+        return models.embed(encoder, evaluation_views(split, **view))
 
     query_features = processes.embed_in_shares(embed, queries, accelerator)
-    bank_views = data.evaluation_views(processes.own_part(bank), **view)
+    bank_views = evaluation_views(processes.own_part(bank), **view)
     bank_features = (models.embed(encoder, views) for views in in_parts(bank_views))
     return vote(bank_features, bank.labels, query_features, queries.labels, k, temperature)
 
 
 @torch.no_grad()
 def vote(
-    bank: Iterable[Tensor], bank_labels: Tensor, queries: Tensor, labels: Tensor, k: tuple[int, ...], temperature: float
+    bank: Iterable[Tensor], bank_labels: Tensor, queries: Tensor, labels: Tensor, k: tuple, temperature: float
 ) -> dict[int, dict[str, float]]:
     """Accuracy in percent, {k: {"top1": ..., ...}}, of the vote of the k rows of the bank nearest by cosine.
 
@@ -86,14 +83,15 @@ def vote(
     a share of the queries. ValueError unless the parts together have n rows.
     """
     classes = int(max(bank_labels.max(), labels.max())) + 1
-    clipped = [min(neighbours, len(bank_labels)) for neighbours in k]
-    ks = list(dict.fromkeys(clipped))  # each once
+    ks = sorted({min(neighbours, len(bank_labels)) for neighbours in k})
     cosines, rows = nearest(queries, bank, len(bank_labels), max(ks))
     ranks = {neighbours: [] for neighbours in ks}
     chunks = [processes.my_rows(x).split(QUERIES_AT_ONCE) for x in (cosines, rows, labels)]
     for cosine, voters, truth in zip(*chunks):
-        advantage = (cosine - cosine[:, :1]).to(finest(cosine.device))
-        exponent = advantage / temperature  # of a vote's weight, over that of the nearest: only ratios matter
+        advantage = cosine - cosine[:, :1]
+        exponent = (
+            advantage.to(finest(cosine.device)) / temperature
+        )  # of a vote's weight, over that of the nearest: only ratios matter
         for neighbours in ks:
             votes = log_votes(bank_labels[voters[:, :neighbours]], exponent[:, :neighbours], classes)
             ranks[neighbours].append(judging.rank_of(truth, votes))

@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 import data
 import models
-from data import Split
 from harness import judging
-from harness.judging import Judged, accuracy, rank_of
+from harness.judging import Judged
 from lib import cli, processes
 from lib.augment import normalise
 from lib.errors import InputError
@@ -39,7 +38,6 @@ class Features(NamedTuple):
     labels: Tensor
 
 
-@judging.judge
 def linear_eval(
     ckpt: judging.Ckpt,
     *,
@@ -50,7 +48,7 @@ def linear_eval(
     weight_decay: Annotated[float, ">= 0", "of the classifier"] = 0.0,
     seed: Annotated[int, ">= 0", "< 1e9", "of the classifier's weights, the order and the crops"] = 0,
     cached: Annotated[bool, "train on features of the evaluation view, in place of crops and flips"] = False,
-    **shared,
+    **shared: judging.shared_flags,
 ):
     """Print the accuracy (%) of a linear classifier trained on the frozen features of a checkpoint."""
     if sweep and lr:
@@ -70,10 +68,10 @@ def linear_eval(
     train = features_of(judged, images.train) if cached else images.train.to(accelerator.device)
     test = features_of(judged, images.test)
     classifier = fit(judged, train, {lr: row}, **hyper)[lr]
-    ranks = rank_of(test.labels, classifier(test.x))
+    scores = scores_of(classifier, test)
     protocol = {**hyper, "lr": lr, "swept": sweep, "train": len(train.labels), "test": len(test.labels)}
     row["epoch"] = epochs
-    emit(row | accuracy(ranks, test.labels) | protocol | judged.columns, judged.log)
+    emit(row | scores | protocol | judged.columns, judged.log)
 
 
 def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyper: dict) -> float:
@@ -83,17 +81,16 @@ def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyp
     rows = {rate: {**row, "sweep": rate} for rate in SWEEP}
     top1_of = {}  # not of a rate that diverged
     for rate, classifier in fit(judged, train, rows, **hyper).items():
-        ranks = rank_of(held_out.labels, classifier(held_out.x))
-        scores = accuracy(ranks, held_out.labels)
+        scores = scores_of(classifier, held_out)
         emit({**rows[rate], "epoch": hyper["epochs"], **scores, "split": "holdout"}, judged.log)
         top1_of[rate] = scores["top1"]
     return max(top1_of, key=top1_of.get)
 
 
-def features_of(judged: Judged, split: Split) -> Features:
+def features_of(judged: Judged, split: data.Split) -> Features:
     """Compute the features of the evaluation views of a split, on the device."""
 
-    def embed(part: Split) -> Tensor:
+    def embed(part: data.Split) -> Tensor:
         return models.embed(judged.encoder, data.evaluation_views(part, **judged.view))
 
     split = split.to(judged.accelerator.device)
@@ -101,8 +98,14 @@ def features_of(judged: Judged, split: Split) -> Features:
     return Features(x, split.labels)
 
 
+def scores_of(classifier: nn.Linear, features: Features) -> dict[str, float]:
+    """Compute the accuracies of a classifier, in percent, see `judging.accuracy`."""
+    ranks = judging.rank_of(features.labels, classifier(features.x))
+    return judging.accuracy(ranks, features.labels)
+
+
 def fit(
-    judged: Judged, train: Split | Features, rows: dict[float, dict], epochs, batch_size, weight_decay, seed
+    judged: Judged, train: data.Split | Features, rows: dict[float, dict], epochs, batch_size, weight_decay, seed
 ) -> dict[float, nn.Linear]:
     """Train one linear classifier for each rate, a key of `rows`, all on the same features; return those by rate.
 
@@ -139,20 +142,19 @@ def fit(
             mean_loss = (total_loss / n).tolist()
             train_top1 = (100 * correct / n).tolist()
             for rate, loss, top1 in zip([*classifiers], mean_loss, train_top1):
-                if not math.isfinite(loss) or not classifiers[rate].weight.isfinite().all():
-                    del classifiers[rate]
-                    fault = f"--lr {rate}: the loss is not finite after epoch {epoch}"
-                    if not classifiers:
-                        raise InputError(f"{fault}; take a smaller one")
-                    processes.say(f"{fault}; the sweep goes on without it")
+                if math.isfinite(loss) and classifiers[rate].weight.isfinite().all():
+                    numbers = {"loss": loss, "train_top1": round(top1, 4), "rate": rates_now[rate]}
+                    emit({**rows[rate], "epoch": epoch, **numbers}, judged.log)
                     continue
-                numbers = {"loss": loss, "train_top1": round(top1, 4), "rate": rates_now[rate]}
-                emit({**rows[rate], "epoch": epoch, **numbers}, judged.log)
+                del classifiers[rate]
+                if not classifiers:
+                    raise InputError(f"--lr {rate}: the loss is not finite after epoch {epoch}; take a smaller one")
+                processes.say(f"--lr {rate}: leaves the sweep, its loss is not finite after epoch {epoch}")
     return classifiers
 
 
 def feature_batches(
-    judged: Judged, train: Split | Features, epochs: int, batch_size: int, seed: int
+    judged: Judged, train: data.Split | Features, epochs: int, batch_size: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield features (b, d) and labels (b,) of all epochs: of random crops and flips, or features as they are."""
     n = len(train.labels)

@@ -8,6 +8,7 @@ features = embed(network.encoder, [v1])
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -42,8 +43,7 @@ def build_encoder(name: str, stem: str, norm: str = "bn") -> nn.Module:
             encoder.conv1 = nn.Conv2d(3, width, 3, STEMS[stem], padding=1, bias=False)
             nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as in timm
             encoder.maxpool = nn.Identity()
-    encoder = with_norm(encoder, norm)
-    return encoder.to(memory_format=torch.channels_last)  # the layout in which convolutions are fast
+    return with_norm(encoder, norm).to(memory_format=torch.channels_last)  # in which convolutions are fast
 
 
 # ---- Norms -----------------------------------------------------------------------------------------------------------
@@ -101,9 +101,8 @@ class Method(nn.Module):
         if self.has_predictor and predictor == "mlp":
             self.predictor = mlp(out_dim, self.predictor_width(hidden_dim, out_dim), out_dim, norm)
         if self.has_target:
-            self.target = nn.Sequential()
-            self.target.encoder = copy.deepcopy(self.encoder)
-            self.target.projector = copy.deepcopy(self.projector)
+            online = OrderedDict(encoder=self.encoder, projector=self.projector)
+            self.target = copy.deepcopy(nn.Sequential(online))
             self.target.requires_grad_(False)
 
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[Pair, Pair, Pair]:
@@ -164,7 +163,7 @@ class MoCo(Method):
 
     has_target = True
 
-    def __init__(self, name, stem, norm, hidden_dim: int, out_dim: int, predictor="mlp", queue=4096):
+    def __init__(self, name, stem, norm, hidden_dim, out_dim, predictor="mlp", queue=4096):
         super().__init__(name, stem, norm, hidden_dim, out_dim)
         self.register_buffer("queue", unit(torch.randn(queue, out_dim)))
         self.register_buffer("oldest", torch.tensor(0))  # the row of the queue that is replaced next

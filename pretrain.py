@@ -119,7 +119,7 @@ def pretrain(
 ):
     """Pre-train an encoder by BYOL or another method. None = the value of the recipe, printed before the first step."""
     flags = dict(locals())
-    folder = settings.check(flags, cli.defaults(pretrain), RECIPES)  # before anything is read
+    folder = settings.check(flags, pretrain.__kwdefaults__, RECIPES)  # before anything is read
     accelerator = processes.start(accumulate, tracker, folder)
     cfg, images = settings.resolve(flags, RECIPES, accelerator)
     images = images.to(accelerator.device)

@@ -117,8 +117,7 @@ def layers_of(network: nn.Module) -> Layers:
             weight, sources = _weight_of(module)
             if isinstance(module, _ConvTransposeNd):  # its weight is (in, N, ...)
                 weight = weight.transpose(0, 1)
-            layer = name.replace("_orig_mod.", "")
-            found.setdefault(sources, (layer, weight))
+            found.setdefault(sources, (name.replace("_orig_mod.", ""), weight))
     return dict(found.values())
 
 
@@ -176,11 +175,9 @@ GPU_BLOCK = 2048  # for few launches
 
 
 def _energies(weights, s, angular):
-    if not 0 <= s <= 10:
-        raise ValueError(f"an energy takes s from 0 to 10, not {s}: z^-s of close rows would leave the range of fp32")
-    for weight in weights:
-        if weight.ndim < 2:
-            raise ValueError(f"an energy takes a weight (N, ...) of 2 dimensions or more, not {tuple(weight.shape)}")
+    flattest = min(weights, key=Tensor.dim)
+    if flattest.ndim < 2 or not 0 <= s <= 10:  # above 10 z^-s of close rows would leave the range of fp32
+        raise ValueError(f"an energy takes weights (N, d, ...), and 0 <= s <= 10, not {[*flattest.shape]}, {s}")
     with torch.autocast(weights[0].device.type, enabled=False):
         return _Energies.apply(s, angular, *weights)
 
@@ -195,7 +192,9 @@ class _Energies(torch.autograd.Function):
         energies, grads, is_coarse = map(list, zip(*sweeps))
         for i, needs_float64 in enumerate(torch.stack(is_coarse).tolist()):  # the only time a GPU is waited for
             if needs_float64:
-                x = weights[i].cpu() if weights[i].device.type == "mps" else weights[i]  # mps has no float64
+                x = weights[i]
+                if x.device.type == "mps":  # it has no float64
+                    x = x.cpu()
                 energy, grad, _ = _sweep(x.double(), s, angular, wanted[i], exact=True)
                 energies[i] = energy.to(energies[i])
                 grads[i] = grad if grad is None else grad.to(grads[i])

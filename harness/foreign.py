@@ -8,6 +8,7 @@ their names: 0 for conv1, 1 for bn1, 4 for layer1.
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from textwrap import shorten
@@ -24,8 +25,6 @@ from lib.tensors import read_tensors
 
 Tensors = dict[str, Tensor]
 
-COUNTER = "num_batches_tracked"  # of BatchNorm in training; files of old versions of torch have none
-
 
 def adopt(path: str | Path, model: str, stem: str, prefix: str | None = None) -> tuple[nn.Module, str]:
     """Load the encoder in a file of another project, in evaluation mode, and return it with its prefix.
@@ -37,17 +36,17 @@ def adopt(path: str | Path, model: str, stem: str, prefix: str | None = None) ->
     if checkpoint.description_in(header):
         raise InputError(f"{path}: --model {model} has no effect, the file says what it is")
     copies = find_copies(tensors, model, [stem], path)
-    chosen = choose(copies, prefix, f"{path}: holds {model}")
-    copy = copies[chosen]
+    prefix = choose(copies, prefix, f"{path}: holds {model}")
+    copy = copies[prefix]
     with torch.random.fork_rng(devices=[]):  # fresh weights, soon replaced, take no random numbers from anyone
         encoder = models.build_encoder(model, stem)
-    encoder.load_state_dict(copy, strict=False)  # without COUNTER
+    encoder.load_state_dict(copy, strict=False)  # old files lack BatchNorm's counters
     used = {id(x) for x in copy.values()}
     others = [name for name, x in tensors.items() if id(x) not in used]
     left_out = shorten(", ".join(others) or "nothing", 100, placeholder=" ...")
-    matched = f"{len(copy)} tensors of {model} under {chosen or 'no prefix'}; left out: {left_out}"
+    matched = f"{len(copy)} tensors of {model} under {prefix or 'no prefix'}; left out: {left_out}"
     processes.say(f"{path}: {matched}; it has no digest, so it is unchecked")
-    return encoder.eval(), chosen
+    return encoder.eval(), prefix
 
 
 def find_copies(tensors: Tensors, model: str, stems: Iterable[str], path: str | Path) -> dict[str, Tensors]:
@@ -55,64 +54,58 @@ def find_copies(tensors: Tensors, model: str, stems: Iterable[str], path: str | 
     for stem in stems:
         with torch.device("meta"):
             wanted = models.build_encoder(model, stem).state_dict()
-        parts = parts_of(tensors, wanted)
+        parts = by_prefix(tensors, wanted)
         copies = {prefix: part for prefix, part in parts.items() if not misfit(part, wanted)}
         if copies:
             return copies
     fullest = max(parts.values(), key=len, default={})
-    fault = f"{path}: does not hold {model} with the {stem} stem: {misfit(fullest, wanted)}"
-    raise InputError(f"{fault}; name the --model and --stem that it was trained with")
+    fault = f"does not hold {model} with the {stem} stem, {misfit(fullest, wanted)}"
+    raise InputError(f"{path}: {fault}; name the --model and --stem that it was trained with")
 
 
-def parts_of(tensors: Tensors, wanted: Tensors) -> dict[str, Tensors]:
+def by_prefix(tensors: Tensors, wanted: Tensors) -> dict[str, Tensors]:
     """Return what has the name of an encoder's child, or a number in its place, by prefix and the encoder's names."""
-    children = dict.fromkeys(name.partition(".")[0] for name in wanted)
-    parts = {}
+    children = list(dict.fromkeys(name.partition(".")[0] for name in wanted))
+    parts = defaultdict(dict)
     for name, x in tensors.items():
         words = name.split(".")
         for i, word in enumerate(words[:-1]):
             if word in children or word.isdecimal():
-                part = parts.setdefault("".join(f"{before}." for before in words[:i]), {})
-                part[word, ".".join(words[i + 1 :])] = x
+                prefix = ".".join([*words[:i], ""])
+                parts[prefix][word, ".".join(words[i + 1 :])] = x
     for prefix, part in parts.items():
         numbers = sorted({word for word, _ in part if word.isdecimal()}, key=int)
-        child_of = {child: child for child in children} | dict(zip(numbers, children))
+        child_of = dict(zip([*children, *numbers], [*children, *children]))
         parts[prefix] = {f"{child_of[word]}.{rest}": x for (word, rest), x in part.items() if word in child_of}
     return parts
 
 
 def misfit(part: Tensors, wanted: Tensors) -> str:
-    """Name the first tensor that is missing, misshapen, of other numbers or superfluous; nothing if all is right."""
-    for name, x in wanted.items():
-        if name not in part and not name.endswith(COUNTER):
-            return f"{name} is missing"
-        stored = part.get(name, x)
-        if stored.shape != x.shape:
-            return f"{name} is {tuple(stored.shape)} in place of {tuple(x.shape)}"
-        if x.is_floating_point() and not stored.is_floating_point():
-            return f"{name} is of {stored.dtype}"
-    superfluous = [name for name in part if name not in wanted]  # as the third blocks of ResNet-34 in ResNet-18
-    return f"{superfluous[0]} is superfluous" if superfluous else ""
+    """Name the first tensor that is not as the encoder has it; nothing if all are. BatchNorm's counters may differ."""
+    found, needed = ({name: in_short(x) for name, x in tensors.items() if x.ndim} for tensors in (part, wanted))
+    for name in [*needed, *found]:
+        if found.get(name) != needed.get(name):
+            return f"{name} is {found.get(name, 'absent')} in the file, {needed.get(name, 'absent')} in the encoder"
+    return ""
+
+
+def in_short(x: Tensor) -> str:
+    """Describe a tensor by its shape; one of whole numbers, which is no weight, by its type."""
+    return str(tuple(x.shape) if x.is_floating_point() else x.dtype)
 
 
 def choose(copies: dict[str, Tensors], prefix: str | None, holds: str) -> str:
     """Return the prefix of the copy that --prefix means; a dot means none. InputError if there is none, or several."""
-    listed = ", ".join(copy or "." for copy in copies)
-    found = list(copies)
-    if prefix is not None:
-        asked = prefix.strip(".")
-        whole = [copy for copy in copies if copy.strip(".") == asked]
-        found = whole or [copy for copy in copies if f".{asked}." in f".{copy}"]
-    if not found:
+    asked = prefix and prefix.strip(".")
+    whole = [copy for copy in copies if copy.strip(".") == asked]
+    found = whole or [copy for copy in copies if prefix is None or f".{asked}." in f".{copy}"]
+    if len(found) != 1:
+        listed = ", ".join(copy or "." for copy in copies)
         raise InputError(f"--prefix {prefix}: {holds} under {listed}; take one of these")
-    if len(found) > 1:
-        raise InputError(f"{holds} under {listed}; choose one by --prefix, as --prefix {found[0] or '.'}")
     return found[0]
 
 
 # ---- The weights that a run begins from ------------------------------------------------------------------------------
-
-
 def refuse_unfit_weights(flags: dict) -> None:
     """Raise InputError for weights that are not there, cannot be read, or are of another encoder than the run's.
 

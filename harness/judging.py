@@ -1,9 +1,6 @@
 """What both judges open: an encoder from the file of a run or of another project, and the data it is judged on."""
 
-import functools
-import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +12,7 @@ from torch import Tensor, nn
 
 import data
 import models
-from harness.checkpoint import load_encoder
+from harness.checkpoint import build_described, load_encoder
 from harness.foreign import adopt
 from lib import processes
 from lib.errors import InputError
@@ -56,29 +53,16 @@ def shared_flags(
     skip_broken: Annotated[bool, "leave out pictures that cannot be read; done in any case if training did"] = False,
     workers: Annotated[int, ">= 0", "processes that read pictures ahead; None = as in pretrain.py"] | None = None,
 ) -> dict:
-    """Return the flags that both judges have, by name; without arguments, their defaults."""
+    """Return the flags that both judges have, by name, those that are not given with their defaults."""
     return dict(locals())
 
 
-def judge(stage: Callable) -> Callable:
-    """Give a stage the shared flags behind its own; it takes them, defaults too, as its last argument, **shared."""
-    *own, _ = inspect.signature(stage).parameters.values()
-    shared = inspect.signature(shared_flags).parameters
-
-    @functools.wraps(stage)
-    def with_shared_flags(*places, **given):
-        of_both = {name: given.pop(name) for name in shared if name in given}
-        stage(*places, **given, **shared_flags(**of_both))
-
-    with_shared_flags.__signature__ = inspect.Signature([*own, *shared.values()])
-    return with_shared_flags
-
-
-def open_judged(accelerator: Accelerator, ckpt: str, flags: dict, without_classes: bool = False) -> Judged:
-    """Open what the shared flags of a judge name. InputError for flags, a file or a data set at fault.
+def open_judged(accelerator: Accelerator, ckpt: str, shared: dict, without_classes: bool = False) -> Judged:
+    """Open what the shared flags of a judge name, if given. InputError for flags, a file or a data set at fault.
 
     `without_classes` allows a folder of pictures without classes: all are in `train`, and `test` is empty.
     """
+    flags = shared_flags(**shared)
     refuse_unjudged_flags(flags)
     own_view = {name: channels(name, flags[name]) for name in ("mean", "std") if flags[name] is not None}
     of_encoder = [flags[name] for name in ("net", "model", "stem", "dataset", "prefix")]
@@ -92,15 +76,13 @@ def open_judged(accelerator: Accelerator, ckpt: str, flags: dict, without_classe
         images = open_images(description, *of_images, without_classes)
 
     view = images.view(data.EVAL_CROP)
-    found = {"settings": {**settings, "dataset": dataset}, "view": view, "data": contents(images)}
-    differences = other_data(found, description)
+    differences = other_data({"view": view, "data": contents(images)}, description)
     if differences and not flags["dataset"]:
         fault = f"not the images of the training: {', '.join(differences)}; mean and std of those are used"
         processes.say(f"dataset {dataset}: {fault}")
     view |= description.get("view", {})
     view |= own_view
-    if flags["eval_crop"]:
-        view["crop"] = flags["eval_crop"]
+    view["crop"] = flags["eval_crop"] or view["crop"]
 
     columns = {"net": flags["net"], "eval_crop": view["crop"], "trained_epochs": description.get("epoch")}
     columns |= {"dataset": dataset, "split": "test", "precision": accelerator.mixed_precision}
@@ -109,10 +91,8 @@ def open_judged(accelerator: Accelerator, ckpt: str, flags: dict, without_classe
     if flags["model"]:
         columns |= {name: settings[name] for name in ("model", "stem", "prefix")}
         columns |= {"mean": list(view["mean"]), "std": list(view["std"])}
-        assumed = (
-            f"the strides of --stem {settings['stem']}, and mean {view['mean']} and std {view['std']} of its input"
-        )
-        processes.say(f"{ckpt}: assumed, as tensors do not show it: {assumed}")
+        assumed = f"the strides of --stem {settings['stem']}, and mean {view['mean']} and std {view['std']}"
+        processes.say(f"{ckpt}: assumed, as tensors do not show it: {assumed} of its input")
     else:
         columns["own_data"] = not differences
     images = data.with_labels(images, flags["labels"])
@@ -129,9 +109,9 @@ def refuse_unjudged_flags(flags: dict) -> None:
         raise InputError(f"--model {model}: takes --dataset, too; leave out both for a file of this project")
     if model and flags["net"] == "target":
         raise InputError(f"--net target: has no effect with --model {model}; --prefix picks one of several encoders")
-    for name, other in (("mean", "std"), ("std", "mean")):
-        if flags[name] is not None and flags[other] is None:
-            raise InputError(f"--{name} {flags[name]}: takes --{other}, too; --mean 0 --std 1 changes nothing")
+    mean, std = flags["mean"], flags["std"]
+    if (mean is None) != (std is None):
+        raise InputError(f"--mean {mean} --std {std}: give both, or neither; --mean 0 --std 1 changes nothing")
 
 
 def channels(flag: str, text: str) -> Channels:
@@ -165,8 +145,7 @@ def open_encoder(ckpt: str, net="online", model=None, stem=None, dataset=None, p
 def untrained_encoder(judged: Judged) -> nn.Module:
     """Build the encoder that the run had before its first step, or would have had without --init."""
     torch.manual_seed(judged.settings["seed"])
-    architecture = [judged.settings[name] for name in ("model", "stem", "norm")]
-    encoder = models.build_encoder(*architecture).to(judged.accelerator.device)
+    encoder = build_described("encoder", judged.settings).to(judged.accelerator.device)
     encoder.forward = judged.accelerator.autocast()(encoder.forward)
     return encoder
 

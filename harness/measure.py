@@ -96,19 +96,16 @@ def uniform_floor(d: int) -> float:
 
 def embed_blocks(encoder: nn.Module, views: Iterable[Tensor]) -> dict[str, Tensor]:
     """Compute the outputs of the encoder's residual blocks, averaged over their maps: (n, c) by the block's name."""
-    kinds = (BasicBlock, Bottleneck)
-    names = {block: name for name, block in encoder.named_modules() if isinstance(block, kinds)}
-    outputs = {name: [] for name in names.values()}
+    blocks = {block: name for name, block in encoder.named_modules() if isinstance(block, (BasicBlock, Bottleneck))}
+    outputs = {name: [] for name in blocks.values()}
 
     def keep(block: nn.Module, _inputs: tuple, output: Tensor) -> None:
-        outputs[names[block]].append(output.mean((2, 3)).float())
+        outputs[blocks[block]].append(output.mean((2, 3)).float())
 
-    hooks = [block.register_forward_hook(keep) for block in names]
-    try:
-        models.embed(encoder, views)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = [block.register_forward_hook(keep) for block in blocks]
+    models.embed(encoder, views)
+    for hook in hooks:
+        hook.remove()
     return {name: torch.cat(batches) for name, batches in outputs.items()}
 
 

@@ -6,8 +6,8 @@ A stage is a function whose signature is its command line. A flag is one line of
     lr: Annotated[float, "> 0", "< 1e6", "learning rate per 256 images"] | None = None,
     k: Annotated[tuple[Annotated[int, ">= 1"], ...], "numbers of neighbours"] = (10, 20),
 
-Fire calls the stage. Alone it would reject a misspelt flag after that, and guess types; so each flag is checked before
-Fire sees it, and the texts that Fire hands over become values by the annotations.
+and `**shared: shared_flags` are those of another function. Fire calls the stage. Alone it would reject a misspelt flag
+after that, and guess types; so flags are checked before, and the texts that it hands over are read by the annotations.
 """
 
 import contextlib
@@ -49,6 +49,7 @@ ELSEWHERE = {  # what words of other projects mean, which are written without un
     "bf16": f"--mixed_precision bf16 {LAUNCHER}",
     "amp": f"--mixed_precision bf16 {LAUNCHER}",
 }
+Flags = Mapping[str, inspect.Parameter]  # by name
 DEAD_WORKER = "as where memory, or /dev/shm, is short: give more, or take a smaller --workers (0 = none)"
 
 
@@ -58,12 +59,16 @@ def run(stage: Callable, groups: Mapping[str, str] | None = None) -> None:
     groups: titles in --help, by the first flag of each group. InputError ends the program with one line and exit code
     2, a signal with one line and 128 + its number.
     """
-    open_streams()
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed; the null device takes its number, or a checkpoint would
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):  # notebooks have other streams
+        sys.stdout.reconfigure(errors="backslashreplace")  # of letters that it lacks
     try:
         if "-h" in sys.argv or "--help" in sys.argv:
             print(help_text(stage, groups or {}))
         else:
-            by_fire(lambda values: stage(*values.args, **values.kwargs), sys.argv[1:], inspect.signature(stage))
+            by_fire(lambda values: stage(*values.args, **values.kwargs), sys.argv[1:], flags_of(stage))
         sys.stdout.flush()
     except InputError as e:
         fail(e, 2)
@@ -83,81 +88,84 @@ def run(stage: Callable, groups: Mapping[str, str] | None = None) -> None:
     leave(0)
 
 
-def read(words: list[str], flags: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """Return the values that a command line gives to flags, by name; those that are not given are left out.
+def values_of(words: list[str], stage: Callable) -> dict[str, Any]:
+    """Return the values that a command line gives to the flags of a stage, by name; what it does not give is left out.
 
     InputError for a flag that is unknown, given twice or not of its type, and for a place that is empty.
     """
-    return by_fire(lambda values: values.arguments, words, inspect.Signature([*flags.values()]))
+    return by_fire(lambda values: values.arguments, words, flags_of(stage))
 
 
-def defaults(stage: Callable) -> dict[str, Any]:
-    """Return the default of each flag of a stage that has one."""
-    flags = inspect.signature(stage).parameters
-    return {name: flag.default for name, flag in flags.items() if flag.default is not flag.empty}
+def flags_of(stage: Callable) -> Flags:
+    """Return the flags of a stage, and those of the function that annotates its **shared."""
+    flags = dict(inspect.signature(stage).parameters)
+    if "shared" in flags:
+        flags |= inspect.signature(flags.pop("shared").annotation).parameters
+    return flags
 
 
 # ---- From words to values --------------------------------------------------------------------------------------------
-def by_fire(function: Callable, words: list[str], signature: inspect.Signature) -> Any:
-    """Have Fire call a function with the values that words give to the flags of a signature; return what it returns."""
-    command = fire.decorators.SetParseFn(str)(lambda *places, **texts: function(with_values(signature, places, texts)))
-    return fire.Fire(command, spelled_out(words, signature.parameters), serialize=lambda _: None)  # it prints nothing
+def by_fire(function: Callable, words: list[str], flags: Flags) -> Any:
+    """Have Fire call a function with the values that words give to flags; return what it returns."""
+    command = fire.decorators.SetParseFn(str)(lambda *places, **texts: function(with_values(flags, places, texts)))
+    return fire.Fire(command, spelled_out(words, flags), serialize=lambda _: None)  # it prints nothing
 
 
-def spelled_out(words: list[str], flags: Mapping[str, inspect.Parameter]) -> list[str]:
-    """Return words with each flag as --name=text, which leaves Fire nothing to guess. InputError as from `read`."""
-    words, spelled, given = [*words], [], set()
+def spelled_out(words: list[str], flags: Flags) -> list[str]:
+    """Return words with each flag as --name=text, which leaves Fire nothing to guess. InputError as of `values_of`."""
     names = [name for name, flag in flags.items() if flag.kind is not flag.VAR_POSITIONAL]
-    switches = [name for name in names if described(flags[name].annotation)[0] == IN_WORDS[bool]]
+    words, places, texts = [*words], [], {}
     while words:
         word = words.pop(0)
         if not FLAG.match(word):
-            spelled.append(word)
+            places.append(word)
             continue
         typed, equals, text = word.partition("=")
         name = typed.lstrip("-").replace("-", "_")
-        negated = re.sub("^no_?", "", name)
-        if name not in names and negated in switches and not equals:
-            name, text = negated, "False"
-        elif name not in names:
-            raise InputError(f"{typed}: no such flag; {hint(name, names)}")
-        elif name in switches and not equals:
+        if name not in names:
+            name, text = re.sub("^no_?", "", name), "False"
+            if equals or name not in names or not is_switch(flags[name].annotation):
+                raise InputError(f"{typed}: no such flag; {hint(typed, names)}")
+        elif not equals and is_switch(flags[name].annotation):
             text = words.pop(0) if words and words[0].lower() in ("true", "false", "none") else "True"
         elif not equals and words and not FLAG.match(words[0]):
             text = words.pop(0)
-        if name in given:
+        if name in texts:
             raise InputError(f"--{name} {text}: given twice")
-        given.add(name)
-        spelled.append(f"--{name}={text}")
-    return spelled
+        texts[name] = text
+    return [*places, *[f"--{name}={text}" for name, text in texts.items()]]
 
 
-def hint(name: str, flags: list[str]) -> str:
-    """Return what may have been meant by the name of a flag that is not there, or which flags are."""
+def is_switch(annotation: Any) -> bool:
+    """Whether a flag needs no text, because it is True or False."""
+    return annotation is bool or any(map(is_switch, get_args(annotation)))
+
+
+def hint(typed: str, flags: list[str]) -> str:
+    """Return what may have been meant by a flag that is not there, or which flags are."""
     meanings = {flag.replace("_", ""): f"--{flag}" for flag in flags}
     meanings |= {word: text for word, text in ELSEWHERE.items() if text.endswith(LAUNCHER) or text[2:] in flags}
-    for alike in difflib.get_close_matches(name.replace("_", "").lower(), meanings, 1, cutoff=0.8):
+    for alike in difflib.get_close_matches(re.sub("[-_]", "", typed).lower(), meanings, 1, cutoff=0.8):
         return f"did you mean {meanings[alike]}?"
     return f"known: {', '.join('--' + flag for flag in flags)}"
 
 
-def with_values(signature: inspect.Signature, places: tuple, texts: dict[str, str]) -> inspect.BoundArguments:
-    """Return the values of texts given by place and by name, as a stage is called with. InputError as from `read`."""
+def with_values(flags: Flags, places: tuple, texts: dict[str, str]) -> inspect.BoundArguments:
+    """Return the values of texts given by place and by name, as a stage takes them. InputError as of `values_of`."""
     try:
-        bound = signature.bind(*places, **texts)
+        bound = inspect.Signature([*flags.values()]).bind(*places, **texts)
     except TypeError as e:  # a place without a text, or a text without a place
         _, missing, *_ = f"{e}''".split("'")
         fault = f"{places[-1]}: a stray word" if places else f"{missing.upper()} is missing"
         raise InputError(f"{fault}; flags are given as --name value, see --help") from e
     for name, given in bound.arguments.items():
-        flag = signature.parameters[name]
         try:
-            bound.arguments[name] = parse(given, flag.annotation)
+            bound.arguments[name] = parse(given, flags[name].annotation)
         except ValueError:
-            expected, _ = described(flag.annotation)
+            expected, _ = in_words(flags[name].annotation)
             for choice in difflib.get_close_matches(given, expected.split(", "), 1):
                 expected += f" (did you mean {choice}?)"
-            typed = f"--{name}" if flag.kind is flag.KEYWORD_ONLY else name.upper()
+            typed = f"--{name}" if name in texts else name.upper()
             raise InputError(f"{typed} {given}".rstrip() + f": expected {expected}") from None
     return bound
 
@@ -173,38 +181,37 @@ def parse(text: str | tuple[str, ...], annotation: Any) -> Any:
         value = parse(text, args[0])
         bounds = [note.split() for note in args[1:] if note.startswith((">", "<"))]
         valid = all(COMPARISONS[comparison](value, float(limit)) for comparison, limit in bounds)
-    elif origin is tuple:
+    elif origin is Literal:
+        value, valid = text, text in args
+    elif annotation is str:
+        value, valid = os.path.expanduser(text), text != ""  # a shell leaves the ~ of --out=~/runs
+    elif annotation in (int, float):
+        value = annotation(text)
+        valid = -math.inf < value < math.inf
+    elif annotation is bool:
+        value, valid = text.lower() == "true", text.lower() in ("true", "false")
+    else:
         parts = text.strip("()[], ").split(",")
         value = tuple(parse(part.strip(" '\""), args[0]) for part in parts)
         valid = len(set(value)) == len(value)
-    elif origin is Literal:
-        value, valid = text, text in args
-    elif annotation is bool:
-        value, valid = text.lower() == "true", text.lower() in ("true", "false")
-    elif annotation is str:
-        value, valid = os.path.expanduser(text), text != ""  # a shell leaves the ~ of --out=~/runs
-    else:
-        value = annotation(text)
-        valid = annotation is int or math.isfinite(value)
     if not valid:
         raise ValueError(text)
     return value
 
 
 # ---- What a signature says -------------------------------------------------------------------------------------------
-def described(annotation: Any) -> tuple[str, str]:
+def in_words(annotation: Any) -> tuple[str, str]:
     """Return the values that a flag takes, in words, and its meaning."""
     origin, args = get_origin(annotation), get_args(annotation)
     if NoneType in args:
-        return described(args[0])
+        return in_words(args[0])
     if origin is Annotated:
-        values, _ = described(args[0])
+        values, _ = in_words(args[0])
         bounds = [note for note in args[1:] if note.startswith((">", "<"))]
         meaning = " ".join(note for note in args[1:] if note not in bounds)
         return f"{values} {' and '.join(bounds)}".rstrip(), meaning
     if origin is tuple:
-        values, _ = described(args[0])
-        return f"values separated by commas, each once: {values}", ""
+        return f"values separated by commas, each once: {in_words(args[0])[0]}", ""
     if origin is Literal:
         return ", ".join(args), ""
     return IN_WORDS[annotation], ""
@@ -214,15 +221,14 @@ def help_text(stage: Callable, groups: Mapping[str, str]) -> str:
     """Return what --help prints: the purpose of a stage, its flags in groups, and the first example of its file."""
     purpose, *_ = inspect.getdoc(stage).split("\n\n")
     paragraphs = [textwrap.fill(f"{os.path.basename(sys.argv[0])}: {purpose}", 80)]
-    flags = inspect.signature(stage).parameters
+    flags = flags_of(stage)
     column = 6 + max(map(len, flags), default=0)
     lines = textwrap.TextWrapper(80, subsequent_indent=" " * column, break_on_hyphens=False)
     for name, flag in flags.items():
         if name in groups or len(paragraphs) == 1:
             paragraphs.append(groups.get(name, "flags"))
-        values, meaning = described(flag.annotation)
         default = ",".join(map(str, flag.default)) if isinstance(flag.default, tuple) else flag.default
-        text = f"{values}: {meaning}".removesuffix(": ")
+        text = ": ".join(in_words(flag.annotation)).removesuffix(": ")
         text += "" if default is flag.empty else f" [{default}]"
         typed = f"--{name}" if flag.kind is flag.KEYWORD_ONLY else name.upper()
         lines.initial_indent = f"  {typed}".ljust(column)
@@ -234,15 +240,6 @@ def help_text(stage: Callable, groups: Mapping[str, str]) -> str:
 
 
 # ---- Streams and exit codes ------------------------------------------------------------------------------------------
-def open_streams() -> None:
-    """Open the null device for a closed stream, whose number a checkpoint would take; escape letters a stream lacks."""
-    for name in ("stdin", "stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  # takes the lowest free number
-        setattr(sys, name, stream)
-        if hasattr(stream, "reconfigure"):  # notebooks have other streams
-            stream.reconfigure(errors="backslashreplace")
-
-
 def end_without_output(e: OSError) -> None:
     """End the program if standard output is what failed: quietly if its reader has left, as `head` does."""
     try:

@@ -24,18 +24,18 @@ def in_parts(batches: Iterable[Tensor]) -> Iterator[Iterator[Tensor]]:
 def nearest(queries: Tensor, bank: Iterable[Tensor], n: int, k: int) -> tuple[Tensor, Tensor]:
     """Cosines (m, k) of each query (m, d) with the k nearest of n rows of a bank, in falling order, and their numbers.
 
-    This is unit(queries) @ unit(bank).T and its topk, k clipped to n, but `bank` yields parts (n_i, d), one after the
+    This is the topk of the cosines of all pairs, k clipped to n, but `bank` yields parts (n_i, d), one after the
     other, and is never whole. All processes pass the same queries, and each its own parts; rows are numbered through
     the parts of all, one process after the other, and all get the same result. Of equal cosines any may come first;
     which one also depends on the parts. ValueError unless all parts together have n rows.
     """
-    queries = unit(queries)
+    queries = unit_rows(queries)
     cosines = queries.new_empty(len(queries), 0)
     rows = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     buffer = queries.new_empty(0)  # one for all tiles: new memory costs a fifth
     rows_seen = 0
     for part in bank:
-        for vectors in map(unit, part.split(BANK_IN_TILE)):
+        for vectors in map(unit_rows, part.split(BANK_IN_TILE)):
             if buffer.numel() < QUERIES_IN_TILE * len(vectors):
                 buffer = queries.new_empty(QUERIES_IN_TILE * len(vectors))
             best_of_tiles = []
@@ -44,19 +44,16 @@ def nearest(queries: Tensor, bank: Iterable[Tensor], n: int, k: int) -> tuple[Te
                 torch.mm(some_queries, vectors.T, out=tile)
                 best_of_tiles.append(tile.topk(min(k, len(vectors))))
             values, places = map(torch.cat, zip(*best_of_tiles))
-            places += rows_seen
-            cosines, rows = _best(torch.cat([cosines, values], 1), torch.cat([rows, places], 1), k)
+            cosines, rows = _best(torch.cat([cosines, values], 1), torch.cat([rows, places + rows_seen], 1), k)
             rows_seen += len(vectors)
         del part, vectors  # before the next ones are made
     counts = processes.gather(torch.tensor([rows_seen]).to(rows.device)).tolist()  # of each process
     if sum(counts) != n:
         raise ValueError(f"the bank has {sum(counts)} rows in its parts, not {n}")
-    if processes.are_several():
-        cosines, rows = _of_all_processes(cosines, rows, counts, k)
-    return cosines, rows
+    return _of_all_processes(cosines, rows, counts, k) if processes.are_several() else (cosines, rows)
 
 
-def unit(x: Tensor) -> Tensor:
+def unit_rows(x: Tensor) -> Tensor:
     """Rows of x (n, d) of any length, projected to the unit sphere; a zero row stays zero."""
     largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
     return normalize(x / (largest.clamp_min(1e15) / 1e15))  # by 1, unless squares would overflow
@@ -70,15 +67,13 @@ def _best(cosines: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _of_all_processes(cosines: Tensor, rows: Tensor, counts: list[int], k: int) -> tuple[Tensor, Tensor]:
     """Return the best of what the processes have found in their parts of the bank, which have `counts` rows."""
     rows = rows + sum(counts[: dist.get_rank()])
-    padding = (0, k - cosines.shape[1])  # where a process has fewer rows than k
-    cosines = pad(cosines, padding, value=-torch.inf)
-    rows = pad(rows, padding)
+    missing = k - cosines.shape[1]  # where a process has fewer rows than k
+    cosines, rows = pad(cosines, (0, missing), value=-torch.inf), pad(rows, (0, missing))
     best_of_chunks = []
     for chunk in zip(cosines.split(QUERIES_IN_TILE), rows.split(QUERIES_IN_TILE)):
         candidates = [torch.cat(processes.gather(x).chunk(len(counts)), 1) for x in chunk]
         best_of_chunks.append(_best(*candidates, min(k, sum(counts))))
-    cosines, rows = map(torch.cat, zip(*best_of_chunks))
-    return cosines, rows
+    return tuple(map(torch.cat, zip(*best_of_chunks)))
 
 
 def finest(device: torch.device) -> torch.dtype:

@@ -51,9 +51,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             start = file.read(len(OLD_TORCH))
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
-    if start[8:9] == b"{":  # safetensors: the header's length, then the header
-        return _read_safetensors(path)
-    return _read_torch(path, start), {}
+    is_safetensors = start[8:9] == b"{"  # the header's length, then the header
+    return _read_safetensors(path) if is_safetensors else (_read_torch(path, start), {})
 
 
 def _read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -74,21 +73,16 @@ def _read_torch(path: str | Path, start: bytes) -> dict[str, Tensor]:
         with open(path, "rb") as file:  # of a path torch looks at the suffix, and takes .safetensors for what it says
             unknown = get_unsafe_globals_in_checkpoint(file) if start.startswith(ZIP) else OLD_FLAGS
             file.seek(0)
-            with safe_globals([(_placeholder(name), name) for name in unknown]):
+            placeholders = [DictPlaceholder if name.lower().endswith("dict") else Placeholder for name in unknown]
+            with safe_globals(list(zip(placeholders, unknown))):
                 content = torch.load(file, map_location="cpu", weights_only=True)
         tensors = _flatten(content) if isinstance(content, dict) else {}
     except Exception as e:  # torch raises errors of many types on a file that it cannot read
-        fault = (
-            f"not a file of tensors alone (nothing in it was run); {advice}, or, if it is cut short, download it again"
-        )
-        raise InputError(f"{path}: {fault}") from e
+        fault = "not a file of tensors alone (nothing in it was run)"
+        raise InputError(f"{path}: {fault}; {advice}, or, if it is cut short, download it again") from e
     if not tensors:
         raise InputError(f"{path}: holds no tensors with names; {advice}")
     return tensors
-
-
-def _placeholder(name: str) -> type:
-    return DictPlaceholder if name.lower().endswith("dict") else Placeholder
 
 
 def _flatten(content: dict, prefix: str = "") -> dict[str, Tensor]:
@@ -96,8 +90,8 @@ def _flatten(content: dict, prefix: str = "") -> dict[str, Tensor]:
     for key, value in content.items():
         if isinstance(value, dict):
             tensors |= _flatten(value, f"{prefix}{key}.")
-        elif type(value) in (Tensor, Parameter):
-            has_numbers = value.layout == torch.strided and not value.is_meta and not value.is_quantized
-            if has_numbers:
-                tensors[f"{prefix}{key}"] = value.detach()
+        elif type(value) not in (Tensor, Parameter) or value.is_meta or value.is_quantized:
+            continue
+        elif value.layout == torch.strided:
+            tensors[f"{prefix}{key}"] = value.detach()
     return tensors

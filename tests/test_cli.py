@@ -1,6 +1,5 @@
 """The command line against a stage's signature, what --help prints, streams, and the log that rows go to."""
 
-import inspect
 import json
 import os
 import shlex
@@ -14,7 +13,7 @@ import pytest
 from knn_eval import knn_eval
 from lib import cli
 from lib.errors import InputError
-from lib.log import emit, log_of, other_data, read_rows
+from lib.log import emit, log_of, read_rows
 from linear_eval import linear_eval
 from pretrain import pretrain
 from tools.energy import energy
@@ -101,11 +100,11 @@ def test_what_other_projects_call_a_flag_leads_to_ours():
     }.items():
         for word in words.split():
             with pytest.raises(InputError) as e:
-                cli.read([word, "1"], inspect.signature(pretrain).parameters)
+                cli.values_of([word, "1"], pretrain)
             assert str(e.value) == f"{word}: no such flag; did you mean {meaning}?"
     for word in "--step --sched --outputs --drop --patch --pretrained".split():  # nothing far-fetched
         with pytest.raises(InputError, match="known: --ckpt, --k, "):
-            cli.read([word, "1"], inspect.signature(knn_eval).parameters)
+            cli.values_of([word, "1"], knn_eval)
 
 
 def test_help_is_80_columns_wide_and_grouped(monkeypatch, capsys):
@@ -121,19 +120,11 @@ def test_help_is_80_columns_wide_and_grouped(monkeypatch, capsys):
     ):
         assert part in text
     assert "No part of --help" not in text
-    for each in (knn_eval, linear_eval, energy, export, figures, reproduce):
+    for each in (pretrain, knn_eval, linear_eval, energy, export, figures, reproduce):
         text = cli.help_text(each, {})
         assert max(map(len, text.splitlines())) <= 80, each
-        assert "\n\nflags\n  " in text and f"{each.__name__}" in text.partition("\n\nexample\n  python ")[2]
-
-
-def test_help_of_pretrain_names_its_groups():
-    done = subprocess.run([sys.executable, ROOT / "pretrain.py", "-h"], capture_output=True, text=True, check=True)
-    blocks = [block.split() for block in done.stdout.split("\n\n")]
-    heads = [(words[0], words[1]) for words in blocks[1:]]
-    assert [title for title, _ in heads] == ["data", "method", "regularizer", "recipe", "views", "run", "example"]
-    assert heads[2] == ("regularizer", "--reg") and heads[-1] == ("example", "accelerate")
-    assert max(map(len, done.stdout.splitlines())) <= 80
+        assert "\n\nflags\n  " in text and f"{each.__name__}" in text.partition("\n\nexample\n  ")[2]
+    assert "\n  --skip_broken  " in cli.help_text(knn_eval, {})  # a flag of both judges
 
 
 # ---- Streams ---------------------------------------------------------------------------------------------------------
@@ -190,11 +181,3 @@ def test_a_judge_adds_its_row_to_the_log_of_a_run(tmp_path, capsys, before, kept
     row = '{"stage": "knn_eval", "b": [0.5, null]}\n'
     assert capsys.readouterr().out == row and log.read_text() == kept + row
     assert [row["stage"] for row in read_rows(tmp_path)] == ["pretrain", "knn_eval"]
-
-
-def test_other_data_are_named():
-    mine = {"view": {"size": 32, "mean": [0.5] * 3}, "data": {"classes": ["a", "b"], "train": 9}}
-    moved = {"view": {"size": 32, "mean": [0.5 + 1e-9] * 3}, "settings": {"dataset": "elsewhere"}}
-    assert other_data(mine, moved) == []
-    other = {"view": {"size": 64}, "data": {"classes": ["a", "c"], "train": 9}}
-    assert other_data(other, mine) == ["size 64 (it was 32)", "class c is new", "class b is gone"]

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import inspect
 import json
 import math
 import os
@@ -359,9 +358,8 @@ def test_the_page_that_reproduces_the_paper_is_printed_from_the_csv(drawn):
 
 def test_rows_of_the_paper_have_the_settings_of_a_run(photos):
     """What pretrain.py makes of their flags, and of a few what the paper says."""
-    flags = inspect.signature(pretrain).parameters
     for row in paper_rows():
-        given = cli.defaults(pretrain) | cli.read(shlex.split(row.flags), flags)
+        given = pretrain.__kwdefaults__ | cli.values_of(shlex.split(row.flags), pretrain)
         facts = {k: x for k, x in data.FACTS[given["dataset"]].items() if k not in ("mean", "std")}
         many = data.Split(torch.zeros(1), torch.zeros(10_000))
         images = dataclasses.replace(photos, pretraining=many, **facts)

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 import data
 from harness import checkpoint, settings
 from knn_eval import knn_eval
-from lib import cli
 from pretrain import pretrain
 
 
@@ -118,7 +117,7 @@ def test_weights_that_do_not_fit_are_refused_before_the_data_are_read(
 def test_the_name_of_a_run_has_the_name_of_its_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "photos-s1.5" / "encoder").mkdir(parents=True)
-    flags = cli.defaults(pretrain)
+    flags = pretrain.__kwdefaults__
     names = {
         f"runs/photos-s1.5/{file}": "photos-s1.5" for file in ("", "encoder/model.safetensors", "ckpt.safetensors")
     }

@@ -32,13 +32,6 @@ def test_ties_and_classes_without_a_score():
     assert rank_of(torch.tensor([2]), torch.full((1, 9), -math.inf)).tolist() == [9]
 
 
-def test_balanced_is_the_mean_recall_of_the_classes_that_are_tested():
-    """Class 0: 90 of 90; class 1: 1 of 9; class 3: 0 of 1; class 2 has no image."""
-    labels = torch.tensor([0] * 90 + [1] * 9 + [3])
-    ranks = torch.tensor([0] * 91 + [1] * 9)
-    assert accuracy(ranks, labels) == {"top1": 91.0, "top5": 100.0, "balanced": round(100 * (1 + 1 / 9 + 0) / 3, 4)}
-
-
 def unequal(counts, holdout=4):
     """A data set of as many training images a class, in mixed order; each image's pixel is its row number."""
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))

@@ -106,13 +106,6 @@ def test_floors_of_a_run_are_those_of_knn_eval(command, trained):
     assert code == 0 and all(row["top1"] == top1[row["of"]] for row in floors)
 
 
-def test_floors_are_for_small_sets(photos):
-    assert measure.floors_are_cheap(photos.train, photos.test, 32)
-    assert not measure.floors_are_cheap(photos.train, photos.test, 2000)  # 120 GB of pixels
-    many = data.Split(photos.train.images, torch.zeros(10_001))
-    assert not measure.floors_are_cheap(many, photos.test, 32)
-
-
 @pytest.fixture
 def poor_run(command, folder, monkeypatch):
     """A run of six epochs whose features are worse than pixels; `at_vote` is called with the number of each vote."""
@@ -131,14 +124,6 @@ def poor_run(command, folder, monkeypatch):
         return command(pretrain, "--dataset", folder, *flags)
 
     return run
-
-
-def interrupt_at(number):
-    def at_vote(votes):
-        if votes == number:
-            raise KeyboardInterrupt
-
-    return at_vote
 
 
 def test_poor_features_are_told_once_in_a_run_that_is_stopped(poor_run, tmp_path):
@@ -186,14 +171,6 @@ def test_a_dead_network_is_told_once_in_a_run_that_is_stopped(poor_run, monkeypa
 def test_the_batch_of_a_folder_follows_its_size(n, micro_batches, batch_size):
     """It falls into equal micro-batches."""
     assert settings.batch_size_for(n, micro_batches) == batch_size
-
-
-def test_a_folder_may_be_too_small_for_its_shares(command, folder, tmp_path):
-    code, rows, err = command(pretrain, "--dataset", folder, "--accumulate", 25, "--out", tmp_path / "run")
-    assert code == 2 and rows == []
-    told = f"pretrain.py: --batch_size 50 (recipe folder): {folder} has 48 images to train on; take fewer"
-    assert err.splitlines()[-1] == told
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_takes_the_recipe_folder(command, folder):

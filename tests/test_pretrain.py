@@ -13,7 +13,7 @@ import data
 import models
 from harness import checkpoint, settings
 from knn_eval import knn_eval
-from lib import cli, processes
+from lib import processes
 from pretrain import RECIPES, Lars, build, lr_at, objective, parameter_groups, pretrain, tau_at
 from regularizers import alignment, energy_by_definition, mhe, uniformity
 
@@ -405,7 +405,7 @@ PREDICTOR = {"predictor.hidden", "predictor.out"}
 def test_neurons_of_fewer_than_3_dimensions_are_regularized_by_name_alone(flags, regularized):
     """4,096 neurons on the circle of Figure 3 have the energy 10,566, which outweighs every loss."""
     by_name = "reg_on" in flags
-    flags = cli.defaults(pretrain) | {"dataset": "photos", "reg": "mhe", "hidden_dim": 32} | flags
+    flags = pretrain.__kwdefaults__ | {"dataset": "photos", "reg": "mhe", "hidden_dim": 32} | flags
     values = settings.resolve_recipe(flags, RECIPES, world=1)
     cfg = settings.Settings(**(values | {"stem": "cifar", "blur_p": (0, 0)}))
     with torch.device("meta"):

@@ -1,7 +1,6 @@
 """Two processes compute what one does."""
 
 import contextlib
-import inspect
 import json
 import os
 import re
@@ -111,7 +110,7 @@ def one_of_two(rank, ports, folder, place):
 
 def call(stage, *words):
     """A stage, with the flags of a command line."""
-    flags = cli.read([str(word) for word in words], inspect.signature(stage).parameters)
+    flags = cli.values_of([str(word) for word in words], stage)
     stage(*[flags.pop("ckpt")] if "ckpt" in flags else (), **flags)
 
 

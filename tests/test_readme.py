@@ -1,7 +1,6 @@
 """No command of README and docs rots: its flags exist, and the settings of each training go together."""
 
 import dataclasses
-import inspect
 import re
 import shlex
 
@@ -44,10 +43,10 @@ def commands_of(page):
 
 def resolved(words):
     """Flags of a command of pretrain.py as typed, all of them, and the settings in force; no file is looked for."""
-    typed = cli.read(words, inspect.signature(pretrain).parameters)
+    typed = cli.values_of(words, pretrain)
     elsewhere = {"out": "run", "init": None, "prefix": None, "tracker": "none"}
-    flags = {**cli.defaults(pretrain), **typed, **elsewhere}
-    settings.check(flags, cli.defaults(pretrain), RECIPES)
+    flags = {**pretrain.__kwdefaults__, **typed, **elsewhere}
+    settings.check(flags, pretrain.__kwdefaults__, RECIPES)
     return typed, flags, settings.resolve_recipe(flags, RECIPES, 1)
 
 
@@ -59,7 +58,7 @@ def test_flags_of_every_command_exist(page, monkeypatch, tmp_path):
         names = [word for word in words if word in STAGES]
         assert names, f"no stage of this project in: {line}"
         flags = words[words.index(names[0]) + 1 :]
-        cli.read(flags, inspect.signature(STAGES[names[0]]).parameters)
+        cli.values_of(flags, STAGES[names[0]])
         if names[0] == "pretrain.py":
             resolved(flags)
 

@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import normalize
 
-import regularizers
 from regularizers import (
     SMALLEST,
     alignment,
@@ -76,36 +75,6 @@ def test_energies_equal_their_definition(f, angular, s, shape):
     assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
 
 
-@pytest.mark.parametrize("shape", [(1500, 512), (256, 4096)])
-def test_energy_of_the_papers_heads(shape):
-    """amhe at s = 2 in fp32 against float64, in the dimensions of Section 3.6, the definition written once more."""
-    weight = random(*shape)
-    value, gradient = with_gradient(amhe, weight, 2)
-    wide = weight.double().requires_grad_()
-    cosine = normalize(wide) @ normalize(wide).T
-    off_diagonal = ~torch.eye(len(weight), dtype=torch.bool)
-    expected = cosine.masked_select(off_diagonal).arccos().pow(-2).mean()
-    expected.backward()
-    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert (gradient - wide.grad).norm() < 1e-5 * wide.grad.norm()
-
-
-@pytest.mark.parametrize("f, _", ENERGIES)
-def test_gradcheck(f, _):
-    for s in (0.0, 1.0, 2.0):
-        assert torch.autograd.gradcheck(lambda w, s=s: f(w, s), random(6, 4, dtype=torch.float64).requires_grad_())
-
-
-@pytest.mark.parametrize("angle", [1e-3, 0.15, 1.0, 3.14])
-def test_close_and_opposite_pairs_keep_their_digits(angle):
-    turn = torch.linalg.qr(random(300, 300, dtype=torch.float64)).Q
-    pair = (torch.tensor([[1, 0], [math.cos(angle), math.sin(angle)]], dtype=torch.float64) @ turn[:2]).float()
-    energy, gradient = with_gradient(amhe, pair, 1)
-    assert energy.item() == pytest.approx(1 / angle, rel=2e-5)
-    assert gradient[0].norm().item() == pytest.approx(1 / angle**2, rel=1e-4)
-    assert mhe(pair, 1).item() == pytest.approx(1 / (2 * math.sin(angle / 2)), rel=2e-5)
-
-
 @pytest.mark.parametrize("f, _", ENERGIES)
 def test_degenerate_rows(f, _):
     weight = random(6, 5)
@@ -134,13 +103,6 @@ def test_invariances(f, _):
     assert (gradient * weight).sum(1).abs().max() < 1e-14  # orthogonal to the row
 
 
-@pytest.mark.parametrize("d", [8, 256])
-def test_random_rows_have_the_energy_of_a_uniform_sphere(d):
-    assert mhe(random(2048, d), 2).item() == pytest.approx((d - 2) / (2 * (d - 3)), rel=1e-3)
-    if d > 100:
-        assert amhe(random(2048, d), 2).item() == pytest.approx(4 / math.pi**2 * (1 + 12 / (math.pi**2 * d)), rel=1e-3)
-
-
 @pytest.mark.parametrize("n, minimum", [(4, 3.674234614), (6, 9.985281374), (12, 49.165253058), (32, 412.261274651)])
 def test_descent_reaches_the_minima_of_thomsons_problem(n, minimum):
     """Charges on a sphere, sums over pairs as Wikipedia's table of Thomson's problem has them."""
@@ -157,16 +119,16 @@ def test_descent_reaches_the_minima_of_thomsons_problem(n, minimum):
     assert mhe(x, 1).item() * n * (n - 1) / 2 == pytest.approx(minimum, rel=1e-9)
 
 
-@pytest.mark.parametrize("zeros, length", [(0, 1e-9), (1, 1e19), (3, 1e30), (6, 1)])
-def test_uniformity_of_zero_rows_is_the_one_liners(zeros, length):
+@pytest.mark.parametrize("zeros, length, t", [(0, 1e-9, 2), (1, 1e19, 3.5), (3, 1e30, 2), (6, 1, 2)])
+def test_uniformity_is_wang_and_isolas_line(zeros, length, t):
     """Wang and Isola's line on normalised rows: two zero rows coincide, a zero row is at distance 1 from the others."""
     x = random(6, 4) * length
     x[:zeros] = 0
     wide = normalize(x.double())
-    expected = torch.pdist(wide).pow(2).mul(-2).exp().mean().log()
-    value, gradient = with_gradient(uniformity, x)
+    expected = torch.pdist(wide).pow(2).mul(-t).exp().mean().log()
+    value, gradient = with_gradient(uniformity, x, t)
     assert value.item() == pytest.approx(expected.item(), abs=1e-6)
-    _, expected_gradient = with_gradient(uniformity, x.double() / length)
+    _, expected_gradient = with_gradient(uniformity, x.double() / length, t)
     torch.testing.assert_close(gradient.double() * length, expected_gradient, rtol=1e-5, atol=1e-6)
 
 
@@ -204,19 +166,6 @@ def test_energy_of_zero_rows(f, angular, s, n, zeros):
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-9)
     if zeros == 1:
         assert value.item() == pytest.approx(energy_by_definition(weight.double(), s, angular).item(), rel=1e-5)
-
-
-def test_uniformity_of_known_configurations():
-    """At t = 2 the limit on the circle is log exp(-4) I_0(4); without i = j, n points are a little more uniform."""
-    assert uniformity(torch.ones(5, 3)).item() == pytest.approx(0, abs=1e-6)
-    assert uniformity(torch.eye(6)).item() == pytest.approx(-4, rel=1e-6)
-    assert uniformity(torch.tensor([[1.0], [-1.0]])).item() == pytest.approx(-8, rel=1e-6)
-    n = 1000
-    angles = 2 * math.pi * torch.arange(n, dtype=torch.float64) / n
-    circle = torch.stack([angles.cos(), angles.sin()], 1)
-    with_itself = (math.exp(uniformity(circle).item()) * (n - 1) + 1) / n
-    assert math.log(with_itself) == pytest.approx(-1.5750, abs=5e-5)
-    assert uniformity(random(4096, 256)).item() == pytest.approx(-3.9688, abs=1e-4)
 
 
 def test_energy_of_a_network_is_that_of_its_neurons():
@@ -288,7 +237,7 @@ def test_the_host_looks_at_the_device_once_for_all_layers(monkeypatch):
 def test_a_network_without_neurons_is_refused():
     with pytest.raises(ValueError, match="the network has no linear layer or convolution"):
         energy_of(nn.ReLU())
-    with pytest.raises(ValueError, match=r"not \(3,\)"):
+    with pytest.raises(ValueError, match=r"not \[3\], 2"):
         energy_of({"bias": torch.ones(3)})
 
 
@@ -321,25 +270,6 @@ def test_crowds_keep_their_digits(f, angular, distance):
     assert (gradient * weight).sum(1).abs().max() < 1e-5 * gradient.norm()
 
 
-@pytest.mark.parametrize("f", [mhe, amhe])
-def test_no_rows_take_much_more_work_than_random_ones(f, monkeypatch):
-    """Each of the three blocks is computed twice at most: in fp32 and in float64."""
-    blocks = []
-    potential = regularizers._potential
-
-    def counted(cosine, *arguments):
-        blocks.append(cosine.dtype)
-        return potential(cosine, *arguments)
-
-    monkeypatch.setattr(regularizers, "_potential", counted)
-    some = random(1024, 64)
-    crowds = [crowd(1024, 64, distance) for distance in (1e-2, 1e-6)] + [torch.cat([some[:512], crowd(512, 64, 1e-3)])]
-    for rows in (torch.ones(1024, 64), torch.zeros(1024, 64), (some * 0.05 + some[0]).relu(), *crowds):
-        blocks.clear()
-        with_gradient(f, rows)
-        assert blocks.count(torch.float32) == 3 and blocks.count(torch.float64) <= 3
-
-
 @pytest.mark.parametrize("f, dtype, unit_roundoff", [(mhe, torch.float16, 2**-11), (amhe, torch.bfloat16, 2**-8)])
 def test_gradients_of_low_precision_weights_are_rounded_last(f, dtype, unit_roundoff):
     """A loss times 65536, as the scaler of fp16 has it: the gradients were 0, as each is below fp16's smallest."""
@@ -359,46 +289,15 @@ def test_second_derivatives_are_right_or_refused():
     assert torch.autograd.gradgradcheck(lambda w: energy_by_definition(w, 2, True), weight)
 
 
-@pytest.mark.parametrize("f", [uniformity, lambda x: alignment(x, x.roll(1, 0)), lambda x: info_nce(x, x.roll(1, 0))])
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_what_the_docstring_says_of_torch_func(f):
-    x = random(5, 4, dtype=torch.float64)
-    gradient = with_gradient(f, x)[1]
-    torch.testing.assert_close(torch.func.grad(f)(x), gradient)
-    along = x.flip(0)
-    torch.testing.assert_close(torch.func.jvp(f, (x,), (along,))[1], (gradient * along).sum())
-    torch.testing.assert_close(torch.func.vmap(f)(torch.stack([x, along])), torch.stack([f(x), f(along)]))
-    assert torch.autograd.gradgradcheck(f, x.clone().requires_grad_())
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(mhe)(x)
-
-
 def test_autocast_changes_nothing():
     weight, x = random(300, 64), random(64, 32)
-    for f, *tensors in (
-        (mhe, weight),
-        (amhe, weight),
-        (uniformity, x),
-        (alignment, x, x.flip(0)),
-        (info_nce, x, x.flip(0)),
-    ):
+    pair = x, x.flip(0)
+    for f, *tensors in (mhe, weight), (amhe, weight), (uniformity, x), (alignment, *pair), (info_nce, *pair):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             inside = f(*tensors)
         assert inside.dtype == torch.float32 and inside == f(*tensors)
     low = weight.bfloat16()
     assert amhe(low).item() == pytest.approx(amhe(low.double()).item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("t", [2, 3.5])
-def test_uniformity_is_that_of_wang_and_isola(t):
-    """Their estimator: log of the mean of exp(-t d^2) over pdist's pairs."""
-    x = random(50, 8, dtype=torch.float64)
-    value, gradient = with_gradient(uniformity, x, t)
-    theirs = x.clone().requires_grad_()
-    expected = torch.pdist(normalize(theirs)).pow(2).mul(-t).exp().mean().log()
-    expected.backward()
-    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
-    torch.testing.assert_close(gradient, theirs.grad)
 
 
 def test_alignment_is_byols_loss():
@@ -423,12 +322,6 @@ def test_info_nce_is_simclrs_loss(temperature):
     assert info_nce(x, y, temperature).item() == pytest.approx(sum(losses) / 14, rel=1e-12)
     assert info_nce(3 * x.float(), y.float(), temperature).item() == pytest.approx(sum(losses) / 14, rel=1e-5)
     assert torch.autograd.gradcheck(info_nce, (x.requires_grad_(), y.requires_grad_(), temperature))
-
-
-def test_info_nce_of_known_configurations():
-    assert info_nce(torch.ones(4, 3), torch.ones(4, 3)).item() == pytest.approx(math.log(7), rel=1e-6)
-    pairs = math.log(1 + 6 * math.exp(-1 / 0.5))  # pairs that coincide, orthogonal to all others
-    assert info_nce(torch.eye(4), torch.eye(4)).item() == pytest.approx(pairs, rel=1e-6)
 
 
 def test_zero_and_coincident_rows_of_features():

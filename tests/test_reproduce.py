@@ -32,7 +32,7 @@ def typed(monkeypatch):
         script, *words = map(str, command)
         stage = STAGES[Path(script).stem]
         commands.append((stage.__name__, words, how))
-        flags = cli.read(words, inspect.signature(stage).parameters)
+        flags = cli.values_of(words, stage)
         places = [flags.pop(name) for name in ("ckpt", "name") if name in flags] + [*flags.pop("runs", ())]
         try:
             stage(*places, **flags)
@@ -108,7 +108,7 @@ def test_a_signal_is_passed_on_and_awaited(tmp_path):
 
 
 def test_a_run_stays_done_where_its_set_has_moved():
-    settings = cli.defaults(pretrain) | {"dataset": "cifar10", "data_dir": "there", "epochs": 3}
+    settings = pretrain.__kwdefaults__ | {"dataset": "cifar10", "data_dir": "there", "epochs": 3}
     assert reproduce.has_settings(settings, {"dataset": "cifar10", "data_dir": "here", "epochs": "3"})
     assert not reproduce.has_settings(settings, {"dataset": "cifar100", "data_dir": "there", "epochs": "3"})
 
@@ -144,8 +144,8 @@ def test_every_run_of_a_list_is_one_of_pretrain(plan, runs):
     names = [reproduce.name_of(words) for words in reproduce.PLANS[plan]]
     assert len(names) == len(set(names)) == runs
     parameters = inspect.signature(pretrain).parameters
-    defaults = cli.defaults(pretrain)
+    defaults = pretrain.__kwdefaults__
     for words in reproduce.PLANS[plan]:
-        flags = cli.read(words.split(), parameters)
+        flags = cli.values_of(words.split(), pretrain)
         assert flags.keys() == reproduce.as_typed(words).keys()
         check({**defaults, **flags, "dataset": "cifar10", "out": "run"}, defaults, RECIPES)

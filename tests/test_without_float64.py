@@ -14,7 +14,6 @@ import models
 import pretrain
 from harness import judging, measure, settings
 from lib import nearest, processes
-from lib.cli import defaults
 
 
 class WithoutFloat64(TorchDispatchMode):
@@ -49,7 +48,7 @@ def test_a_vote_and_accuracies(monkeypatch):
 def test_a_training_step_and_what_is_measured(photos, monkeypatch, flags):
     monkeypatch.setattr(measure, "effective_rank", lambda _: 1.0)  # on the CPU by its own words
     small = {"model": "test_resnet", "hidden_dim": 32, "out_dim": 16, "batch_size": 16}
-    flags = {**defaults(pretrain.pretrain), **small, **flags}
+    flags = {**pretrain.pretrain.__kwdefaults__, **small, **flags}
     accelerator = processes.start(1)
     values = settings.resolve_recipe(flags, pretrain.RECIPES, 1)
     cfg = settings.resolve_images(values, flags, photos)

@@ -20,85 +20,50 @@ from tools.figures import figures
 PRETRAIN = {
     "--regg amhe": "--regg: no such flag; did you mean --reg?",
     "--device cpu": "--device: no such flag; did you mean --gpu_ids 0 of accelerate launch, before",
-    "amhe": "amhe: a stray word; flags are given as --name value, see --help",
-    "--reg": "--reg: expected none, mhe, amhe, uniform",
     "--reg amh": "--reg amh: expected none, mhe, amhe, uniform (did you mean amhe?)",
-    "--reg amhe --reg mhe": "--reg mhe: given twice",
-    "--noholdout=True": "--noholdout: no such flag; did you mean --holdout?",
-    "--reg amhe --s two": "--s two: expected a number >= 0",
     "--lr 1e9": "--lr 1e9: expected a number > 0 and < 1e6",
-    "--batch_size 64.5": "--batch_size 64.5: expected a whole number >= 2",
     "--reg amhe --reg_on target": "--reg_on target: expected values separated by commas, each once: encoder, projector",
-    "--reg uniform --reg_on encoder,projector": "--reg_on encoder,projector: has no effect with --reg uniform",
-    "--weight 1": "--weight 1: has no effect with --reg none",
     "--method simclr --reg_on predictor --reg mhe": "--reg_on predictor: simclr has none",
-    "--predictor none --reg_on predictor --reg mhe": "--reg_on predictor: byol has none here; take encoder, projector",
     "--method simsiam --tau 0.9": "--tau 0.9: has no effect with --method simsiam",
-    "--method moco --queue 2000": "--queue 2000: photos has 2000 images to train on, so an image would meet its own",
-    "--data_dir bare": "--data_dir bare: has no effect with --dataset photos",
-    "--dataset cifar10 --skip_broken": "--skip_broken True: has no effect with --dataset cifar10",
+    "--method moco --queue 2000": "--queue 2000: photos has 2000 images to train on; take fewer",
     "--dataset cifar10 --recipe imagenet-300": "is not for cifar10, which has cifar10-300, cifar10-1000",
-    "--model alexnet --stem cifar": "--stem cifar: has no effect with --model alexnet",
-    "--prefix encoder_q": "--prefix encoder_q: has no effect without --init",
-    "--init nowhere.pth": "--init nowhere.pth: no such file",
-    "--init bare": "--init: bare: a folder without ckpt.safetensors or model.safetensors; name a file",
+    "--init bare": "bare: a folder without ckpt.safetensors or model.safetensors; name a file",
     "--init evil.pth": "evil.pth: not a file of tensors alone (nothing in it was run)",
-    "--init plain.safetensors": "plain.safetensors: none of its names belongs to resnet18",
     "--init weights.pth --prefix nope": "--prefix nope: weights.pth: holds resnet18 under state_dict.module.; take one",
-    "--init weights.pth --norm none": "--norm none: weights.pth is of another project, whose encoders have BatchNorm",
-    "--init good.safetensors --prefix x": "--prefix x: has no effect on good.safetensors, which is of a run",
-    "--init good.safetensors --norm none --stem cifar": "--init good.safetensors: its encoder needs --stem imagenet "
-    "--norm bn; this run has cifar, none",
-    "--accumulate 5": "--batch_size 64: must be a multiple of 5, and at least twice that, "
-    "for 5 micro-batches of 1 process",
-    "--epochs 3 --warmup 3": "--warmup 3.0: must be shorter than the training, 3 epochs",
     "--save_every 500": "--save_every 500: expected a whole number with its unit, as 10min or 500steps",
     "--dataset photo": "neither photos, cifar10, cifar100, stl10, imagenet nor a folder (did you mean photos?)",
-    "--dataset bare": "no folder bare/train; "
-    "train/ and test/ or val/ must hold a sub-folder of pictures for each class",
-    "--dataset imagenet --data_dir nowhere": "dataset imagenet: --data_dir nowhere: no folder nowhere/train",
+    "--dataset bare": "dataset bare: no picture that can be read",
+    "--dataset imagenet --data_dir nowhere": "--data_dir nowhere: nowhere/train is no folder of two or more classes",
     "--dataset broken": "broken/train/a/1.png: not a picture that can be read",
     "--model resnet19": "model resnet19: not a name timm knows (did you mean resnet18?)",
-    "--model vit_tiny_patch16_224": "model vit_tiny_patch16_224: not a ResNet",
     "--model resnext50_32x4d --reg amhe --reg_on encoder": "encoder.layer1.0.conv2 is a grouped convolution",
-    "--out occupied/run": "--out occupied/run: cannot be written (occupied is a file)",
-    "--out " + "x" * 300: "cannot be written (File name too long)",
+    "--out occupied/run": "--out occupied/run: cannot be written (occupied is no folder)",
     "--out foreign": "foreign/metrics.jsonl: line 1 was not written by a command of this project",
     "--out orphan": "--out orphan: holds a run whose ckpt.safetensors is gone",
-    "--out pickled": "pickled/ckpt.safetensors: not a file of tensors alone (nothing in it was run)",
+    "--out pickled": "pickled/ckpt.safetensors: cannot be read as a safetensors file",
 }
 KNN = {
     "": "CKPT is missing; flags are given as --name value, see --help",
     "good.safetensors other.safetensors": "other.safetensors: a stray word",
-    "good.safetensors --data_dirr x": "--data_dirr: no such flag; did you mean --data_dir?",
     "good.safetensors --k 5,5": "--k 5,5: expected values separated by commas, each once: a whole number >= 1",
-    "good.safetensors --labels 1.01": "--labels 1.01: expected a number > 0 and <= 1",
     "nowhere.safetensors": "nowhere.safetensors: no such file",
-    "bare": "bare: a folder without ckpt.safetensors or model.safetensors; name a file",
-    "empty.safetensors": "empty.safetensors: not a whole safetensors file",
-    "text": "text: not a whole safetensors file",
-    "cut.safetensors": "cut.safetensors: not a whole safetensors file",
-    "header.safetensors": "header.safetensors: not a whole safetensors file",
+    "bare": "bare: no such file; name a run's folder, its ckpt.safetensors, or its encoder",
+    "cut.safetensors": "cut.safetensors: cannot be read as a safetensors file",
     "flipped.safetensors": "flipped.safetensors: damaged: its content is not what was written",
-    "pickled/ckpt.safetensors": "pickled/ckpt.safetensors: not a file of tensors alone (nothing in it was run)",
-    "lying.safetensors": "lying.safetensors: conv1.weight is (64, 3, 7, 7) float32; the described network has",
-    "huge.safetensors": "huge.safetensors: missing for the described network: predictor.hidden.bias",
-    "weights.pth": "weights.pth: has no description, so pretrain.py did not write it; name its --model and --dataset",
-    "evil.pth --model resnet18 --dataset photos": "evil.pth: not a file of tensors alone (nothing in it was run)",
-    "list.pth --model resnet18 --dataset photos": "list.pth: holds a list; it must hold tensors with names",
-    "plain.safetensors --model resnet18": "--model resnet18: takes --dataset, too",
-    "weights.pth --model resnet50 --dataset photos": "weights.pth: its tensors are not those of --model "
-    "resnet50 --stem imagenet; take --model resnet18 --stem imagenet",
+    "lying.safetensors": "lying.safetensors: its tensors are not those of its description",
+    "huge.safetensors": "huge.safetensors: its tensors are not those of its description",
+    "plain.safetensors": "plain.safetensors: not written by pretrain.py; name its --model and --dataset",
+    "list.pth --model resnet18 --dataset photos": "list.pth: holds no tensors with names",
+    "weights.pth --model resnet50 --dataset photos": "does not hold resnet50 with the imagenet stem, layer1.0.conv1.we",
     "good.safetensors --model resnet18 --dataset photos": "--model resnet18 has no effect, the file says what it is",
+    "weights.pth --model resnet18 --dataset photos --mean 0.5": "--mean 0.5 --std None: give both, or neither",
+    "weights.pth --model resnet18 --dataset photos --mean 123 --std 1": "--mean 123: expected three numbers",
+    "weights.pth --model resnet50_gn --dataset photos": "model resnet50_gn: is normalised by GroupNorm",
     "good.safetensors --stem cifar": "--stem cifar: has no effect without --model",
-    "good.safetensors --net target": "good.safetensors: holds no target network; a ckpt.safetensors of",
-    "good.safetensors --data_dir bare": "--data_dir bare: has no effect with --dataset photos",
-    "good.safetensors --dataset broken": "broken/train/a/1.png: not a picture that can be read",
     "good.safetensors --labels 0.001 --dataset photos": "--labels 0.001: class astronaut would keep none of its 200 "
     "training images; 0.005 keeps one of each class",
 }
 LINEAR = {
-    "nowhere.safetensors": "nowhere.safetensors: no such file",
     "good.safetensors --epochs 0": "--epochs 0: expected a whole number >= 1",
     "good.safetensors --batch_size 2001 --dataset photos": "--batch_size 2001: photos has 2000 images to train on",
     "good.safetensors --sweep --lr 1": "--lr 1.0: has no effect with --sweep",
@@ -136,9 +101,6 @@ def traps(tmp_path_factory):
     whole = (root / "good.safetensors").read_bytes()
     (root / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     (root / "flipped.safetensors").write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
-    (root / "header.safetensors").write_bytes((2**40).to_bytes(8, "little") + whole[8:])
-    (root / "empty.safetensors").touch()
-    (root / "text").write_text("no weights")
     (root / "occupied").write_text("a file")
     save_file({"x": torch.ones(2)}, root / "plain.safetensors")
     torch.save({"state_dict": {f"module.{name}": x for name, x in encoder.state_dict().items()}}, root / "weights.pth")
@@ -167,8 +129,9 @@ def test_one_line_no_trace(shell, traps, monkeypatch, stage, words, line):
     monkeypatch.chdir(traps)
     before = everything(traps)
     code, lines, err = shell(stage, *words.split())
-    assert code == 2 and lines == [], err
-    assert err.startswith(f"{stage.__name__}.py: ") and line in err and err.count("\n") == 1, err
+    last = err.splitlines()[-1]
+    assert code == 2 and lines == [] and last.startswith(f"{stage.__name__}.py: ") and line in last, err
+    assert "Traceback" not in err
     assert everything(traps) == before
 
 

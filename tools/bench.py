@@ -221,7 +221,7 @@ def through(f: Callable, weights: list[Tensor], *arguments) -> Callable:
 def trainer(accelerator: Accelerator, batch_size: int, **flags) -> tuple[Training, Callable]:
     """Make a training of `pretrain` on photos, and its next step: crops, views, networks, LARS, target, faults."""
     images = data.load("photos", pretraining=True)
-    flags = {**cli.defaults(pretrain), "batch_size": batch_size, **flags}
+    flags = {**pretrain.__kwdefaults__, "batch_size": batch_size, **flags}
     values = resolve_recipe(flags, RECIPES, accelerator.num_processes)
     cfg = resolve_images(values, flags, images)
     training = build(cfg, images, accelerator)
@@ -383,8 +383,7 @@ def our_views(images: Tensor, size: int, blur_p: float) -> Callable:
 
     def call() -> None:
         u = torch.rand(2, len(images), DRAWS_PER_IMAGE)
-        crops = [crop_flip(images, u_of_view, size) for u_of_view in u]
-        data.two_views(torch.stack(crops), u, MEAN, STD, (blur_p, blur_p))
+        data.two_views(crop_flip(images, u, size), u, MEAN, STD, (blur_p, blur_p))
 
     return call
 

@@ -28,13 +28,12 @@ from lib.log import emit, is_main, provenance
 from lib.tensors import LONGEST_HEADER
 
 
-@judging.judge
 def embed(
     ckpt: judging.Ckpt,
     *,
     out: Annotated[str, "the file to write; it must not exist"] = "features.safetensors",
     split: Annotated[Literal["both", "train", "test"], "the images that are embedded"] = "both",
-    **shared,
+    **shared: judging.shared_flags,
 ):
     """Write the features of a data set's images by a checkpoint's encoder, their labels and paths, to a file."""
     place = Path(out)

@@ -62,7 +62,7 @@ def find_neighbours(ckpt: str, dataset: str | None, data_dir: str | None) -> She
     if accelerator.num_processes > 1:
         raise InputError(f"neighbours: {accelerator.num_processes} processes would do the same; launch one")
     is_folder = dataset is not None and dataset not in data.FACTS
-    flags = judging.shared_flags(dataset=dataset, data_dir=data_dir, skip_broken=is_folder)
+    flags = {"dataset": dataset, "data_dir": data_dir, "skip_broken": is_folder}
     judged = judging.open_judged(accelerator, ckpt, flags, without_classes=True)
     bank, test = judged.images.train, judged.images.test
     n = len(bank.labels)

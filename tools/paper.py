@@ -3,7 +3,6 @@
 import csv
 import shlex
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 
 from data import FACTS
@@ -28,7 +27,7 @@ class PaperRow:
 
     def settings(self) -> dict:
         """Return the settings that the flags come to, as a log has them."""
-        flags = cli.defaults(pretrain) | cli.read(shlex.split(self.flags), signature(pretrain).parameters)
+        flags = pretrain.__kwdefaults__ | cli.values_of(shlex.split(self.flags), pretrain)
         values = resolve_recipe(flags, RECIPES, world=1)
         facts = FACTS[values["dataset"]]
         values["stem"] = flags["stem"] or facts["stem"]

@@ -12,7 +12,6 @@ holds the logs of all and the table that tools.figures makes of them; checkpoint
 """
 
 import contextlib
-import inspect
 import os
 import re
 import shlex
@@ -160,7 +159,7 @@ def stages_done(run: Path, flags: dict[str, str], trial: bool) -> set[str]:
 def has_settings(settings: dict, flags: dict[str, str]) -> bool:
     """Whether a run has the settings that its flags, and the defaults of the others, ask for."""
     typed = [f"--{name}={value}" for name, value in flags.items()]
-    wanted = cli.defaults(pretrain) | cli.read(typed, inspect.signature(pretrain).parameters)
+    wanted = pretrain.__kwdefaults__ | cli.values_of(typed, pretrain)
     for name, value in as_json(wanted).items():
         # the set may have moved
         if name not in (*NOT_SETTINGS, "data_dir") and value is not None and settings.get(name) != value:
