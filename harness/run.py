@@ -187,8 +187,8 @@ class Run:
     def wants_floors(self) -> bool:
         """Whether the network and the pixels are judged now: before the first step, on a small bank."""
         images = self.training.images
-        is_cheap = measure.floors_are_cheap(images.train, images.test, images.size)
-        return self.step == 0 and self.cfg.eval_every > 0 and is_cheap
+        may_judge = self.step == 0 and self.cfg.eval_every > 0
+        return may_judge and measure.floors_are_cheap(images.train, images.test, images.size)
 
     def judges_now(self) -> bool:
         """Whether the encoder is judged after this epoch: each `eval_every` epochs, and after the last."""

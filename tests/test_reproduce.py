@@ -1,6 +1,5 @@
 """The list of runs: what is done is not done again, what fails is named, and the table is of all there is."""
 
-import inspect
 import json
 import os
 import signal
@@ -143,7 +142,6 @@ def test_every_run_of_a_list_is_one_of_pretrain(plan, runs):
     """Its flags exist and go together, and no two runs share a folder."""
     names = [reproduce.name_of(words) for words in reproduce.PLANS[plan]]
     assert len(names) == len(set(names)) == runs
-    parameters = inspect.signature(pretrain).parameters
     defaults = pretrain.__kwdefaults__
     for words in reproduce.PLANS[plan]:
         flags = cli.values_of(words.split(), pretrain)
