@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
 
@@ -44,21 +44,20 @@ class Run:
         images, view = training.images, training.images.view(self.cfg.eval_crop)
         self.description = {"settings": {**vars(self.cfg)}, "view": view, "data": contents(images, self.cfg.holdout)}
         self.description |= {"images": len(images.pretraining.labels), "steps": steps, **provenance()}
-        self.step = self.whole_epochs = self.epoch = 0
-        self.sums = {}
+        self.step, self.whole_epochs, self.epoch, self.sums = 0, 0, 0, {}
         if stored:
             settings.refuse_other_run(folder, self.description, stored)
             self.step, self.whole_epochs = stored["step"], stored["epoch"]
             self.sums = state.restore(tensors, training.network, training.optimizer, self.accelerator)
             if self.accelerator.scaler and stored["scaler"]:
                 self.accelerator.scaler.load_state_dict(stored["scaler"])
-        facts = {name: self.description[name] for name in ("settings", "view", "steps")}
-        processes.agree(self.accelerator, **facts, step=self.step, save_every=flags["save_every"])
+        if processes.are_several():
+            facts = {name: self.description[name] for name in ("settings", "view", "steps")}
+            processes.agree(**facts, step=self.step, save_every=flags["save_every"])
         self.numbers = {}  # of the latest micro-batch, or of the first that was not finite
         self.log_file, self.signals, self.warned = None, [], set()
         self._writer = ThreadPoolExecutor(1)  # hashes and writes: on a fast GPU that takes as long as many steps
-        self._saving = Future()  # the last piece of its work
-        self._saving.set_result(None)
+        self._saving = None  # the last piece of its work, a Future
 
     # ---- Before the first step ---------------------------------------------------------------------------------------
     def announce(self, lines: list[str]) -> None:
@@ -72,9 +71,9 @@ class Run:
             goes_on = "goes on after" if self.step < self.steps else "is finished,"
             print(f"{self.folder}: {goes_on} step {self.step}", file=sys.stderr)
             print_changes(rows[0], self.description, hardware)
+            self.warned = {row["about"] for row in rows if row.get("of") == "warning"}
         else:
             emit({"stage": "pretrain", **self.description, **hardware}, self.log_file)
-        self.warned = {row["about"] for row in rows if row.get("of") == "warning" and "about" in row}
         if self.step < self.steps:
             self.accelerator.init_trackers("pretrain", {name: str(x) for name, x in vars(self.cfg).items()})
             print(*lines, sep="\n  ", file=sys.stderr)
@@ -133,7 +132,7 @@ class Run:
             return
         self.step += 1
         self._bar.update()
-        if self._saving.done():
+        if self._saving and self._saving.done():
             self._end_save()  # raises what it has raised
         caught, is_due = self._look()
         at_epoch_end = self.step == self.epoch * self.steps_per_epoch
@@ -242,9 +241,10 @@ class Run:
 
     def _end_save(self) -> None:
         """Return when the last save is whole; raise what it has raised."""
-        while not self._saving.done():
+        while self._saving and not self._saving.done():
             wait([self._saving], timeout=1)  # in turns: a signal that comes just before one begins would not end it
-        self._saving.result()
+        if self._saving:
+            self._saving.result()
 
     def stop(self, caught: signal.Signals) -> None:
         """Raise Stopped, once the first process has written: the launcher ends all after the first that leaves."""

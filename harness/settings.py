@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -168,17 +167,14 @@ def resolve(flags: dict, recipes: Mapping, accelerator: Accelerator) -> tuple[Se
 
 def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
     """Return every setting that flags and recipe decide. InputError for settings that do not go together."""
-    chosen, method = recipe_name(flags, recipes), models.METHODS[flags["method"]]
+    chosen, method, term = recipe_name(flags, recipes), models.METHODS[flags["method"]], TERMS[flags["reg"]]
     recipe = recipes[chosen]
     epochs = flags["epochs"] or recipe.epochs
     weights = {None: 0.0, "energy": float(recipe.energy_weight), "uniformity": recipe.uniformity_weight}
-    defaults = asdict(recipe) | method.numbers
-    defaults |= {"recipe": chosen, "weight": weights[TERMS[flags["reg"]]]}
-    defaults["warmup"] = recipe.warmup * epochs / recipe.epochs
+    own = {"recipe": chosen, "weight": weights[term], "warmup": recipe.warmup * epochs / recipe.epochs, "queue": 0}
+    defaults = {**flags, **asdict(recipe), **own, **method.numbers}
     given = {name: value for name, value in flags.items() if name not in NOT_SETTINGS}
-    values = {name: defaults.get(name) if value is None else value for name, value in given.items()}
-    if "queue" not in method.flags:
-        values["queue"] = 0
+    values = {name: defaults[name] if value is None else value for name, value in given.items()}
     values["reg_on"] = [part for part in trained_parts(flags) if part in (flags["reg_on"] or HEADS)]
     if flags["reg_on"] is None and min(values["hidden_dim"], values["out_dim"] // 4) < NARROW:  # 4: see predictor_width
         values["reg_on"] = wide_layers(values)
@@ -252,7 +248,7 @@ def resolve_images(values: dict, flags: dict, images: data.Dataset) -> Settings:
     if flags["blur_p"] and images.size < augment.SMALLEST_BLURRED:
         least = f"views of {images.size} pixels; they must have {augment.SMALLEST_BLURRED}"
         raise InputError(f"--blur_p {flags['blur_p']}: has no effect on {least}")
-    if values["queue"] != 0:
+    if "queue" in models.METHODS[flags["method"]].flags:
         values["queue"] = values["queue"] or max(1, min(LONGEST_QUEUE, n // 2))
         if values["queue"] >= n:
             raise InputError(f"--queue {values['queue']}: {dataset} has {n} images to train on; take fewer")
@@ -278,10 +274,8 @@ def refuse_other_run(folder: Path, description: dict, stored: dict) -> None:
             faults.append(f"--{name} {value} (it was {before})")
     new_data = other_data(description, stored)
     if faults and not new_data:
-        raise InputError(
-            f"--out {folder}: holds a run with other settings, {', '.join(faults)}; take what it was, or name another "
-            "folder"
-        )
+        other = f"holds a run with other settings, {', '.join(faults)}"
+        raise InputError(f"--out {folder}: {other}; take what it was, or name another folder")
     for name in ("images", "steps"):
         if description[name] != stored[name]:
             new_data.append(f"{name} {description[name]} (it was {stored[name]})")
@@ -291,20 +285,15 @@ def refuse_other_run(folder: Path, description: dict, stored: dict) -> None:
 
 # ---- What a run says of itself before its first step -----------------------------------------------------------------
 def announcement(cfg: Settings, flags: dict, layers: dict[str, Tensor]) -> list[str]:
-    """Write the objective, the numbers in force, and how processes share a batch: lines."""
+    """Write the objective and the numbers in force: lines."""
     lines = formula(cfg, layers)
     if cfg.term == "energy" and flags["reg_on"] is None and cfg.reg_on != trained_parts(vars(cfg))[1:]:
         narrow = f"layers whose neurons have fewer than {NARROW} dimensions"
         lines.append(f"left out: {narrow}; --reg_on projector,predictor takes them in")
-    if cfg.init:
-        lines.append(f"encoder: begins from {cfg.init}")
     names = ["epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "hidden_dim", "out_dim"]
-    names += [*models.METHODS[cfg.method].flags, "jitter", "grey", "blur_p"]
+    names += [*models.METHODS[cfg.method].flags, "jitter", "grey", "blur_p", *(["init"] if cfg.init else [])]
     numbers = ", ".join(f"{name} {getattr(cfg, name)}" for name in names)
     lines.append(f"recipe {cfg.recipe} and flags: {numbers}; peak rate {cfg.peak_lr:g} (lr * batch_size / 256)")
-    if processes.are_several():
-        world = dist.get_world_size()
-        lines.append(f"{world} processes: {cfg.batch_size // world} images of each step a process")
     return lines
 
 

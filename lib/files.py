@@ -93,16 +93,11 @@ def claim(folder: Path) -> TextIO:
             raise InputError(f"--out {folder}: another process is training in it; name another folder") from None
         except OSError as e:  # there are no locks
             print(f"--out {folder}: cannot be locked ({e.strerror}); start no second run in it", file=sys.stderr)
-        remove_strays(folder)
+        for path in (folder / name for name in RUN_FILES):
+            for stray in path.parent.glob(f".{path.name}.*"):  # of `write_whole`
+                stray.unlink(missing_ok=True)
     except OSError as e:
         raise InputError(f"--out {folder}: cannot be written ({e.strerror})") from e
     if (folder / ENCODER).is_file():
         raise InputError(f"--out {folder}: holds a file called {ENCODER}, where the encoder's folder belongs; move it")
     return claimed
-
-
-def remove_strays(folder: Path) -> None:
-    """Remove the hidden files in which files of a run are being written, or were when their process was killed."""
-    for path in (folder / name for name in RUN_FILES):
-        for stray in path.parent.glob(f".{path.name}.*"):
-            stray.unlink(missing_ok=True)

@@ -44,7 +44,8 @@ def emit(row: dict, log: Path | None = None) -> None:
     line = json.dumps(row, allow_nan=False)
     if log is not None:
         with _alone(log), open(log, "ab+") as file:
-            _end_last_line(file)
+            if file.tell():
+                _end_last_line(file)
             file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())  # as of a checkpoint: a power cut must not take the rows before it
@@ -175,8 +176,7 @@ def as_json(values: dict) -> dict:
 
 def provenance() -> dict:
     """Name the command, the versions and the commit that make a run."""
-    packages = ("torch", "torchvision", "timm", "accelerate", "safetensors")
-    versions = {name: version(name) for name in packages}
+    versions = {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "safetensors")}
     return {"command": shlex.join(sys.argv), "versions": versions, "git": commit_of(Path(__file__).parent.parent)}
 
 

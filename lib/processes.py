@@ -42,23 +42,18 @@ def start(accumulate: int | None = None, tracker: str = "none", folder: Path | N
     # Accelerate does not have the name that new versions of torch want.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    handlers = [InitProcessGroupKwargs(timeout=COLLECTIVE), ddp]
     micro_batches = GradientAccumulationPlugin(num_steps=accumulate or 1)  # a number would give way to the launcher's
+    options = {"log_with": None if tracker == "none" else tracker, "project_dir": folder}
     try:
-        accelerator = Accelerator(
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE), ddp],
-            gradient_accumulation_plugin=micro_batches,
-            log_with=None if tracker == "none" else tracker,
-            project_dir=folder,
-        )
+        accelerator = Accelerator(kwargs_handlers=handlers, gradient_accumulation_plugin=micro_batches, **options)
     except (ValueError, ImportError) as e:  # a precision that the device, or what is installed, does not have
         raise InputError(f"accelerate launch: {e}") from e
     torch.set_float32_matmul_precision("highest")  # with --dynamo_backend Accelerate sets TF32
     _refuse_launch(accelerator)
-    # The launcher gives each process on a CPU one thread, and says so in OMP_NUM_THREADS, unless it is told not to:
-    # nearly all cores would idle.
-    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    has_one_thread = os.environ.get("OMP_NUM_THREADS") == "1"
-    if accelerator.device.type == "cpu" and is_launched and has_one_thread:
+    # The launcher gives each process on a CPU one thread, unless it is told not to: nearly all cores would idle.
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if is_launched and accelerator.device.type == "cpu":
         torch.set_num_threads(cores())
     return accelerator
 
@@ -147,10 +142,8 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def agree(accelerator: Accelerator, **facts) -> None:
-    """Raise InputError unless these facts are the same in all processes, as on machines that share their files."""
-    if accelerator.num_processes == 1:
-        return
+def agree(**facts) -> None:
+    """Raise InputError unless these facts are the same in all of several processes, as where they share their files."""
     gathered = gather_object([json.dumps(facts)])
     first, *others = map(json.loads, gathered)
     for rank, theirs in enumerate(others, 1):

@@ -108,11 +108,12 @@ def test_processes_agree_on_the_interval(folder, tmp_path, monkeypatch):
     """Where one looks and the other does not, both wait."""
     agreed = {}
 
-    def agree(_, **facts):
+    def agree(**facts):
         agreed.update(facts)
         raise InputError("seen")
 
     monkeypatch.setattr("lib.processes.agree", agree)
+    monkeypatch.setattr("harness.run.processes.are_several", lambda: True)
     with pytest.raises(InputError, match="seen"):
         pretrain(dataset=str(folder), out=str(tmp_path / "run"), save_every="2steps", **RUN)
     assert agreed["save_every"] == "2steps"
