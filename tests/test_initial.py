@@ -105,9 +105,9 @@ def test_weights_that_do_not_fit_are_refused_before_the_data_are_read(
         f"{trained} --model resnet18 --stem cifar": "its encoder needs --model test_resnet --stem imagenet",
         f"{trained} --model test_resnet --prefix x": "--prefix x: has no effect on",
         "features.safetensors": "--init features.safetensors: holds features, not an encoder",
-        "theirs.safetensors --model resnet18": "theirs.safetensors: does not hold resnet18 with the imagenet stem: ",
+        "theirs.safetensors --model resnet18": "theirs.safetensors: does not hold resnet18 with the imagenet stem, ",
         "theirs.safetensors --model test_resnet --norm none": "--norm none: theirs.safetensors is of another project",
-        "theirs.safetensors --model test_resnet --stem cifar": "does not hold test_resnet with the cifar stem: conv1",
+        "theirs.safetensors --model test_resnet --stem cifar": "does not hold test_resnet with the cifar stem, conv1",
     }
     for flags, reason in reasons.items():
         code, rows, err = command(pretrain, "--init", *flags.split(), "--out", "run")
