@@ -48,7 +48,7 @@ def crowd(picture, tmp_path):
 
 
 def read_array(path):
-    return pictures.read(str(path)).permute(1, 2, 0).numpy().astype(int)
+    return np.asarray(pictures.rgb(str(path))).astype(int)
 
 
 def test_each_mode_is_read_as_rgb_on_white(picture, tmp_path):
@@ -136,7 +136,7 @@ def test_what_is_refused(tmp_path):
     reasons = {"fractions.tiff": "fractions or 32 bits", "int32.tiff": "fractions or 32 bits", "cut.jpg": "truncated"}
     for name, reason in {**reasons, "eps.jpg": "cannot identify"}.items():
         with pytest.raises(InputError, match=rf"{name}: not a picture that can be read \(.*{reason}"):
-            pictures.read(str(tmp_path / name))
+            pictures.rgb(str(tmp_path / name))
 
 
 def test_a_narrow_picture_is_not_resized_whole(monkeypatch, tmp_path):
@@ -147,54 +147,47 @@ def test_a_narrow_picture_is_not_resized_whole(monkeypatch, tmp_path):
     resized = []
     resize = pictures.F.resize
     monkeypatch.setattr(pictures.F, "resize", lambda x, *a, **b: resized.append(x.shape) or resize(x[:, :99], *a, **b))
-    monkeypatch.setattr(pictures, "workers", lambda: 0)
     split = data.Split(Files([str(tmp_path / "narrow.png")]), torch.zeros(1))
     (view,) = data.evaluation_views(split, 224, 0.875, (0, 0, 0), (1, 1, 1))
     assert resized == [(3, 8, 1)] and view.shape == (1, 3, 224, 224)
     assert (view * 255).round().unique().tolist() == [200]
 
 
-@pytest.mark.parametrize("n", [0, 2])
-def test_several_sizes_stay_in_files(crowd, n, monkeypatch):
+def test_several_sizes_stay_in_files(crowd, monkeypatch):
     """Whoever reads them. Mean, std and size are those of SAMPLE pictures, or of all where there are fewer."""
-    monkeypatch.setattr(pictures, "workers", lambda: n)
-    read = data.load(str(crowd))
+    read, by_two = data.load(str(crowd), workers=0), data.load(str(crowd), workers=2)
     assert read.classes == ("a b", "ü") and isinstance(read.train.images, Files)
     assert len(read.test.labels) == 8 and read.size == 40 and read.stem == "imagenet"
-    pixels = torch.cat([pictures.read(path).flatten(1) for path in read.train.images.paths], 1) / 255
-    assert read.mean == pytest.approx(pixels.mean(1).tolist(), abs=1e-4)
-    assert read.std == pytest.approx(pixels.std(1).tolist(), abs=1e-4)
-    crops, _, _ = next(data.batches(read.train, read.size, 4, 0, [0]))
-    monkeypatch.setattr(pictures, "workers", lambda: 1)
-    assert torch.equal(crops, next(data.batches(read.train, read.size, 4, 0, [0]))[0])
+    pixels = np.concatenate([read_array(path).reshape(-1, 3) for path in read.train.images.paths]) / 255
+    assert read.mean == pytest.approx(pixels.mean(0).tolist(), abs=1e-4)
+    assert read.std == by_two.std == pytest.approx(pixels.std(0).tolist(), abs=1e-4)
+    first, same = (next(data.batches(each.train, 40, 4, 0, [1]))[0] for each in (read, by_two))
+    assert torch.equal(first, same)
     monkeypatch.setattr(sources, "SAMPLE", 3)
-    first, again = data.load(str(crowd)), data.load(str(crowd))
-    assert first.std == again.std != read.std and len(first.train.labels) == 16
+    some, again = data.load(str(crowd), workers=0), data.load(str(crowd), workers=0)
+    assert some.std == again.std != read.std and len(some.train.labels) == 16
 
 
 def test_workers_read_a_set_into_memory_as_one_process_does(folder, monkeypatch):
-    monkeypatch.setattr(pictures, "workers", lambda: 2)
-    several = data.load(str(folder))
-    monkeypatch.setattr(pictures, "workers", lambda: 0)
-    alone = data.load(str(folder))
+    several, alone = data.load(str(folder), workers=2), data.load(str(folder), workers=0)
     assert torch.equal(several.train.images, alone.train.images) and several.mean == alone.mean
     monkeypatch.setattr(sources, "MEMORY", 66 * 32 * 32 * 3 - 1)
-    in_files = data.load(str(folder))
+    in_files = data.load(str(folder), workers=0)
     assert isinstance(in_files.train.images, Files) and (in_files.mean, in_files.std) == (alone.mean, alone.std)
 
 
-def test_fewer_workers_where_shared_memory_is_small(monkeypatch, capsys):
+def test_fewer_workers_where_shared_memory_is_small(crowd, monkeypatch, capsys):
     """One for each 512 MB, none in Docker's 64 MB; a number that was chosen holds."""
     monkeypatch.setattr(processes, "cores", lambda: 8)
     monkeypatch.setattr(pictures.os.path, "ismount", lambda _: True)
-    for free, n in ((64e6, 0), (2**31, 4), (2**40, 8)):
+    for free, n in ((2**40, 8), (2**31, 4), (64e6, 0)):
         monkeypatch.setattr(pictures.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        pictures.choose_workers(None)
-        assert pictures.workers() == pictures.workers() == n
+        assert pictures.fitting_workers() == n
         assert capsys.readouterr().err.count("/dev/shm is small: ") == (n < 8)
-    pictures.choose_workers(3)
-    assert pictures.workers() == 3
-    pictures.choose_workers(None)
+    for chosen, n in ((None, 0), (3, 3)):
+        read = data.load(str(crowd), workers=chosen)
+        assert read.train.rows(torch.arange(2)).images.workers == n
+        assert capsys.readouterr().err.count("/dev/shm is small: ") == (chosen is None)
 
 
 def test_broken_pictures_stop_the_run_or_are_skipped(command, crowd, picture, tmp_path):

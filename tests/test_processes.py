@@ -455,21 +455,18 @@ def test_two_processes_are_launched_and_leave_cleanly(folder, tmp_path):
     assert checkpoint.load_file(tmp_path / "run" / "ckpt.safetensors")[1]["epoch"] == 1
 
 
-class Fatal:
-    """A worker that reads this is killed at the fourth picture; the others take their time to end."""
-
-    def __getitem__(self, key):
-        if key == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return torch.ones(3)
+def fatal(key):
+    """Kill a worker that reads this at the fourth picture; the others take their time to end."""
+    if key == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return torch.ones(3)
 
 
-def test_a_worker_that_dies_keeps_nobody_waiting(shell, monkeypatch):
+def test_a_worker_that_dies_keeps_nobody_waiting(shell):
     """Workers outlive a SIGTERM by half a minute, for which the interpreter waited at its end."""
-    monkeypatch.setattr(pictures, "workers_for", lambda _: 2)
 
     def stage():
-        for _ in pictures.loader(Fatal(), iter([[i] for i in range(9)]), torch.device("cpu")):
+        for _ in pictures.loader(fatal, iter([[i] for i in range(9)]), 2):
             slow.append(mp.get_context("fork").Process(target=outlive, daemon=True))
             slow[-1].start()
 
