@@ -6,6 +6,7 @@ import os
 # thread. A GPU may round otherwise each time.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
 
+import inspect
 import json
 import re
 import shutil
@@ -92,11 +93,20 @@ def trained(finished, tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
-    argv = ["pretrain.py", "--dataset", str(folder), "--reg", "mhe", "--out", str(out), *SMALL]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", argv)
-        pretrain(
-            dataset=str(folder), recipe="cifar10-300", model="test_resnet", reg="mhe", out=str(out), stem="imagenet",
-            hidden_dim=32, out_dim=16, batch_size=16, epochs=2, eval_every=1, lr=8.0,
-        )  # fmt: skip
+    call(pretrain, "--dataset", folder, "--reg", "mhe", "--out", out, *SMALL)
     return out
+
+
+def call(stage, *words):
+    """Call a stage with the flags of a command line, where `command` cannot: in longer-lived fixtures and processes."""
+    words = [str(word) for word in words]
+    flags = cli.read(words, inspect.signature(stage).parameters)
+    checkpoint = [flags.pop("ckpt")] if "ckpt" in flags else []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{stage.__name__}.py", *words])
+        stage(*checkpoint, **flags)
+
+
+def words_of(flags):
+    """The words of a command line that has these flags."""
+    return [word for name, value in flags.items() for word in (f"--{name}", value)]

@@ -49,7 +49,7 @@ class OnCuda(torch.Tensor):
     is_cuda = property(lambda self: True)
     is_cpu = property(lambda self: False)
 
-    def to(self, *args, **kwargs):
+    def to(self, *args, copy=False, **kwargs):  # what crosses over is copied in any case
         if args and isinstance(args[0], torch.Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])
         device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)

@@ -16,7 +16,7 @@ from harness import checkpoint, judging
 from lib import pictures
 from lib.errors import InputError
 
-SETTINGS = {"method": "byol", "model": "resnet18", "stem": "imagenet", "norm": "bn", "hidden_dim": 16, "out_dim": 8}
+SETTINGS = {"method": "byol", "model": "test_resnet", "stem": "imagenet", "norm": "bn", "hidden_dim": 16, "out_dim": 8}
 SETTINGS |= {"dataset": "photos", "data_dir": "data", "seed": 0, "predictor": "mlp", "queue": 0}
 VIEW = {"size": 32, "crop": 0.875, "mean": [0.5] * 3, "std": [0.2] * 3}
 
@@ -24,7 +24,7 @@ VIEW = {"size": 32, "crop": 0.875, "mean": [0.5] * 3, "std": [0.2] * 3}
 @pytest.fixture(scope="module")
 def byol():
     torch.manual_seed(0)
-    return models.BYOL("resnet18", "imagenet", "bn", 16, 8)
+    return models.BYOL("test_resnet", "imagenet", "bn", 16, 8)
 
 
 @pytest.fixture
@@ -47,12 +47,9 @@ def test_the_pair_comes_back_bit_for_bit(byol, pair):
     assert sorted(p.name for p in pair.iterdir()) == ["ckpt.safetensors", "encoder.safetensors"]
     (pair / "plain").touch()
     assert (pair / "ckpt.safetensors").stat().st_mode == (pair / "plain").stat().st_mode  # as readable as any file
-
-
-def test_equal_content_makes_equal_files(byol, pair, tmp_path):
     description = {"holds": "checkpoint", "view": VIEW, "settings": SETTINGS}
-    checkpoint.save(tmp_path / "again.safetensors", byol.state_dict(), description)
-    assert (tmp_path / "again.safetensors").read_bytes() == (pair / "ckpt.safetensors").read_bytes()
+    checkpoint.save(pair / "again.safetensors", byol.state_dict(), description)
+    assert (pair / "again.safetensors").read_bytes() == (pair / "ckpt.safetensors").read_bytes()
 
 
 def test_a_failed_save_leaves_the_old_file(byol, pair, monkeypatch):
@@ -62,10 +59,8 @@ def test_a_failed_save_leaves_the_old_file(byol, pair, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        InputError,
-        match=r"ckpt.safetensors: cannot be written \(No space left on device\); its old content is unchanged",
-    ):
+    fault = r"ckpt.safetensors: cannot be written \(No space left on device\); its old content is unchanged"
+    with pytest.raises(InputError, match=fault):
         checkpoint.save(pair / "ckpt.safetensors", {"x": torch.ones(3)}, {})
     with pytest.raises(InputError, match=r"new.safetensors: cannot be written \(No space left on device\)$"):
         checkpoint.save(pair / "new.safetensors", {"x": torch.ones(3)}, {})
@@ -82,8 +77,6 @@ def rewrite(path, tensors=None, **changes):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda p: p.write_bytes(b""), "cannot be read as a safetensors file"),
-        (lambda p: p.write_bytes(b"\x80\x04pickle" * 9), "cannot be read as a safetensors file"),
         (lambda p: p.write_bytes(p.read_bytes()[:-1000]), "cannot be read as a safetensors file"),
         (lambda p: p.write_bytes(p.read_bytes()[:-9] + b"\x01" + p.read_bytes()[-8:]), "damaged"),
         (lambda p: save_file({"x": torch.ones(2)}, p), "not written by pretrain.py"),
@@ -92,7 +85,6 @@ def rewrite(path, tensors=None, **changes):
         (lambda p: rewrite(p, lambda t: {k: x for k, x in t.items() if k != "encoder.bn1.bias"}), "encoder.bn1.bias"),
         (lambda p: rewrite(p, lambda t: {**t, "encoder.bn1.bias": torch.ones(2)}), r"encoder.bn1.bias.*\[2\]"),
         (lambda p: rewrite(p, settings=SETTINGS | {"model": "resnet34"}), "not those of its description"),
-        (lambda p: rewrite(p, settings={}), "not those of its description"),
         (lambda p: (p.unlink(), p.mkdir()), "no such file; name a run's folder"),
     ],
 )
@@ -101,7 +93,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(pair, damage, message):
     damage(path)
     with pytest.raises(InputError, match=message) as e:
         judging.open_encoder(path)
-    assert str(path) in str(e.value) or "resnet17" in str(e.value)
+    assert str(path) in str(e.value)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped on Linux alone")
@@ -112,15 +104,13 @@ def test_loaded_tensors_let_go_of_their_file(pair):
 
 
 def test_a_damaged_checkpoint_is_refused_or_intact(tmp_path):
-    """500 random cuts and flips of a valid file: the clear error, or the very tensors that were written."""
+    """200 random cuts and flips of a valid file: the clear error, or the very tensors that were written."""
     generator = torch.Generator().manual_seed(0)
-    tensors = {f"layer{i}.weight": torch.randn(7, i + 1, generator=generator) for i in range(5)} | {
-        "n": torch.tensor(3)
-    }
+    tensors = {"n": torch.tensor(3), "layer.weight": torch.randn(7, 5, generator=generator)}
     checkpoint.save(tmp_path / "good", tensors, {"settings": {"lr": 0.1}, "epoch": 2})
     whole, description = (tmp_path / "good").read_bytes(), checkpoint.load_file(tmp_path / "good")[1]
     refused, path = 0, tmp_path / "bad"
-    for case in range(500):
+    for case in range(200):
         at, bit = (int(torch.randint(n, (), generator=generator)) for n in (len(whole), 8))
         damaged = bytearray(whole[:at] if case % 4 == 0 else whole)
         for _ in range(case % 4):
@@ -135,7 +125,7 @@ def test_a_damaged_checkpoint_is_refused_or_intact(tmp_path):
         else:
             assert told == description and held.keys() == tensors.keys()
             assert all(torch.equal(x, tensors[name]) for name, x in held.items())
-    assert refused > 470
+    assert refused > 180
 
 
 # ---- The folder that timm reads --------------------------------------------------------------------------------------
@@ -174,11 +164,10 @@ def test_timm_builds_the_encoder_and_prepares_its_images(encoder_folder, monkeyp
     torch.testing.assert_close(grey.forward_features(x[:, :1]), theirs.forward_features(x[:, :1].expand_as(x)))
 
 
-@pytest.mark.parametrize("size, crop", [(32, 0.875), (160, 0.875), (100, 0.3)])
-def test_timms_view_of_a_picture_is_the_runs(tmp_path, size, crop):
+@pytest.mark.parametrize("size, crop", [(160, 0.875), (100, 0.3)])
+def test_timms_view_of_a_picture_is_the_runs(photos, tmp_path, size, crop):
     """To the rounding of a resize: a crop that is half a pixel off would differ by ten times as much."""
-    photo = data.load("photos").test.images[7]
-    image = F.resize(photo, [300, 360])
+    image = F.resize(photos.test.images[7], [300, 360])
     F.to_pil_image(image).save(tmp_path / "1.png")
     files = pictures.Files([tmp_path / "1.png"], 255)
     (ours,) = data.evaluation_views(data.Split(files, torch.zeros(1)), **(VIEW | {"size": size, "crop": crop}))
@@ -189,9 +178,9 @@ def test_timms_view_of_a_picture_is_the_runs(tmp_path, size, crop):
     assert config["crop_pct"] == pytest.approx(crop, rel=0.03)
 
 
-@pytest.mark.parametrize("flags", [("resnet18", "cifar"), ("resnet18", "stride2"), ("test_resnet", "imagenet", "none")])
+@pytest.mark.parametrize("flags", [("test_resnet", "cifar"), ("test_resnet", "imagenet", "none")])
 def test_what_timm_has_no_name_for_gets_no_config(encoder_folder, flags):
-    _, folder = encoder_folder("resnet18")
+    _, folder = encoder_folder("test_resnet")
     _, folder = encoder_folder(*flags)  # in place of another run, which had no checkpoint yet
     assert [p.name for p in folder.iterdir()] == ["model.safetensors"]
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
@@ -229,24 +218,20 @@ def places(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
-def test_a_file_does_not_say_where_a_set_is_downloaded_to(places, tmp_path, monkeypatch, name):
+def test_a_file_does_not_say_where_a_set_is_downloaded_to(places, tmp_path, monkeypatch):
     """It may be a stranger's. Where the set is there, it is read there; the flag goes before both."""
     monkeypatch.chdir(tmp_path)
     theirs = str(tmp_path / "theirs")
-    description = {"settings": SETTINGS | {"dataset": name, "data_dir": theirs}}
-    for dataset in (None, name):
+
+    def look(name, dataset=None, data_dir=None):
+        description = {"settings": SETTINGS | {"dataset": name, "data_dir": theirs}}
         with pytest.raises(InputError, match="no data"):
-            judging.open_images(description, dataset, None, False)
-    with pytest.raises(InputError, match="no data"):
-        judging.open_images(description, None, "mine", False)
-    (tmp_path / "theirs" / judging.MAKERS[name].base_folder).mkdir(parents=True)
-    with pytest.raises(InputError, match="no data"):
-        judging.open_images(description, None, None, False)
-    assert places == [(name, "data"), (name, "data"), (name, "mine"), (name, theirs)]
+            judging.open_images(description, dataset, data_dir, False)
 
-
-def test_a_folder_that_nothing_is_downloaded_to_stays_the_runs(places):
-    with pytest.raises(InputError, match="no data"):
-        judging.open_images({"settings": SETTINGS | {"dataset": "imagenet", "data_dir": "there"}}, None, None, False)
-    assert places == [("imagenet", "there")]
+    look("stl10")
+    look("stl10", dataset="stl10")
+    look("stl10", data_dir="mine")
+    (tmp_path / "theirs" / judging.MAKERS["stl10"].base_folder).mkdir(parents=True)
+    look("stl10")
+    look("imagenet")  # to which nothing is downloaded
+    assert places == [("stl10", place) for place in ("data", "data", "mine", theirs)] + [("imagenet", theirs)]
