@@ -35,6 +35,7 @@ GROUPS = {"dataset": "data", "method": "method", "reg": "regularizer"}  # titles
 GROUPS |= {"temperature": "recipe", "blur_p": "views", "seed": "run"}
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what --weight weighs
 NARROW = 3  # a layer whose neurons have fewer dimensions is regularized only if --reg_on names its network
+LONGEST_NAME = 255  # bytes, of a file
 LONGEST_QUEUE = 65_536  # of MoCo, by default: its authors' for ImageNet
 HEADS = ("projector", "predictor")  # what --reg_on names by default, Appendix B.1
 IDLE = {  # flags that have no effect where another has a value
@@ -67,6 +68,7 @@ class Settings(SimpleNamespace):
 def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
     """Return the run folder. InputError for whatever can be seen to be wrong before a file is read."""
     folder = Path(flags["out"] or Path("runs", run_name(flags, defaults))).expanduser()
+    refuse_unwritable(folder)
     refuse_idle_flags(flags, defaults)
     recipe_name(flags, recipes)
     state.Schedule(flags["save_every"], 0, is_new=True)  # InputError for another spelling
@@ -78,7 +80,6 @@ def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
         refuse_unfit_weights(flags)
     if flags["tracker"] != "none":
         refuse_missing(flags["tracker"])
-    refuse_unwritable(folder)
     with torch.device("meta"):
         encoder = models.build_encoder(flags["model"], "imagenet")
     if "encoder" in (flags["reg_on"] or ()):
@@ -136,6 +137,8 @@ def refuse_missing(tracker: str) -> None:
 
 def refuse_unwritable(folder: Path) -> None:
     """Raise InputError if a run folder cannot be made."""
+    if any(len(os.fsencode(name)) > LONGEST_NAME for name in folder.parts):
+        raise InputError(f"--out {str(folder)[:40]}...: has a name of more than {LONGEST_NAME} letters")
     place = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not place.is_dir():
         raise InputError(f"--out {folder}: cannot be written ({place} is no folder)")

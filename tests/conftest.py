@@ -6,7 +6,6 @@ import os
 # thread. A GPU may round otherwise each time.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
 
-import inspect
 import json
 import re
 import shutil
@@ -100,7 +99,7 @@ def finished(folder, tmp_path_factory):
 def call(stage, *words):
     """Call a stage with the flags of a command line, where `command` cannot: in longer-lived fixtures and processes."""
     words = [str(word) for word in words]
-    flags = cli.read(words, inspect.signature(stage).parameters)
+    flags = cli.values_of(words, stage)
     checkpoint = [flags.pop("ckpt")] if "ckpt" in flags else []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{stage.__name__}.py", *words])

@@ -297,7 +297,7 @@ def test_the_first_process_alone_downloads_and_speaks(two, seen):
     first, second = (of_rank["loads"] for of_rank in seen)
     assert len(first) == len(second) == len(METHODS) + 3
     assert all(ended <= begun for (_, ended), (begun, _) in zip(first, second))
-    told, silent = (re.sub(r".*\r", "", (two / f"told{rank}").read_text()) for rank in (0, 1))
+    _, silent = (re.sub(r".*\r", "", (two / f"told{rank}").read_text()) for rank in (0, 1))
     assert silent == ""
 
 

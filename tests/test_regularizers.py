@@ -103,6 +103,13 @@ def test_invariances(f, _):
     assert (gradient * weight).sum(1).abs().max() < 1e-14  # orthogonal to the row
 
 
+@pytest.mark.parametrize("d", [8, 256])
+def test_random_rows_have_the_energy_of_a_uniform_sphere(d):
+    assert mhe(random(2048, d), 2).item() == pytest.approx((d - 2) / (2 * (d - 3)), rel=1e-3)
+    if d > 100:
+        assert amhe(random(2048, d), 2).item() == pytest.approx(4 / math.pi**2 * (1 + 12 / (math.pi**2 * d)), rel=1e-3)
+
+
 @pytest.mark.parametrize("n, minimum", [(4, 3.674234614), (6, 9.985281374), (12, 49.165253058), (32, 412.261274651)])
 def test_descent_reaches_the_minima_of_thomsons_problem(n, minimum):
     """Charges on a sphere, sums over pairs as Wikipedia's table of Thomson's problem has them."""
