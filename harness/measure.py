@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from scipy.special import hyp0f1
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
@@ -22,10 +23,7 @@ FLOORS_MEMORY = 2**31  # bytes of pixels, likewise
 LOW_RANK = 2  # features of a lower effective rank differ in little more than one direction
 DEAD = 1e-4  # below this part of a full sphere's spread, all projections are one point: the network is dead
 DEAD_G2 = 1 - 1e-5  # above this G2, all features are one point
-DEAD_NETWORK = (
-    "dead network: its outputs are the same for all images, and no step will revive it; start another run with a "
-    "smaller --lr, or with --norm bn"
-)
+DEAD_NETWORK = "dead network: its outputs are the same for all images, for good; start another run with a smaller --lr"
 ADVICE = "try a smaller --lr, --optimizer sgd or --reg uniform"  # as docs/results.md found it
 
 
@@ -84,14 +82,9 @@ def sphere_statistics(features: Tensor) -> dict[str, float]:
 def uniform_floor(d: int) -> float:
     """Eq. 2 for points uniform on the sphere in d dimensions: -0.69 in one dimension, towards -4 in many.
 
-    log E exp(-2 |x - y|^2) = -4 + log E exp(4 c), c the cosine of two points. The last mean is the series
-    0F1(; d / 2; 4) = sum over k of 4^k / (k! (d / 2) (d / 2 + 1) ... (d / 2 + k - 1)).
+    log E exp(-2 |x - y|^2) = -4 + log E exp(4 c), c the cosine of two points, and E exp(4 c) = 0F1(; d / 2; 4).
     """
-    term = total = 1.0
-    for k in range(1, 40):  # by then a term is below 1e-60
-        term *= 4 / (k * (d / 2 + k - 1))
-        total += term
-    return math.log(total) - 4
+    return math.log(hyp0f1(d / 2, 4)) - 4
 
 
 def embed_blocks(encoder: nn.Module, views: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -121,8 +114,7 @@ def effective_rank(features: Tensor) -> float:
 
 def floors_are_cheap(bank: data.Split, queries: data.Split, size: int) -> bool:
     """Whether the k-NN floors of two splits, with views of size x size pixels, take little time and memory."""
-    n = len(bank.labels) + len(queries.labels)
-    bytes_of_pixels = 4 * 3 * size**2 * n
+    bytes_of_pixels = 4 * 3 * size**2 * (len(bank.labels) + len(queries.labels))
     return len(bank.labels) <= FLOORS_UP_TO and bytes_of_pixels <= FLOORS_MEMORY
 
 
