@@ -177,5 +177,5 @@ def test_a_folder_takes_the_recipe_folder(command, folder):
     flags = "--model test_resnet --stem stride2 --epochs 1".split()
     code, rows, err = command(pretrain, "--dataset", folder, *flags, "--out", "run")
     in_force = rows[0]["settings"]
-    assert code == 0 and "recipe folder (= by a flag): epochs=1, batch_size 32, optimizer sgd, " in err
+    assert code == 0 and "recipe folder and flags: epochs 1, batch_size 32, optimizer sgd, " in err
     assert (in_force["recipe"], in_force["batch_size"], in_force["optimizer"]) == ("folder", 32, "sgd")
