@@ -25,10 +25,9 @@ from lib.augment import DRAWS_PER_IMAGE, Change, named_draws, normalise
 from lib.errors import InputError
 
 # ---- Data sets -------------------------------------------------------------------------------------------------------
-# size: side of the views in pixels, Appendix B.5. stem: Appendix B.1. holdout: images of a class that `hold_out`
-# takes from the training set, Appendix B.4; None = IMAGENET_HOLDOUT of all. mean, std: of the training pixels in
-# [0, 1]. blur_p, solarise_p: probabilities in the first and the second view; Appendix B.5.2 uses neither; ImageNet's
-# are BYOL's, Appendix B.3.
+# size: side of the views in pixels, Appendix B.5. stem: Appendix B.1. holdout: images that `hold_out` takes of a class,
+# on average, Appendix B.4; None = IMAGENET_HOLDOUT of all. mean, std: of the training pixels in [0, 1]. blur_p,
+# solarise_p: probabilities in either view, none in Appendix B.5.2; ImageNet's are BYOL's, Appendix B.3.
 # fmt: off
 FACTS = {
     "photos": dict(size=32, stem="imagenet", holdout=20,  # ours; holds out a tenth of each class
@@ -49,14 +48,14 @@ EVAL_CROP = 0.875  # of the shorter side: 28 of CIFAR's 32 pixels, 84 of STL-10'
 
 
 class Split(NamedTuple):
-    """Images, uint8 (n, 3, h, w) or Files, and their classes, int64 (n,); -1 is an image without one."""
+    """Images, uint8 (n, 3, h, w) or Files, and their classes, int64 (n,); -1 = none."""
 
     images: Tensor | pictures.Files
     labels: Tensor
-    paths: np.ndarray | None = None  # (n,), of pictures, also of those that were read into memory
+    paths: np.ndarray | None = None  # (n,), of pictures
 
     def rows(self, rows: Tensor) -> "Split":
-        """Return the images of these rows, their labels and paths."""
+        """Return the images of these rows."""
         paths = None if self.paths is None else self.paths[rows.cpu().numpy()]
         return Split(self.images[rows], self.labels[rows], paths)
 
@@ -67,28 +66,32 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set's splits, and its facts: the fields after `test` are explained at FACTS."""
+    """A data set's splits, and its facts, which FACTS explains."""
 
     classes: tuple[str, ...]
-    pretraining: Split  # what an encoder is trained on; its labels are not used
     train: Split  # what the k-NN vote and the linear classifier learn from
     test: Split  # what they are tested on
+    unlabeled: Split | None  # STL-10's images without classes
     size: int
     stem: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    holdout: float | None  # images of each class, on average
+    holdout: float | None
     blur_p: tuple[float, float] = (0.0, 0.0)
     solarise_p: tuple[float, float] = (0.0, 0.0)
 
+    @property
+    def pretraining(self) -> Split:
+        """What an encoder is trained on, without labels."""
+        return self.unlabeled or self.train
+
     def to(self, device) -> "Dataset":
-        """Return the same with its images on another device, each split once."""
-        train = self.train.to(device)
-        pretraining = train if self.pretraining is self.train else self.pretraining.to(device)
-        return replace(self, pretraining=pretraining, train=train, test=self.test.to(device))
+        """Return the same with its images on another device."""
+        unlabeled = self.unlabeled and self.unlabeled.to(device)
+        return replace(self, train=self.train.to(device), test=self.test.to(device), unlabeled=unlabeled)
 
     def view(self, crop: float) -> dict:
-        """Return the keyword arguments of `evaluation_views`, with the central `crop` of the side."""
+        """Return the keyword arguments of `evaluation_views`."""
         return {"size": self.size, "crop": crop, "mean": self.mean, "std": self.std}
 
 
@@ -97,21 +100,16 @@ def load(
 ) -> Dataset:
     """Load the data set called `name`, or the folder of pictures at that path; docs/data.md describes them all.
 
-    With `pretraining`, STL-10's 100,000 images without labels are read too, and a folder may hold pictures without
-    classes. workers: processes that read pictures ahead; None = by cores and shared memory. InputError for a set that
-    cannot be read, and for a broken picture unless `skip_broken` leaves these out.
+    With `pretraining`, STL-10's images without labels are read, too, and a folder may lack classes. skip_broken leaves
+    broken pictures out. workers: processes that read ahead. InputError for a set that cannot be read.
     """
     classes, parts, facts = sources.read_set(name, data_dir, FACTS, pretraining, skip_broken, workers)
-    train, test, *unlabeled = [Split(*part) for part in parts]
-    learnt = unlabeled[0] if unlabeled else train
-    return Dataset(classes, learnt, train, test, **facts)
+    train, test, *others = [Split(*part) for part in parts]
+    return Dataset(classes, train, test, others[0] if others else None, **facts)
 
 
 def hold_out(dataset: Dataset) -> Dataset:
-    """Replace the test set by images of the training set, always the same ones, Appendix B.4.
-
-    InputError if there are no classes, or if one has no image left to learn from.
-    """
+    """Judge on images of the training set, a fixed draw, Appendix B.4. InputError if a class has none left to learn."""
     if not dataset.classes:
         raise InputError("--holdout: the pictures have no classes, so nothing can be judged")
     labels = dataset.train.labels
@@ -124,17 +122,14 @@ def hold_out(dataset: Dataset) -> Dataset:
         wanted = dataset.holdout * counts / counts.mean()  # the same part of each class
         held, kept = divided_classes(labels, order, wanted.clamp_min(1))
     train = rows_to_learn_from(dataset, kept, "hold-out", "give it more, or leave out --holdout or --sweep")
-    pretraining = train if dataset.pretraining is dataset.train else dataset.pretraining
-    return replace(dataset, pretraining=pretraining, train=train, test=dataset.train.rows(held))
+    return replace(dataset, train=train, test=dataset.train.rows(held))
 
 
 def with_labels(dataset: Dataset, part: float) -> Dataset:
-    """Keep this part of each class's training images, always the same ones; those of a smaller part are among them.
+    """Keep this part of each class's training images and hold-out, a fixed draw; InputError if a class keeps none.
 
-    The hold-out of --sweep shrinks by the same part. InputError as from `hold_out`.
+    A smaller part lies within a larger one.
     """
-    if part == 1:
-        return dataset
     if not dataset.classes:
         raise InputError(f"--labels {part:g}: the pictures have no classes")
     labels = dataset.train.labels
@@ -148,7 +143,7 @@ def with_labels(dataset: Dataset, part: float) -> Dataset:
 
 
 def divided_classes(labels: Tensor, order: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of each class that come first in the order (n,), `wanted` (classes,) of them, and the others."""
+    """Return the rows that come first of each class in the order (n,), `wanted` (classes,) of them, and the others."""
     by_class = order[labels[order].argsort(stable=True)]
     rows_of_classes = by_class.split(labels.bincount().tolist())
     first, others = [], []
@@ -181,11 +176,10 @@ NEUTRAL = torch.tensor([1.0, 1.0, 1.0, 0.0])  # the factor of each that changes 
 def two_views(
     crops: Tensor, u: Tensor, mean, std, blur_p=(0, 0), solarise_p=(0, 0), jitter=1.0, grey_p=GREY_P
 ) -> tuple[Tensor, Tensor]:
-    """Make the two views (b, 3, size, size) of crops (2, b, 3, size, size); overwrites float crops.
+    """Make the two views (b, 3, size, size) of crops (2, b, 3, size, size), uint8 or floats in [0, 1], not kept.
 
-    crops: uint8, or floats in [0, 1], cropped and flipped. u: (2, b, DRAWS_PER_IMAGE), uniform on [0, 1), on the CPU:
-    each image has numbers of its own. Then come colour jitter, grey, blur and solarisation, the last two with a
-    probability for each view, and normalisation by mean and std. jitter is a part, 0 ... 1, of BYOL's strength.
+    u: (2, b, DRAWS_PER_IMAGE), uniform on [0, 1), on the CPU. jitter: part of BYOL's colour jitter. grey_p and, for
+    each view, blur_p and solarise_p are probabilities. At last mean and std normalise.
     """
 
     def augmented(x, u, blur_p, solarise_p):
@@ -201,12 +195,12 @@ def two_views(
 
     probabilities = torch.tensor([blur_p, solarise_p])
     of_images = probabilities.repeat_interleave(crops.shape[1], 1)
-    per_image = (crops.flatten(0, 1), u.flatten(0, 1), *of_images)  # both views pass together
+    per_image = (crops.flatten(0, 1), u.flatten(0, 1), *of_images)
     return augment.in_chunks(augmented, per_image).chunk(2)
 
 
 def colour_changes(draws: dict, jitter=1.0, grey_p=GREY_P) -> list[Change]:
-    """Choose colour jitter, in an order of its own for each image, and grey, for `augment.change`."""
+    """Choose colour jitter, in an order of each image, and grey, for `augment.change`."""
     factors = (2 * draws["factors"] - 1) * (jitter * STRENGTH) + NEUTRAL
     order = draws["order"].argsort(1)  # order[i, turn]: the operation of COLOUR that image i gets in this turn
     jitter_p = JITTER_P if jitter else 0  # an operation of strength 0 would still round
@@ -232,18 +226,17 @@ def batches(
     views: int = 2,
     drop_last: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield crops (views, b, 3, size, size), labels (b,) and u (views, b, DRAWS_PER_IMAGE), uniform on [0, 1).
+    """Yield crops (views, b, 3, size, size), labels (b,) and u (views, b, DRAWS_PER_IMAGE), which is for `two_views`.
 
-    steps: the steps' numbers, from 0 over the whole run. Each batch is cut into `micro_batches` parts, and each part
-    into equal shares; share: (rank, world) of this process. Order and u are functions of (seed, epoch, place in the
-    epoch) alone, whatever the device, the micro-batches and the processes. Crops of images in memory are in [0, 1],
-    those of files uint8, and files are read ahead. u is on the CPU. InputError if a file cannot be read.
+    steps: their numbers, from 0 over the whole run. A batch is cut into `micro_batches`, and these into equal shares;
+    share: (rank, world) of this process. Order and u are functions of (seed, epoch, place in the epoch) alone. Crops
+    are in [0, 1], those of files uint8; files are read ahead. InputError if one cannot be read.
     """
     n = len(split.labels)
     steps_per_epoch = n // batch_size if drop_last else math.ceil(n / batch_size)
 
     def plan() -> Iterator:
-        """Yield row numbers (b,) and u of each micro-batch of this process."""
+        """Yield rows (b,) and u of each micro-batch of this process."""
         for epoch, steps_of_epoch in itertools.groupby(steps, lambda step: step // steps_per_epoch):
             order = torch.randperm(n, generator=_generator(seed, epoch + 1))
             rows_by_place = order.split(batch_size)
@@ -274,8 +267,8 @@ def batches(
 def evaluation_views(split: Split, size: int, crop: float, mean, std, batch_size=500) -> Iterator[Tensor]:
     """Yield batches (b, 3, size, size) of the evaluation view of a split's images, on the device of its labels.
 
-    Images in memory: the central square of `crop` times the shorter side, resized (bicubic), Appendix B.5.2. Files:
-    the same square after a resize to size / crop pixels, Appendix B.5.1.
+    In memory: the central square of `crop` times the shorter side, resized, Appendix B.5.2. Files: that square after a
+    resize to size / crop pixels, Appendix B.5.1.
     """
     device = split.labels.device
     if isinstance(split.images, Tensor):
@@ -291,7 +284,7 @@ def evaluation_views(split: Split, size: int, crop: float, mean, std, batch_size
 
 
 def _generator(*key) -> torch.Generator:
-    """Make a generator whose random numbers are a function of `key` alone."""
+    """Make a generator whose numbers are a function of `key` alone."""
     text = " ".join(map(str, key))
     seed = random.Random(text).getrandbits(32)  # torch keeps no more
     return torch.Generator().manual_seed(seed)

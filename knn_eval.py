@@ -2,9 +2,8 @@
 
     python knn_eval.py runs/photos-amhe/ckpt.safetensors
 
-The training set is the bank, the test set is classified. Features are the encoder's pooled output, compared by cosine;
-each of the k nearest votes for its class with weight exp(cosine / temperature), as in Wu et al. (2018) and DINO. A
-row is printed for each encoder and k. The floors are the same vote on random weights and on the pixels of the view.
+The training set is the bank, the test set is classified. Each of the k nearest by cosine votes for its class, weighted
+by exp(cosine / temperature), as in Wu et al. (2018) and DINO. The floors are that vote on random weights and on pixels.
 """
 
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ from lib import cli, processes
 from lib.log import emit
 from lib.nearest import finest, in_parts, nearest
 
-QUERIES_AT_ONCE = 512  # queries in one chunk of the vote
+QUERIES_AT_ONCE = 512  # of the vote
 
 
 def knn_eval(
@@ -57,17 +56,14 @@ def knn_eval(
 def nearest_neighbours(
     encoder: nn.Module, bank: Split, queries: Split, view: dict, accelerator: Accelerator, k=(20,), temperature=0.07
 ) -> dict[int, dict[str, float]]:
-    """Take the `vote` on an encoder's features of the evaluation views of two splits; k = 20 and 0.07 are DINO's.
-
-    Each process embeds a part of both. The bank passes in parts: ImageNet's features would take 10 GB.
-    """
+    """Take the `vote` on an encoder's features of the evaluation views of two splits; k = 20 and 0.07 are DINO's."""
 
     def embed(split: Split) -> Tensor:
         return models.embed(encoder, evaluation_views(split, **view))
 
     query_features = processes.embed_in_shares(embed, queries, accelerator)
     bank_views = evaluation_views(processes.own_part(bank), **view)
-    bank_features = (models.embed(encoder, views) for views in in_parts(bank_views))
+    bank_features = (models.embed(encoder, views) for views in in_parts(bank_views))  # ImageNet's take 10 GB
     return vote(bank_features, bank.labels, query_features, queries.labels, k, temperature)
 
 
@@ -77,10 +73,9 @@ def vote(
 ) -> dict[int, dict[str, float]]:
     """Accuracy in percent, {k: {"top1": ..., ...}}, of the vote of the k rows of the bank nearest by cosine.
 
-    bank: its features in parts (n_i, d), in order; of several processes each has its own, see `nearest`. queries (m, d)
-    are features of any length. bank_labels (n,) and labels (m,) are classes from 0. k is clipped to n. Of equal votes
-    the lower class is first; a class without a vote is a miss, also of five or fewer. Each process counts the votes of
-    a share of the queries. ValueError unless the parts together have n rows.
+    bank: features in parts (n_i, d), each process its own, see `nearest`. queries: (m, d). bank_labels (n,), labels
+    (m,): classes from 0. k is clipped to n. Of equal votes the lower class is first; a class without one is a miss.
+    ValueError unless the parts have n rows.
     """
     classes = int(max(bank_labels.max(), labels.max())) + 1
     ks = sorted({min(neighbours, len(bank_labels)) for neighbours in k})
@@ -89,9 +84,7 @@ def vote(
     chunks = [processes.my_rows(x).split(QUERIES_AT_ONCE) for x in (cosines, rows, labels)]
     for cosine, voters, truth in zip(*chunks):
         advantage = cosine - cosine[:, :1]
-        exponent = (
-            advantage.to(finest(cosine.device)) / temperature
-        )  # of a vote's weight, over that of the nearest: only ratios matter
+        exponent = advantage.to(finest(cosine.device)) / temperature  # of a vote's weight over the nearest's
         for neighbours in ks:
             votes = log_votes(bank_labels[voters[:, :neighbours]], exponent[:, :neighbours], classes)
             ranks[neighbours].append(judging.rank_of(truth, votes))
@@ -103,7 +96,7 @@ def vote(
 
 
 def log_votes(voted: Tensor, exponent: Tensor, classes: int) -> Tensor:
-    """Log of the sum of exp(exponent) (m, k) over the votes for each class, (m, classes); voted (m, k) are classes."""
+    """Log of the sum of exp(exponent) (m, k) over the votes for each class, (m, classes); voted: (m, k)."""
     nobody = exponent.new_full((len(voted), classes), -torch.inf)
     highest = nobody.scatter_reduce(1, voted, exponent, "amax")  # of a class: its own, or small weights would be 0
     weight = (exponent - highest.gather(1, voted)).exp()

@@ -2,9 +2,8 @@
 
     python linear_eval.py runs/photos-amhe/ckpt.safetensors
 
-80 epochs of SGD with Nesterov momentum 0.9 and batches of 100. The rate starts at 0.2 per 256 images and follows a
-cosine to 0, updated every step. Crops and flips are the only augmentation. One row per epoch, then one row with the
-result. --cached computes the features of the evaluation view once: much faster, but it is another protocol.
+SGD with Nesterov momentum 0.9; the rate follows a cosine to 0, updated every step. Crops and flips are the only
+augmentation. --cached computes the features of the evaluation view once: much faster, but another protocol.
 """
 
 import math
@@ -32,7 +31,7 @@ SWEEP = (0.4, 0.3, 0.2, 0.1, 0.05)  # BYOL's rates, per 256 images
 
 
 class Features(NamedTuple):
-    """What the encoder makes of the images of a split, (n, d), and their labels (n,)."""
+    """The encoder's features of a split's images, (n, d), and their labels (n,)."""
 
     x: Tensor
     labels: Tensor
@@ -75,7 +74,7 @@ def linear_eval(
 
 
 def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyper: dict) -> float:
-    """Train a classifier for each rate of SWEEP and return the rate of the best on the held-out images."""
+    """Return the rate of SWEEP whose classifier is best on the held-out images."""
     train = features_of(judged, tuning.train) if cached else tuning.train.to(judged.accelerator.device)
     held_out = features_of(judged, tuning.test)
     rows = {rate: {**row, "sweep": rate} for rate in SWEEP}
@@ -88,7 +87,7 @@ def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyp
 
 
 def features_of(judged: Judged, split: data.Split) -> Features:
-    """Compute the features of the evaluation views of a split, on the device."""
+    """Compute the features of a split's evaluation views."""
 
     def embed(part: data.Split) -> Tensor:
         return models.embed(judged.encoder, data.evaluation_views(part, **judged.view))
@@ -99,7 +98,7 @@ def features_of(judged: Judged, split: data.Split) -> Features:
 
 
 def scores_of(classifier: nn.Linear, features: Features) -> dict[str, float]:
-    """Compute the accuracies of a classifier, in percent, see `judging.accuracy`."""
+    """Compute the accuracies of a classifier, in percent."""
     ranks = judging.rank_of(features.labels, classifier(features.x))
     return judging.accuracy(ranks, features.labels)
 
@@ -107,11 +106,10 @@ def scores_of(classifier: nn.Linear, features: Features) -> dict[str, float]:
 def fit(
     judged: Judged, train: data.Split | Features, rows: dict[float, dict], epochs, batch_size, weight_decay, seed
 ) -> dict[float, nn.Linear]:
-    """Train one linear classifier for each rate, a key of `rows`, all on the same features; return those by rate.
+    """Train a classifier for each rate, a key of `rows`, all on the same features; return them by rate.
 
-    After each epoch each rate logs a row: its columns in `rows`, loss, accuracy and the optimizer's rate at its start.
-    Several processes embed a share of each batch, and train the same classifiers. A rate whose loss or weights are not
-    finite is left out from there on; InputError if none is left.
+    After each epoch each logs a row: its columns in `rows`, loss, accuracy and the optimizer's rate at its start. A
+    rate whose loss or weights are not finite is left out; InputError if none is left.
     """
     n, device = len(train.labels), train.labels.device
     classifiers, groups = {}, []
@@ -156,7 +154,7 @@ def fit(
 def feature_batches(
     judged: Judged, train: data.Split | Features, epochs: int, batch_size: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield features (b, d) and labels (b,) of all epochs: of random crops and flips, or features as they are."""
+    """Yield features (b, d) and labels (b,) of all epochs: of random crops and flips, or the features given."""
     n = len(train.labels)
     if isinstance(train, Features):
         generator = torch.Generator().manual_seed(seed)

@@ -30,9 +30,8 @@ STEMS = {"cifar": 1, "stride2": 2, "imagenet": None}  # stride of a 3x3 convolut
 def build_encoder(name: str, stem: str, norm: str = "bn") -> nn.Module:
     """Build timm's ResNet `name`, or AlexNet, without classifier: (b, 3, h, w) to (b, d), d = `.num_features`.
 
-    stem "imagenet" is the ResNet as it is; "cifar" has a 3x3 convolution of stride 1 and padding 1 and no max-pooling,
-    Appendix B.1; "stride2" is the same with stride 2. norm "none" is without BatchNorm, Table 4. InputError for a name
-    that is neither a ResNet of timm nor alexnet.
+    Stems but "imagenet" have no max-pooling, Appendix B.1. norm "none" is without BatchNorm, Table 4. InputError for a
+    name that is neither a ResNet of timm nor alexnet.
     """
     if name == "alexnet":
         encoder = encoders.AlexNet()
@@ -48,13 +47,12 @@ def build_encoder(name: str, stem: str, norm: str = "bn") -> nn.Module:
 
 # ---- Norms -----------------------------------------------------------------------------------------------------------
 class ViewNorm(_BatchNorm):
-    """BatchNorm for a batch of two views, concatenated; in training each view has its own statistics, of all processes.
+    """BatchNorm for (2b, c) or (2b, c, h, w), two views: in training each has its own statistics, of all processes.
 
-    num_batches_tracked, which the state of a BatchNorm has, is counted by `Method.forward`, for all layers at once.
+    Method.forward counts num_batches_tracked.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (2b, c) or (2b, c, h, w) to the same shape; in evaluation mode the batch has any size."""
         if not self.training:
             return super().forward(x)
         return norms.normalise_views(x, self)
@@ -87,12 +85,11 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int, norm: str = "bn", ends_in_no
 
 
 class Method(nn.Module):
-    """Encoder f and projector g, which both views pass; a subclass says what else there is, and what is minimised."""
+    """Encoder f and projector g; a subclass says what else there is, and defines loss(z, p, t, temperature)."""
 
     has_predictor = False  # q, on top of g
     has_target = False  # moving averages of f and g, Section 3.3
     has_bottleneck = False  # the predictor's hidden layer has out_dim / 4 neurons, and BatchNorm ends the projector
-    # A subclass also defines loss(z, p, t, temperature), of outputs of `forward` gathered from all processes.
 
     def __init__(self, name: str, stem: str, norm: str, hidden_dim: int, out_dim: int, predictor="mlp", queue=0):
         super().__init__()
@@ -106,10 +103,9 @@ class Method(nn.Module):
             self.target.requires_grad_(False)
 
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[Pair, Pair, Pair]:
-        """Compute projections z, their predictions p, and what these are to predict, t: (b, out_dim) a view.
+        """Compute projections z of views (b, 3, h, w), their predictions p, and what these predict, t; each (b, out_dim).
 
-        t are the target's projections, or z without gradient; p is z if there is no predictor. The views (b, 3, h, w)
-        pass in one batch, each with BatchNorm statistics of its own: see ViewNorm.
+        t are the target's projections, or z without gradient; p is z if there is no predictor.
         """
         views = torch.cat([v1, v2])
         z = self.projector(self.encoder(views))
@@ -122,12 +118,12 @@ class Method(nn.Module):
 
     @classmethod
     def predictor_width(cls, hidden_dim: int, out_dim: int) -> int:
-        """Width of the predictor's hidden layer, for these widths of the projector."""
+        """Width of the predictor's hidden layer."""
         return max(1, out_dim // 4) if cls.has_bottleneck else hidden_dim
 
     @torch.no_grad()
     def update_target(self, tau: float) -> None:
-        """target <- tau target + (1 - tau) online, for parameters of encoder and projector; buffers stay its own."""
+        """target <- tau target + (1 - tau) online, for parameters; buffers stay its own."""
         online = [*self.encoder.parameters(), *self.projector.parameters()]
         torch._foreach_lerp_(list(self.target.parameters()), online, 1 - tau)
 
@@ -175,7 +171,7 @@ class MoCo(Method):
         return both_ways / 2
 
     def one_way(self, z: Tensor, t: Tensor, temperature: float) -> Tensor:
-        """InfoNCE of He et al. (2020), Eq. 1, of projections z and their keys t, (b, out_dim), with the queue's."""
+        """InfoNCE of projections z, their keys t, (b, out_dim), and the queue's; He et al. (2020), Eq. 1."""
         z = unit(z)
         cosine = (z * unit(t)).sum(1, keepdim=True)
         similarity = torch.cat([cosine, z @ self.queue.T], 1)
@@ -206,7 +202,7 @@ class BarlowTwins(Method):
 
 
 def standardised(view: Tensor) -> Tensor:
-    """Features of a view (b, out_dim) as rows of mean 0 and length 1; 0 for one that varies by its rounding alone."""
+    """Features of a view (b, out_dim) as rows of mean 0 and length 1; 0 for one that varies by rounding alone."""
     centred = view - view.mean(0)
     rounding = 8 * torch.finfo(view.dtype).eps * view.abs().amax(0)
     varies = centred.abs().amax(0) > rounding
@@ -214,7 +210,7 @@ def standardised(view: Tensor) -> Tensor:
 
 
 class Facts(NamedTuple):
-    """What there is to know of a method: its network, its name in tables, and what its command line says and takes."""
+    """What the command line and tables say of a method."""
 
     network: type[Method]
     title: str
@@ -254,10 +250,7 @@ def neurons(network: Method, parts: Iterable[str]) -> Layers:
 # ---- Features --------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def embed(encoder: nn.Module, views: Iterable[Tensor]) -> Tensor:
-    """Compute features (n, d), in fp32, of batches of views (b, 3, h, w), with the encoder in evaluation mode.
-
-    InputError if a feature is not finite: every evaluation would accept it silently.
-    """
+    """Compute features (n, d), fp32, of batches of views (b, 3, h, w) in evaluation mode; InputError if not finite."""
     was_training = encoder.training
     encoder.eval()
     features = torch.cat([encoder(view).float() for view in views])

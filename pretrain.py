@@ -3,7 +3,7 @@
     accelerate launch pretrain.py --reg amhe --s 2
 
 trains ResNet-18 on the embedded photographs (minutes on two CPU cores) and leaves a run folder with
-ckpt.safetensors (all networks), encoder/ (the encoder alone, for timm) and metrics.jsonl (the rows that were printed).
+ckpt.safetensors (all networks), encoder/ (the encoder, for timm) and metrics.jsonl (the rows that were printed).
 """
 
 import math
@@ -51,10 +51,9 @@ class Recipe:
     tau_end: float = 1.0
 
 
-# Rates, batches, epochs, warm-up, tau and weight decay: Appendix B.2; it gives no decay for CIFAR and STL-10, which
-# have ImageNet's at 300 epochs. Lambda of energies: Appendix C.1, for ImageNet Section 4. The paper gives no
-# temperatures; these are SimCLR's. photos is ours: its few steps need a large rate and a tau near 1.
-# folder is ours, too: docs/results.md has the runs in which LARS and a tau near 1 kept BYOL below raw pixels.
+# Appendix B.2; it gives no decay for CIFAR and STL-10, which have ImageNet's at 300 epochs. Lambda of energies:
+# Appendix C.1, for ImageNet Section 4. The temperatures are SimCLR's. photos is ours: its few steps need a large rate
+# and a tau near 1. folder is ours, too: LARS and a tau near 1 kept BYOL below raw pixels, docs/results.md.
 RECIPES = {
     #                     epochs batch   lr   decay  warm-up  tau  lambda temp.
     "photos":        Recipe(   9,   64,    6,   1e-6,   0, 0.996,   10,  0.5, hidden_dim=512, eval_every=1),
@@ -88,7 +87,7 @@ def pretrain(
     prefix: Annotated[str, "of such a file: what stands before the encoder's names, if it holds several"] | None = None,
     norm: Annotated[Literal["bn", "none"], "BatchNorm, or networks without it"] = "bn",
     reg: Annotated[Literal["none", "mhe", "amhe", "uniform"], "energy by chord or angle, or uniformity"] = "none",
-    s: Annotated[float, ">= 0", "<= 10", "power of the energy; 0 is logarithmic"] = 2.0,
+    s: Annotated[float, ">= 0", "<= 8", "power of the energy; 0 is logarithmic"] = 2.0,
     weight: Annotated[float, ">= 0", "lambda of the regularizer"] | None = None,
     reg_on: Annotated[tuple[Literal[*PARTS], ...], "None = the heads, but no neurons below 3-d"] | None = None,
     temperature: Annotated[float, "> 0", "of simclr and moco"] | None = None,
@@ -171,7 +170,7 @@ class Training:
 
 
 def build(cfg: Settings, images: data.Dataset, accelerator: Accelerator) -> Training:
-    """Build a network, with fresh weights or an encoder of --init, and its optimizer; LARS is that of Appendix B.2."""
+    """Build a network, with fresh weights or an encoder of --init, and its optimizer; LARS: Appendix B.2."""
     heads = (cfg.hidden_dim, cfg.out_dim, cfg.predictor, cfg.queue)
     network = models.METHODS[cfg.method].network(cfg.model, cfg.stem, cfg.norm, *heads)
     if cfg.init:
@@ -188,7 +187,7 @@ def build(cfg: Settings, images: data.Dataset, accelerator: Accelerator) -> Trai
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
-    """Separate weights, which decay and which LARS adapts, from biases and norms, Appendix B.2."""
+    """Separate weights, which decay and LARS adapts, from biases and norms, Appendix B.2."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     weights = [p for p in parameters if p.ndim > 1]
     others = [p for p in parameters if p.ndim <= 1]
@@ -199,9 +198,8 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
 def train_micro_batch(training: Training, crops: Tensor, u: Tensor, lr: float, tau: float) -> Terms:
     """Backpropagate a micro-batch; after the last one of a step, update the weights and the target.
 
-    crops (2, b, 3, size, size), which are overwritten, and u (2, b, DRAWS_PER_IMAGE) are as `data.batches` yields them.
-    Returns the terms of `objective`, on the device. Energies need no images: the last micro-batch of a step has them
-    for all, `accumulate` times, as gradients and terms are averaged.
+    crops (2, b, 3, size, size), not kept, and u (2, b, DRAWS_PER_IMAGE) are those of `data.batches`. Returns the terms
+    of `objective`. The last micro-batch of a step has the energies, for all.
     """
     cfg, images = training.cfg, training.images
     network, accelerator = training.network, training.accelerator
@@ -226,8 +224,8 @@ def train_micro_batch(training: Training, crops: Tensor, u: Tensor, lr: float, t
 def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p: Pair, t: Pair) -> Terms:
     """Compute the loss and its terms, unweighted, of the outputs of a network, (b, out_dim) a view.
 
-    The loss is Eq. 7 with an energy of the layers, if there are any, Eq. 4 with uniformity. alignment and std of the
-    normalised projections are for the log; std is 1 / sqrt(out_dim) if they fill the sphere, 0 if they collapse.
+    The loss is Eq. 7 with an energy of the layers, if there are any, Eq. 4 with uniformity. alignment and std are for
+    the log: std is 1 / sqrt(out_dim) if unit projections fill the sphere, 0 if they collapse.
     """
     z, p, t = map(processes.gather_views, (z, p, t))
     z1, z2 = z
@@ -240,7 +238,7 @@ def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p:
         terms["std"] = (std1.mean() + std2.mean()) / 2
     if cfg.term == "energy" and layers:
         for name, energy in layer_energies(layers, cfg).items():
-            terms[name] = cfg.accumulate * energy
+            terms[name] = cfg.accumulate * energy  # gradients and terms are averaged
     loss = terms[cfg.method]
     if cfg.term in terms:  # what --reg adds
         loss = loss + cfg.weight * terms[cfg.term]
@@ -248,7 +246,7 @@ def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p:
 
 
 def layer_energies(layers: Layers, cfg: Settings) -> Terms:
-    """Compute the sum of Eq. 7 without lambda, and what each layer adds: by chord for --reg mhe, else by angle."""
+    """Compute the sum of Eq. 7 without lambda, and what each layer adds; by angle, but for --reg mhe."""
     energies = {}
     for name, energy in energy_of(layers, cfg.s, angular=cfg.reg != "mhe").items():
         energies[f"energy/{name}"] = energy
@@ -256,7 +254,7 @@ def layer_energies(layers: Layers, cfg: Settings) -> Terms:
 
 
 def epoch_row(training: Training, means: dict[str, float], lr: float, tau: float) -> dict:
-    """Complete the mean terms of an epoch to its row in the log; lr and tau are those of its last step."""
+    """Complete the mean terms of an epoch to its row; lr and tau are those of its last step."""
     cfg, row = training.cfg, {**means, "lr": lr}
     if cfg.term != "energy":  # then it is that of the weights as they are now
         with torch.no_grad():

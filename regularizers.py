@@ -1,15 +1,15 @@
 """Every scalar of the paper, Durrant & Leontidis (2022), as a plain function of tensors; torch is all it needs.
 
-    alignment(x, y)     Eq. A.1; with alpha = 2 it is BYOL's loss, Eq. 3
+    alignment(x, y)     Eq. A.1; with alpha = 2 BYOL's loss, Eq. 3
     uniformity(x)       Eq. 2
     info_nce(x, y)      Eq. 1
     mhe(weight)         Eq. 5, the mean over the N (N - 1) ordered pairs of Eq. 7
     amhe(weight)        Eq. A.3, the same mean with angles
     energy_of(model)    the same for each layer of a network
 
-Each function projects its rows to the unit sphere, and computes in fp32 (float64 stays float64) even under autocast. A
-zero row, of length 1e-12 or less, stays at the centre: at distance 1 and angle pi/2 from other rows, at 0 from other
-zero rows, with gradient 0. Energies have their gradient by backward alone: torch.func and second derivatives raise.
+Each projects its rows to the unit sphere, and computes in fp32 or float64, under autocast, too. A zero row is one of
+length 1e-12 or less: at distance 1 and angle pi/2 from other rows, at 0 from zero rows, with gradient 0. Energies have
+first derivatives alone, without torch.func. ValueError for other shapes, and for numbers out of range.
 """
 
 import itertools
@@ -22,24 +22,20 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
 Layers = dict[str, Tensor]  # the weight of each layer, by the layer's name
-ZERO = 1e-12  # a row of at most this length has no direction; torch.nn.functional.normalize uses the same bound
+ZERO = 1e-12  # a row of at most this length has no direction; the bound of torch.nn.functional.normalize
 
 
 def alignment(x: Tensor, y: Tensor, alpha: float = 2) -> Tensor:
-    """Mean distance of positive pairs to the power alpha, Eq. A.1: E ||x - y||^alpha of unit rows, within [0, 2^alpha].
-
-    x, y: (n, d), row i of both from the same image. ValueError unless the shapes agree and alpha > 0.
-    """
+    """Mean of ||x_i - y_i||^alpha over positive pairs, rows of x and y (n, d), Eq. A.1; 0 ... 2^alpha, alpha > 0."""
     _check_pairs(x, y, "alpha", alpha)
     distance = torch.linalg.vector_norm(unit(x) - unit(y), dim=1)
     return distance.clamp_min(1e-30).pow(alpha).mean()  # at 0 the slope would be infinite for alpha < 1
 
 
 def uniformity(x: Tensor, t: float = 2) -> Tensor:
-    """Log of the mean Gaussian potential over pairs, Eq. 2: log E exp(-t ||x_i - x_j||^2) over i != j, within [-4t, 0].
+    """Log of the mean of exp(-t ||x_i - x_j||^2) over rows i != j of x (n, d), n >= 2, Eq. 2; -4t ... 0, 0 < t <= 10.
 
-    x: (n, d), n >= 2. The expectation of Eq. 2 includes i = j; the estimator of its authors leaves these pairs out, and
-    so does this function. ValueError for another shape, or unless 0 < t <= 10: t multiplies the rounding of cosines.
+    Eq. 2 includes i = j; the estimator of its authors does not. t is bounded, as it multiplies the rounding of cosines.
     """
     if x.ndim != 2 or len(x) < 2 or not 0 < t <= 10:
         raise ValueError(f"uniformity takes (n, d) with n >= 2, and 0 < t <= 10, not {tuple(x.shape)}, {t}")
@@ -53,10 +49,9 @@ def uniformity(x: Tensor, t: float = 2) -> Tensor:
 
 
 def info_nce(x: Tensor, y: Tensor, temperature: float = 0.5) -> Tensor:
-    """SimCLR's loss, Eq. 1: mean over the 2n rows of both tensors of -log softmax(cosines / temperature) at its pair.
+    """SimCLR's loss, Eq. 1: mean over the rows of x and y (n, d) of -log softmax(cosines / temperature) at its pair.
 
-    x, y: (n, d), row i of both from the same image; 2n - 2 rows are negatives; the paper's M = 2B - 1 counts
-    the positive. ValueError unless the shapes agree and temperature > 0.
+    2n - 2 rows are negatives; the paper's M = 2B - 1 counts the positive. temperature > 0.
     """
     _check_pairs(x, y, "temperature", temperature)
     with torch.autocast(x.device.type, enabled=False):
@@ -75,8 +70,7 @@ def _check_pairs(x, y, name, number):
 def mhe(weight: Tensor, s: float = 2) -> Tensor:
     """Hyperspherical energy of a layer, Eq. 5 / (N (N - 1)): mean over i != j of ||w_i - w_j||^-s for unit rows w.
 
-    weight: (N, ...), a row a neuron, which alone has energy 0. At s = 0 it is the mean of log(1 / ||w_i - w_j||).
-    Distances below 1e-4 count as 1e-4, too close for fp32 at s > 8. ValueError for less than 2-d, or s not in 0 ... 10.
+    weight: (N, ...), a row a neuron, which alone has energy 0. s: 0 ... 8; at 0 the mean of log(1 / ||w_i - w_j||).
     """
     return _energies([weight], s, angular=False)[0]
 
@@ -87,10 +81,9 @@ def amhe(weight: Tensor, s: float = 2) -> Tensor:
 
 
 def energy_of(network: nn.Module | Layers, s: float = 2, angular: bool = True, half_space: bool = False) -> dict:
-    """Energy of each layer, {layer: scalar}: `amhe`, or `mhe` if not angular. A network may be {layer: weight}, too.
+    """Energy of each layer, {layer: scalar}, of a network or of {layer: weight}: `amhe`, or `mhe` if not angular.
 
-    half_space: for each neuron w, -w is a neuron, too, so that opposite ones repel as equal ones do, as in wy1iu/MHE.
-    ValueError for a network without layers, see `layers_of`, and as from `mhe`.
+    half_space: -w is a neuron, too, for each w, as in wy1iu/MHE. ValueError also for a network without layers.
     """
     layers = network if isinstance(network, dict) else layers_of(network)
     if not layers:
@@ -102,10 +95,9 @@ def energy_of(network: nn.Module | Layers, s: float = 2, angular: bool = True, h
 
 
 def layers_of(network: nn.Module) -> Layers:
-    """Weights (N, ...) of the linear layers and convolutions of a network, {layer: weight}; a row is a neuron.
+    """Weights (N, ...) of the linear layers and convolutions of a network, {layer: weight}; a shared one counts once.
 
-    A weight that layers share counts once, parametrized or not. Left out are norms, biases, embeddings, the input of
-    nn.MultiheadAttention, and grouped convolutions, whose rows see different inputs, so that they have no angle.
+    Left out are nn.MultiheadAttention's input, and grouped convolutions: rows of different inputs have no angle.
     """
     network = getattr(network, "_orig_mod", network)  # of torch.compile
     if isinstance(network, nn.parallel.DistributedDataParallel):
@@ -122,7 +114,7 @@ def layers_of(network: nn.Module) -> Layers:
 
 
 def _weight_of(module):
-    """The weight of a layer, and the tensors that it is made of: a parametrized one is new at each access."""
+    """The weight of a layer, and the tensors it is made of: a parametrized one is new at each access."""
     if not is_parametrized(module, "weight"):
         return module.weight, (module.weight,)
     maker = module.parametrizations.weight
@@ -133,10 +125,7 @@ def _weight_of(module):
 
 
 def energy_by_definition(weight: Tensor, s: float, angular: bool) -> Tensor:
-    """Eq. 5, or Eq. A.3 if angular, as printed, / (N (N - 1)): the reference of tests. N >= 2, at most one zero row.
-
-    It keeps several N x N matrices for autograd, and in fp32 it is 2 % off at an angle of 1e-3.
-    """
+    """Eq. 5, or Eq. A.3 if angular, as printed, / (N (N - 1)), N >= 2: the reference of tests, for float64."""
     w = unit(weight.flatten(1))
     is_pair = ~torch.eye(len(w), dtype=bool, device=w.device)
     z = torch.cdist(w, w)[is_pair]
@@ -151,7 +140,7 @@ def riesz(z: Tensor, s: float) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of x (n, d) projected to the unit sphere, in fp32 or float64; a zero row stays zero, with gradient 0."""
+    """Rows of x (n, d) projected to the unit sphere, in fp32 or float64; a zero row stays zero."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     largest = x.detach().abs().amax(1, keepdim=True).clamp_min(1e15)
     x = x / (largest / 1e15)  # by 1, unless a row has larger numbers: the square of 1e20 overflows
@@ -165,25 +154,24 @@ def _inverse_norm(x: Tensor) -> Tensor:
 
 
 # ---- The same energies, fast and exact -------------------------------------------------------------------------------
-# The gradient has a closed form: with cosines c_ij, dE/dw_i = 2 / (N (N - 1)) sum_j f'(c_ij) w_j. So one sweep over
-# blocks of the symmetric Gram matrix yields energy and gradient together, and keeps no block. In fp32 a cosine near 1
-# or -1 has lost the digits of its angle: a layer with such a pair is computed again in float64.
-SMALLEST = 1e-4  # smaller distances count as this, so that the energy is finite; close neurons are still pushed apart
-NEAR = 0.99  # layers with a |cosine| beyond this are computed in float64
+# With cosines c_ij, dE/dw_i = 2 / (N (N - 1)) sum_j f'(c_ij) w_j: one sweep over blocks of the symmetric Gram matrix
+# yields energy and gradient, and keeps no block.
+SMALLEST = 1e-4  # smaller distances count as this; close neurons are still pushed apart
+NEAR = 0.99  # a |cosine| beyond this has lost digits of its angle in fp32: its layer is computed again in float64
 CPU_BLOCK = 512  # rows in a block: 1 MB of cosines, to fit a cache
 GPU_BLOCK = 2048  # for few launches
 
 
 def _energies(weights, s, angular):
     flattest = min(weights, key=Tensor.dim)
-    if flattest.ndim < 2 or not 0 <= s <= 10:  # above 10 z^-s of close rows would leave the range of fp32
-        raise ValueError(f"an energy takes weights (N, d, ...), and 0 <= s <= 10, not {[*flattest.shape]}, {s}")
+    if flattest.ndim < 2 or not 0 <= s <= 8:  # at 8 two equal rows have 1e32, which fp32 holds
+        raise ValueError(f"an energy takes weights (N, d, ...), and 0 <= s <= 8, not {[*flattest.shape]}, {s}")
     with torch.autocast(weights[0].device.type, enabled=False):
         return _Energies.apply(s, angular, *weights)
 
 
 class _Energies(torch.autograd.Function):
-    """Mean of f_s(z) over all pairs of neurons, for each weight; the gradients come with the values."""
+    """Mean of f_s(z) over all pairs of neurons, for each weight, and its gradient."""
 
     @staticmethod
     def forward(ctx, s, angular, *weights):

@@ -88,6 +88,7 @@ def open_judged(accelerator: Accelerator, ckpt: str, shared: dict, without_class
     columns |= {"dataset": dataset, "split": "test", "precision": accelerator.mixed_precision}
     if flags["labels"] < 1:
         columns["labels"] = flags["labels"]
+        images = data.with_labels(images, flags["labels"])
     if flags["model"]:
         columns |= {name: settings[name] for name in ("model", "stem", "prefix")}
         columns |= {"mean": list(view["mean"]), "std": list(view["std"])}
@@ -95,7 +96,6 @@ def open_judged(accelerator: Accelerator, ckpt: str, shared: dict, without_class
         processes.say(f"{ckpt}: assumed, as tensors do not show it: {assumed} of its input")
     else:
         columns["own_data"] = not differences
-    images = data.with_labels(images, flags["labels"])
     return Judged(accelerator, encoder, settings, dataset, images, view, columns, log_of(ckpt, description))
 
 

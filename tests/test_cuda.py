@@ -200,7 +200,7 @@ def test_judges_and_measurements_stay_on_the_device():
             scores = nearest_neighbours(judged, split, split, VIEW, accelerator, k=(1, 5))
             assert scores[1]["top1"] == 100
         assert measure.representations(encoder, split, VIEW)["rank"] >= 1
-        dataset = data.Dataset(("a", "b", "c"), split, split, split, 32, "cifar", 0, VIEW["mean"], VIEW["std"])
+        dataset = data.Dataset(("a", "b", "c"), split, split, None, 32, "cifar", 0, VIEW["mean"], VIEW["std"])
         assert measure.geometry(encoder, dataset, VIEW, CUDA)["rank"] >= 1
         judged = SimpleNamespace(view=VIEW, accelerator=accelerator, encoder=encoder)
         features, labels = next(feature_batches(judged, split, 1, 8, 0))

@@ -194,10 +194,18 @@ def test_hold_out_is_of_the_training_set(photos):
     everything = torch.cat([held.train.images, held.test.images]).flatten(1).unique(dim=0)
     assert torch.equal(everything, photos.train.images.flatten(1).unique(dim=0))
     assert torch.equal(data.hold_out(photos).test.images, held.test.images)
-    apart = dataclasses.replace(photos, pretraining=photos.test)
+    apart = dataclasses.replace(photos, unlabeled=photos.test)
     assert data.hold_out(apart).pretraining is photos.test
     with pytest.raises(InputError, match="class astronaut would keep none of its 200 training images"):
         data.hold_out(dataclasses.replace(photos, holdout=200))
+
+
+def test_hold_out_of_unequal_classes_is_a_tenth_of_each(folder):
+    labels = torch.tensor([0] * 3000 + [1] * 100 + [2] * 4)
+    split = data.Split(torch.arange(len(labels)), labels)
+    dataset = data.Dataset(("a", "b", "c"), split, split, None, 32, "cifar", (0,), (1,), holdout=len(labels) / 3 / 10)
+    assert data.hold_out(dataset).test.labels.bincount().tolist() == [300, 10, 1]
+    assert data.load(str(folder)).holdout == 16 / 10
 
 
 def test_a_place_is_read_as_typed(folder, imagenet, monkeypatch, capsys):

@@ -239,7 +239,7 @@ def test_the_table_is_aligned_and_an_infinite_expectation_is_said(shell, tmp_pat
     "words, line",
     [
         ("a a a", "energy.py: takes one file, or two to compare, before and after; not 3"),
-        ("a --s -1", "--s -1: expected a number >= 0 and <= 10"),
+        ("a --s -1", "--s -1: expected a number >= 0 and <= 8"),
         ("a nowhere", "nowhere: no such file"),
         ("embedded vectors", "vectors: no weight in it of two neurons or more in 3 dimensions or more\n"),
         ("embeddings", "in 3 dimensions or more; left out: an embedding\n"),

@@ -362,7 +362,7 @@ def test_rows_of_the_paper_have_the_settings_of_a_run(photos):
         given = pretrain.__kwdefaults__ | cli.values_of(shlex.split(row.flags), pretrain)
         facts = {k: x for k, x in data.FACTS[given["dataset"]].items() if k not in ("mean", "std")}
         many = data.Split(torch.zeros(1), torch.zeros(10_000))
-        images = dataclasses.replace(photos, pretraining=many, **facts)
+        images = dataclasses.replace(photos, unlabeled=many, **facts)
         cfg = resolve_images(resolve_recipe(given, RECIPES, world=1), given, images)
         settings = json.loads(json.dumps(asdict(cfg)))
         assert is_row(settings, row.settings()) and not is_row({**settings, "epochs": 1}, row.settings()), row

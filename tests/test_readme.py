@@ -83,7 +83,7 @@ def test_settings_of_a_row_are_in_force(dataset, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     split = data.Split(torch.empty(50_000, 0), torch.arange(50_000) % 10)
     facts = data.FACTS[dataset] | {"mean": (0.5,) * 3, "std": (0.2,) * 3}
-    images = data.Dataset(tuple("0123456789"), split, split, split, **facts)
+    images = data.Dataset(tuple("0123456789"), split, split, None, **facts)
     rows = {flags for _, flags, _ in ROWS if f"--dataset {dataset} " in f"{flags} "}
     assert len(rows) > 1
     for row in rows:

@@ -277,6 +277,16 @@ def test_crowds_keep_their_digits(f, angular, distance):
     assert (gradient * weight).sum(1).abs().max() < 1e-5 * gradient.norm()
 
 
+@pytest.mark.parametrize("f, angular", ENERGIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rows_are_finite_at_the_largest_power(f, angular, dtype):
+    weight = random(3, 5, dtype=dtype)
+    weight[1] = weight[0]
+    value, gradient = with_gradient(f, weight, 8)
+    assert value.item() == pytest.approx(1e32 / 3, rel=1e-6)  # of three pairs
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("f, dtype, unit_roundoff", [(mhe, torch.float16, 2**-11), (amhe, torch.bfloat16, 2**-8)])
 def test_gradients_of_low_precision_weights_are_rounded_last(f, dtype, unit_roundoff):
     """A loss times 65536, as the scaler of fp16 has it: the gradients were 0, as each is below fp16's smallest."""
@@ -352,7 +362,7 @@ def test_zero_and_coincident_rows_of_features():
 def test_wrong_arguments(f, shapes, wrong_shapes):
     wrong = [-1, math.nan, math.inf]
     wrong += [] if f is mhe else [0]
-    wrong += [10.1] if f in (mhe, uniformity) else []
+    wrong += {mhe: [8.1], uniformity: [10.1]}.get(f, [])
     for number in wrong:
         with pytest.raises(ValueError, match="takes"):
             f(*map(torch.ones, shapes), number)

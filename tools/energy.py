@@ -60,7 +60,7 @@ class Measured(NamedTuple):
 
 def energy(
     *files: Annotated[str, "one file of safetensors or torch.save, or a run's folder; or two: before and after"],
-    s: Annotated[float, ">= 0", "<= 10", "power of the energy; 0 is logarithmic"] = 2.0,
+    s: Annotated[float, ">= 0", "<= 8", "power of the energy; 0 is logarithmic"] = 2.0,
     angular: Annotated[bool, "by the angle in radians; False = by the chord"] = True,
     prefix: Annotated[str, "measures the layers whose names begin so; None = all"] | None = None,
     json: Annotated[bool, "a JSON object a line, in place of a table"] = False,
