@@ -93,8 +93,6 @@ def in_chunks(*per_image: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 # ---- Crop, resize and flip -------------------------------------------------------------------------------------------
-
-
 def crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
     """Random resized crops (8-100 % of the area, aspect 3/4-4/3, bicubic) and flips, Appendix B.5.
 
@@ -158,8 +156,6 @@ def _resampling(start: Tensor, length: Tensor, size: int, full: int) -> Tensor:
 
 
 # ---- Colour: images are (b, 3, h, w) in [0, 1], a factor is (b, 1, 1, 1) ---------------------------------------------
-
-
 def luma(x: Tensor) -> Tensor:
     """0.2989 r + 0.5870 g + 0.1140 b of images: (b, 1, h, w), Appendix B.5."""
     r, g, b = x[:, :, None].unbind(1)

@@ -65,8 +65,6 @@ def has_no_data_dir(name: str) -> bool:
 
 
 # ---- The embedded photographs ----------------------------------------------------------------------------------------
-
-
 def photos() -> tuple[Classes, list[Part]]:
     """Return the classes and parts of ten photographs, which ship inside scikit-image; InputError without it.
 
@@ -95,8 +93,6 @@ def photos() -> tuple[Classes, list[Part]]:
 
 
 # ---- torchvision's sets ----------------------------------------------------------------------------------------------
-
-
 def torchvision_set(name: str, root: Path, unlabeled: bool) -> tuple[Classes, list[Part]]:
     """Return the classes and parts of cifar10, cifar100 or stl10, downloaded to `root` if need be.
 
@@ -135,8 +131,6 @@ def _downloaded(name: str, root: Path, options: list[dict]) -> list[datasets.Vis
 
 
 # ---- A folder of pictures --------------------------------------------------------------------------------------------
-
-
 def folder(
     name: str, root: Path, facts: dict | None, pretraining: bool, skip_broken: bool, workers: int | None
 ) -> Found:
