@@ -195,8 +195,8 @@ def two_views(
 
     probabilities = torch.tensor([blur_p, solarise_p])
     of_images = probabilities.repeat_interleave(crops.shape[1], 1)
-    per_image = (crops.flatten(0, 1), u.flatten(0, 1), *of_images)
-    return augment.in_chunks(augmented, per_image).chunk(2)
+    per_image = (crops.flatten(0, 1), u.flatten(0, 1), *of_images)  # both views pass together
+    return torch.cat([augmented(*parts) for parts in augment.in_chunks(*per_image)]).chunk(2)
 
 
 def colour_changes(draws: dict, jitter=1.0, grey_p=GREY_P) -> list[Change]:

@@ -18,7 +18,7 @@ from lib import processes
 from lib.errors import InputError
 from lib.files import weights_file
 from lib.log import contents, log_of, other_data
-from lib.sources import IN_DATA_DIR, MAKERS, Channels, has_no_data_dir, has_no_files
+from lib.sources import IN_DATA_DIR, MAKERS, WITHOUT_FILES, Channels, has_no_data_dir
 
 DEFAULT_DATA_DIR = "data"
 Ckpt = Annotated[str, "a run's folder, its ckpt.safetensors or encoder, or with --model a file of another project"]
@@ -158,7 +158,7 @@ def open_images(
     name = dataset or settings["dataset"]
     if data_dir and has_no_data_dir(name):
         raise InputError(f"--data_dir {data_dir}: has no effect with --dataset {name}")
-    if skip_broken and has_no_files(name):
+    if skip_broken and name in WITHOUT_FILES:
         raise InputError(f"--skip_broken: has no effect with --dataset {name}")
     place = data_dir or place_of(name, settings["data_dir"])
     pretraining = without_classes and name not in data.FACTS  # of a named set it would read more images

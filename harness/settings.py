@@ -28,7 +28,7 @@ from lib import augment, processes
 from lib.errors import InputError
 from lib.files import CKPT, RUN_FILES, WEIGHTS, run_folder, weights_file
 from lib.log import PLACES, as_json, other_data, same_place
-from lib.sources import has_no_data_dir, has_no_files
+from lib.sources import WITHOUT_FILES, has_no_data_dir
 
 NOT_SETTINGS = ("out", "save_every", "resume", "tracker", "workers")  # flags that change nothing in what a run computes
 GROUPS = {"dataset": "data", "method": "method", "reg": "regularizer"}  # titles in --help, by first flags
@@ -119,7 +119,7 @@ def refuse_idle_flags(flags: dict, defaults: dict) -> None:
             idle_beside |= dict.fromkeys(names, other)
     if has_no_data_dir(flags["dataset"]):
         idle_beside["data_dir"] = "dataset"
-    if has_no_files(flags["dataset"]):
+    if flags["dataset"] in WITHOUT_FILES:
         idle_beside["skip_broken"] = "dataset"
     for name, other in idle_beside.items():
         if flags[name] != defaults[name]:

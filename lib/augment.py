@@ -3,15 +3,13 @@
     v1, v2 = crop_flip(images, u, size)         # u: (2, b, DRAWS_PER_IMAGE), uniform on [0, 1)
     change(v1, [(hue, is_turned, shift)])       # some images of the batch, each by a number of its own
 
-torchvision's transforms draw once a batch; here each image has numbers of its own. Strengths and probabilities are the
-recipe of `data.two_views`. The tests hold each operation against torchvision's, image by image.
-
-This file needs torch, torchvision and numpy alone, so that you can copy it.
+torchvision's transforms draw once a batch; here each image has numbers of its own. Strengths and probabilities stand in
+`data.two_views`. This file needs torch, torchvision and numpy alone, so that you can copy it.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -42,19 +40,14 @@ CHUNK_ON_GPU = 2**26  # numbers: 256 MB in fp32
 
 
 def named_draws(u: Tensor) -> dict[str, Tensor]:
-    """Return u (..., DRAWS_PER_IMAGE) by the name of the choice that its columns are for.
-
-    A choice that takes one number has (...), any other (..., DRAWS[name]).
-    """
+    """Return u (..., DRAWS_PER_IMAGE) by the name of each choice: (..., DRAWS[name]), or (...) for a single number."""
     columns = u.split(list(DRAWS.values()), -1)
     return {name: column.squeeze(-1) for name, column in zip(DRAWS, columns)}
 
 
 def normalise(x: Tensor, mean: tuple, std: tuple) -> Tensor:
-    """Return images x (b, 3, h, w), uint8 or in [0, 1], less the mean and over the std of each channel.
-
-    Not F.normalize, which compares std with 0 and so has a GPU finish all its work before.
-    """
+    """Return images x (b, 3, h, w), uint8 or in [0, 1], less the mean and over the std of each channel."""
+    # Not F.normalize, which compares std with 0 and so waits for a GPU.
     x = F.to_dtype(x, scale=True)
     return x.sub(_per_channel(tuple(mean), x.device)).div_(_per_channel(tuple(std), x.device))
 
@@ -78,72 +71,59 @@ def change(x: Tensor, changes: list[Change]) -> None:
     """Put operation(images, numbers) in place of those images of x that get it, for one operation after the other.
 
     Operations take images (n, 3, h, w) and a number for each, (n, 1, 1, 1). The tensors of `changes` are on the CPU:
-    a GPU gets all of them in two copies, and nobody waits for it. index_copy_, not x[rows] = ..., which takes a CPU
-    twice as long.
+    a GPU gets all of them in two copies, and nobody waits for it.
     """
     operations, is_changed, numbers = zip(*changes)
     is_changed = torch.stack(is_changed)
     rows = to_device(is_changed.nonzero()[:, 1], x.device)
-    numbers = to_device(torch.stack(numbers)[is_changed], x.device)
+    numbers = to_device(torch.stack(numbers)[is_changed], x.device)[:, None, None, None]
     lengths = is_changed.sum(1).tolist()
-    parts = zip(operations, rows.split(lengths), numbers[:, None, None, None].split(lengths))
-    for operation, changed_rows, number in parts:
+    for operation, changed_rows, number in zip(operations, rows.split(lengths), numbers.split(lengths)):
         if len(changed_rows) > 0:
             changed = operation(x.index_select(0, changed_rows), number)
-            x.index_copy_(0, changed_rows, changed)
+            x.index_copy_(0, changed_rows, changed)  # x[changed_rows] = changed takes a CPU twice as long
 
 
-def in_chunks(make: Callable, per_image: tuple[Tensor, ...], *arguments) -> Tensor:
-    """Return make(*per_image, *arguments), made of as many images at a time as are quickest on their device.
-
-    per_image: the images and what there is for each, such as its u.
-    """
+def in_chunks(*per_image: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield images, and what there is for each, such as its u, in as many rows as are quickest on their device."""
     images = per_image[0]
     chunk = CHUNK_ON_CPU if images.device.type == "cpu" else CHUNK_ON_GPU
     n = max(1, chunk // images[0].numel())
-    chunks = zip(*[x.split(n) for x in per_image])
-    return torch.cat([make(*parts, *arguments) for parts in chunks])
+    return zip(*[x.split(n) for x in per_image])
 
 
 # ---- Crop, resize and flip -------------------------------------------------------------------------------------------
-
-
 def crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
     """Random resized crops (8-100 % of the area, aspect 3/4-4/3, bicubic) and flips, Appendix B.5.
 
     uint8 (b, 3, h, w) and u (views, b, DRAWS_PER_IMAGE) to (views, b, 3, size, size) in [0, 1]. Crop, antialiased
     resize and flip of an image are together W_y @ image @ W_x^T, with one row of weights per output pixel.
     """
-    views = len(u)
-    per_image = (images.repeat(views, 1, 1, 1), u.flatten(0, 1))  # all views pass together
-    return in_chunks(_crop_flip, per_image, size).unflatten(0, (views, -1))
-
-
-def _crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
     height, width = images.shape[2:]
-    boxes = to_device(crop_boxes(u, height, width), images.device)
-    top, left, box_height, box_width, is_flipped = boxes[:, :, None, None].unbind(1)
-    w_y = _resampling(top, box_height, size, height)
-    w_x = _resampling(left, box_width, size, width) / 255
-    w_x = torch.where(is_flipped > 0, w_x.flip(1), w_x)
-    rows = images.float().flatten(1, 2) @ w_x.mT  # (b, 3 h, size): one product for all three channels
-    crops = w_y[:, None] @ rows.unflatten(1, (3, height))
-    return crops.clamp_(0, 1)  # bicubic weights overshoot
+    crops = []
+    for x, of_x in in_chunks(images.repeat(len(u), 1, 1, 1), u.flatten(0, 1)):  # all views pass together
+        boxes = to_device(crop_boxes(of_x, height, width), x.device)
+        top, left, box_height, box_width, is_flipped = boxes[:, :, None, None].unbind(1)
+        w_y = _resampling(top, box_height, size, height)
+        w_x = _resampling(left, box_width, size, width) / 255
+        w_x = torch.where(is_flipped > 0, w_x.flip(1), w_x)
+        rows = x.float().flatten(1, 2) @ w_x.mT  # (b, 3 h, size): one product for all three channels
+        crop = w_y[:, None] @ rows.unflatten(1, (3, height))
+        crops.append(crop.clamp_(0, 1))  # bicubic weights overshoot
+    return torch.cat(crops).unflatten(0, (len(u), -1))
 
 
 def crop_boxes(u: Tensor, height: int, width: int) -> Tensor:
     """Return crops (b, 5) by u (b, DRAWS_PER_IMAGE): top, left, height, width, and 1 for one that is flipped.
 
-    It is the first of ten tries that fits, else the image's centre. In NumPy: loader workers do this picture by
-    picture, and torch's calls take three times as long on so few numbers.
+    It is the first of ten tries that fits, else the image's centre. In NumPy: on the few numbers of one picture, as
+    loader workers have them, torch takes three times as long.
     """
     draws = {name: numbers.numpy() for name, numbers in named_draws(u).items()}
     full = np.array([height, width], np.float32)
     pixels = (0.08 + 0.92 * draws["area"]) * height * width
-    shape = 2 * draws["aspect"] - 1
-    ratio = np.exp(shape * math.log(4 / 3))  # of width to height, uniform in its logarithm
-    sides = np.stack([pixels / ratio, pixels * ratio], 2)
-    sides = np.sqrt(sides).round()
+    ratio = np.exp((2 * draws["aspect"] - 1) * math.log(4 / 3))  # of width to height, uniform in its logarithm
+    sides = np.sqrt(np.stack([pixels / ratio, pixels * ratio], 2)).round()
     fits = ((sides >= 1) & (sides <= full)).all(2)
     first_fit = sides[np.arange(len(sides)), fits.argmax(1)]
     any_fits = fits.any(1)[:, None]
@@ -158,36 +138,24 @@ def crop_boxes(u: Tensor, height: int, width: int) -> Tensor:
 def _resampling(start: Tensor, length: Tensor, size: int, full: int) -> Tensor:
     """Return weights (b, size, full) that resize `length` of `full` pixels from `start` on to `size`: Pillow's bicubic.
 
-    start and length are (b, 1, 1). The kernel is as wide as a pixel of the output, where that is the wider one.
+    start and length are (b, 1, 1). Keys' cubic kernel, a = -1/2, is as wide as a pixel of the output, where that is the
+    wider one: 1.5 x^3 - 2.5 x^2 + 1 of distances x up to 1, (1 - x) (2 - x)^2 / 2 up to 2.
     """
     scale = length / size
     pixel = torch.arange(full, device=start.device) - start
-    middle = torch.arange(size, device=start.device) + 0.5
-    target = middle[:, None] * scale
+    target = torch.arange(0.5, size, device=start.device)[:, None] * scale
     distance = (pixel + 0.5 - target).abs_()
     distance /= scale.clamp_min(1)
-    outside = (pixel < 0) | (pixel >= length)
-    distance.masked_fill_(outside, 2)  # where the kernel is 0
-    weight = _keys_kernel(distance)
+    distance.masked_fill_((pixel < 0) | (pixel >= length), 2)  # where the kernel is 0
+    # Without a case distinction: the second cubic everywhere, and up to 1 what the first has beyond it.
+    to_two = (2 - distance).clamp_min_(0)
+    to_one = (1 - distance).clamp_min_(0)
+    outer = (to_two - 1).mul_(to_two.square_()).div_(2)
+    weight = torch.addcmul(outer, 1 - 2 * to_one, to_one.square())
     return weight.div_(weight.sum(2, keepdim=True))
 
 
-def _keys_kernel(distance: Tensor) -> Tensor:
-    """Keys' cubic kernel, a = -1/2, of distances >= 0: 1.5 x^3 - 2.5 x^2 + 1 up to 1, (1 - x) (2 - x)^2 / 2 up to 2.
-
-    Without a case distinction: the second cubic everywhere, and up to 1 what the first has beyond it.
-    """
-    to_two = (2 - distance).clamp_min_(0)
-    to_one = (1 - distance).clamp_min_(0)
-    outer = to_two - 1
-    outer *= to_two.square_()
-    outer /= 2
-    return torch.addcmul(outer, 1 - 2 * to_one, to_one.square())
-
-
 # ---- Colour: images are (b, 3, h, w) in [0, 1], a factor is (b, 1, 1, 1) ---------------------------------------------
-
-
 def luma(x: Tensor) -> Tensor:
     """0.2989 r + 0.5870 g + 0.1140 b of images: (b, 1, h, w), Appendix B.5."""
     r, g, b = x[:, :, None].unbind(1)
@@ -248,8 +216,8 @@ def solarise(x: Tensor, threshold: Tensor) -> Tensor:
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Images x (b, 3, n, n), each blurred with its sigma (b, 1, 1, 1), in pixels; 23x23 at 224 pixels, Appendix B.5.
 
-    The kernel has an odd side of about n / 10 and sees the image reflected at its edges. It is the same in both
-    directions, one after the other. ValueError for images that are too small for it.
+    The kernel has an odd side of about n / 10 and sees the image reflected at its edges. ValueError for images that are
+    too small for it.
     """
     radius = x.shape[-1] // SMALLEST_BLURRED
     if radius == 0:
@@ -263,16 +231,13 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _blur_along(direction: int, x: Tensor, weights: Tensor) -> Tensor:
-    """Sums over pixels of images x in direction 2 or 3, by weights (b, radius + 1, 1, 1, 1) of distances 0 ... radius.
-
-    One pass over the batch for each pair of pixels at equal distance, which have the same weight.
-    """
+    """Sums over pixels of x in direction 2 or 3, by weights (b, radius + 1, 1, 1, 1) of distances 0 ... radius."""
     n = x.shape[-1]
     radius = weights.shape[1] - 1
     edges = (radius, radius, 0, 0) if direction == 3 else (0, 0, radius, radius)
     padded = pad(x, edges, "reflect")
     x = x * weights[:, 0]  # takes the name of the input, whose memory the sums below can use again
-    for distance in range(1, radius + 1):
+    for distance in range(1, radius + 1):  # one pass for two pixels, which have the same weight
         before = padded.narrow(direction, radius - distance, n)
         after = padded.narrow(direction, radius + distance, n)
         x.addcmul_(before + after, weights[:, distance])

@@ -6,8 +6,8 @@ A stage is a function whose signature is its command line. A flag is one line of
     lr: Annotated[float, "> 0", "< 1e6", "learning rate per 256 images"] | None = None,
     k: Annotated[tuple[Annotated[int, ">= 1"], ...], "numbers of neighbours"] = (10, 20),
 
-and `**shared: shared_flags` are those of another function. Fire calls the stage. Alone it would reject a misspelt flag
-after that, and guess types; so flags are checked before, and the texts that it hands over are read by the annotations.
+and `**shared: shared_flags` are those of another function. Fire parses the words. Alone it would guess types, and
+reject a misspelt flag after the stage has run; so flags are checked before, and texts are read by the annotations.
 """
 
 import contextlib
@@ -50,7 +50,6 @@ ELSEWHERE = {  # what words of other projects mean, which are written without un
     "amp": f"--mixed_precision bf16 {LAUNCHER}",
 }
 Flags = Mapping[str, inspect.Parameter]  # by name
-DEAD_WORKER = "as where memory, or /dev/shm, is short: give more, or take a smaller --workers (0 = none)"
 
 
 def run(stage: Callable, groups: Mapping[str, str] | None = None) -> None:
@@ -68,7 +67,8 @@ def run(stage: Callable, groups: Mapping[str, str] | None = None) -> None:
         if "-h" in sys.argv or "--help" in sys.argv:
             print(help_text(stage, groups or {}))
         else:
-            by_fire(lambda values: stage(*values.args, **values.kwargs), sys.argv[1:], flags_of(stage))
+            values = bound_values(sys.argv[1:], flags_of(stage))
+            stage(*values.args, **values.kwargs)
         sys.stdout.flush()
     except InputError as e:
         fail(e, 2)
@@ -81,7 +81,8 @@ def run(stage: Callable, groups: Mapping[str, str] | None = None) -> None:
         end_without_output(e)
     except RuntimeError as e:
         if "DataLoader worker" in str(e):
-            fail(f"a process that reads pictures has died, {DEAD_WORKER}", 1, wait=True)
+            advice = "where memory, or /dev/shm, is short: give more, or take a smaller --workers (0 = none)"
+            fail(f"a process that reads pictures has died, as {advice}", 1, wait=True)
         if "gloo" not in str(e):
             raise
         fail("another process has ended", 1, wait=True)
@@ -89,11 +90,8 @@ def run(stage: Callable, groups: Mapping[str, str] | None = None) -> None:
 
 
 def values_of(words: list[str], stage: Callable) -> dict[str, Any]:
-    """Return the values that a command line gives to the flags of a stage, by name; what it does not give is left out.
-
-    InputError for a flag that is unknown, given twice or not of its type, and for a place that is empty.
-    """
-    return by_fire(lambda values: values.arguments, words, flags_of(stage))
+    """Return the values that words give to flags of a stage, by name, no defaults; InputError as `bound_values`."""
+    return bound_values(words, flags_of(stage)).arguments
 
 
 def flags_of(stage: Callable) -> Flags:
@@ -105,14 +103,33 @@ def flags_of(stage: Callable) -> Flags:
 
 
 # ---- From words to values --------------------------------------------------------------------------------------------
-def by_fire(function: Callable, words: list[str], flags: Flags) -> Any:
-    """Have Fire call a function with the values that words give to flags; return what it returns."""
-    command = fire.decorators.SetParseFn(str)(lambda *places, **texts: function(with_values(flags, places, texts)))
-    return fire.Fire(command, spelled_out(words, flags), serialize=lambda _: None)  # it prints nothing
+def bound_values(words: list[str], flags: Flags) -> inspect.BoundArguments:
+    """Return the values that the words of a command line give to flags, as a stage takes them.
+
+    InputError for a flag that is unknown, given twice or not of its type, and for a place that is empty.
+    """
+    given = fire.decorators.SetParseFn(str)(lambda *places, **texts: (places, texts))
+    places, texts = fire.Fire(given, spelled_out(words, flags), serialize=lambda _: None)  # it prints nothing
+    try:
+        bound = inspect.Signature([*flags.values()]).bind(*places, **texts)
+    except TypeError as e:  # a place without a text, or a text without a place
+        _, missing, *_ = f"{e}''".split("'")
+        fault = f"{places[-1]}: a stray word" if places else f"{missing.upper()} is missing"
+        raise InputError(f"{fault}; flags are given as --name value, see --help") from e
+    for name, text in bound.arguments.items():
+        try:
+            bound.arguments[name] = parse(text, flags[name].annotation)
+        except ValueError:
+            expected, _ = in_words(flags[name].annotation)
+            for choice in difflib.get_close_matches(text, expected.split(", "), 1):
+                expected += f" (did you mean {choice}?)"
+            typed = f"--{name}" if name in texts else name.upper()
+            raise InputError(f"{typed} {text}".rstrip() + f": expected {expected}") from None
+    return bound
 
 
 def spelled_out(words: list[str], flags: Flags) -> list[str]:
-    """Return words with each flag as --name=text, which leaves Fire nothing to guess. InputError as of `values_of`."""
+    """Return words with each flag as --name=text, which leaves Fire nothing to guess."""
     names = [name for name, flag in flags.items() if flag.kind is not flag.VAR_POSITIONAL]
     words, places, texts = [*words], [], {}
     while words:
@@ -148,26 +165,6 @@ def hint(typed: str, flags: list[str]) -> str:
     for alike in difflib.get_close_matches(re.sub("[-_]", "", typed).lower(), meanings, 1, cutoff=0.8):
         return f"did you mean {meanings[alike]}?"
     return f"known: {', '.join('--' + flag for flag in flags)}"
-
-
-def with_values(flags: Flags, places: tuple, texts: dict[str, str]) -> inspect.BoundArguments:
-    """Return the values of texts given by place and by name, as a stage takes them. InputError as of `values_of`."""
-    try:
-        bound = inspect.Signature([*flags.values()]).bind(*places, **texts)
-    except TypeError as e:  # a place without a text, or a text without a place
-        _, missing, *_ = f"{e}''".split("'")
-        fault = f"{places[-1]}: a stray word" if places else f"{missing.upper()} is missing"
-        raise InputError(f"{fault}; flags are given as --name value, see --help") from e
-    for name, given in bound.arguments.items():
-        try:
-            bound.arguments[name] = parse(given, flags[name].annotation)
-        except ValueError:
-            expected, _ = in_words(flags[name].annotation)
-            for choice in difflib.get_close_matches(given, expected.split(", "), 1):
-                expected += f" (did you mean {choice}?)"
-            typed = f"--{name}" if name in texts else name.upper()
-            raise InputError(f"{typed} {given}".rstrip() + f": expected {expected}") from None
-    return bound
 
 
 def parse(text: str | tuple[str, ...], annotation: Any) -> Any:
@@ -255,7 +252,7 @@ def end_without_output(e: OSError) -> None:
 def fail(reason: object, exit_code: int, wait: bool = False) -> None:
     """End the program with one line on standard error.
 
-    Of several processes the first speaks: the others wait, and the launcher ends them before they repeat its line. With
+    Of several processes the first speaks: the others wait, and the launcher ends them before they repeat it. With
     `wait` the first waits, too, so that the process that failed can speak.
     """
     if wait or not is_main():

@@ -1,8 +1,7 @@
 """BatchNorm of a batch of two views, of which each has statistics of its own: over all processes, if there are several.
 
-Both views are written into one tensor, unless code is compiled, and several processes talk once in each direction.
-torch's own SyncBatchNorm takes one view at a time, waits for the device three times a layer, and needs a GPU.
-To copy this file, torch is all you need.
+Several processes talk once in each direction. torch's own SyncBatchNorm takes one view at a time, waits for the device
+three times a layer, and needs a GPU. To copy this file, torch is all you need.
 """
 
 import torch
@@ -25,13 +24,13 @@ def normalise_views(x: Tensor, norm: _BatchNorm) -> Tensor:
     count = world * x.numel() // x.shape[1] // 2
     if count == 1:
         raise ValueError(f"BatchNorm needs more than one value a channel and view, got {tuple(x.shape)} of two views")
-    parameters, running = (norm.weight, norm.bias), (norm.running_mean, norm.running_var)
-    numbers = (norm.momentum, norm.eps)
+    arguments = (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps)
     if world > 1:
-        return _AllProcesses.apply(x, *parameters, *running, *numbers, count)
+        return _AllProcesses.apply(x, *arguments, count)
     if torch.compiler.is_compiling():  # Inductor refuses out= into a part of a tensor
-        return torch.cat([batch_norm(view, *running, *parameters, True, *numbers) for view in x.chunk(2)])
-    return _OneProcess.apply(x, *parameters, *running, *numbers)
+        weight, bias, mean, var, momentum, eps = arguments
+        return torch.cat([batch_norm(view, mean, var, weight, bias, True, momentum, eps) for view in x.chunk(2)])
+    return _OneProcess.apply(x, *arguments)
 
 
 def count_batches(network: nn.Module) -> None:
@@ -42,10 +41,10 @@ def count_batches(network: nn.Module) -> None:
 
 
 class _OneProcess(torch.autograd.Function):
-    """torch's native_batch_norm of each view, on CUDA in place of cuDNN's.
+    """torch's native_batch_norm of each view, on CUDA in place of cuDNN's, written into one tensor.
 
-    A network has some forty of these layers, and a GPU waits for the processor to launch their operations: so there are
-    no loops over the views, no sums that begin with a zero, and no name that is looked up in each call.
+    A GPU waits for the processor to launch the operations of some forty of these layers: so there are no loops over the
+    views, no sums that begin with a zero, and no name that is looked up in each call.
     """
 
     @staticmethod
@@ -82,8 +81,7 @@ class _AllProcesses(torch.autograd.Function):
     """BatchNorm of each view by the mean and variance of all processes, which have equally many images.
 
     Sums over processes are in float64: a variance is the mean of squares less the squared mean. Gradients of weight and
-    bias are of this process's images; DDP takes their mean over processes, as of all weights. count: values of a view a
-    channel, in all processes.
+    bias are of this process's images; DDP takes their mean. count: values of a view a channel, in all processes.
     """
 
     @staticmethod
@@ -99,10 +97,12 @@ class _AllProcesses(torch.autograd.Function):
         mean, var = mean.to(running_mean.dtype), var.to(running_var.dtype)
 
         y = torch.empty_like(x)
+        nothing = mean.new_empty(0), var.new_empty(0)  # what it would return of a view in training
         for view, out, view_mean, view_var in zip(x.chunk(2), y.chunk(2), mean, var):
             running_mean.lerp_(view_mean, momentum)
             running_var.lerp_(view_var * (count / (count - 1)), momentum)
-            _by_these_statistics(view, weight, bias, view_mean, view_var, eps, out)
+            norm = weight, bias, view_mean, view_var, False, 0.0, eps
+            torch.native_batch_norm(view, *norm, out=(out, *nothing))
         ctx.save_for_backward(x, weight, mean, var)
         ctx.eps, ctx.count = eps, count
         return y
@@ -115,11 +115,8 @@ class _AllProcesses(torch.autograd.Function):
         inverse_std = (var + ctx.eps).rsqrt()
         of_views = []
         for view, grad_view, *statistics in zip(x.chunk(2), grad.chunk(2), mean, var, mean, inverse_std):
-            of_views.append(  # the CPU takes mean and var, CUDA mean and inverse_std
-                torch.ops.aten.native_batch_norm_backward(
-                    grad_view, view, scale, *statistics, False, ctx.eps, [True, True, True]
-                )
-            )
+            # The CPU takes mean and var, CUDA mean and inverse_std.
+            of_views.append(_backward(grad_view, view, scale, *statistics, False, ctx.eps, [True, True, True]))
         of_x, of_weight, of_bias = zip(*of_views)  # as if the statistics did not depend on x
         sums = torch.stack([*of_weight, *of_bias]).double()  # (4, c)
         dist.all_reduce(sums)
@@ -129,21 +126,11 @@ class _AllProcesses(torch.autograd.Function):
         slope = -scale * inverse_std.square() * mean_of_weight
         offset = -scale * inverse_std * mean_of_bias - slope * mean
         grad_x = torch.empty_like(x)
+        of_channels = (-1, *[1] * (x.ndim - 2))  # the shape in which they meet the channels of x
         for view, out, direct, a, b in zip(x.chunk(2), grad_x.chunk(2), of_x, slope, offset):
-            of_statistics = torch.addcmul(_of_channels(b, x), view, _of_channels(a, x))
+            of_statistics = torch.addcmul(b.view(of_channels), view, a.view(of_channels))
             torch.add(direct, of_statistics, out=out)
         wanted = ctx.needs_input_grad
         grad_weight = sum(of_weight) if wanted[1] else None
         grad_bias = sum(of_bias) if wanted[2] else None
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
-
-
-def _by_these_statistics(x, weight, bias, mean, var, eps: float, out: Tensor) -> None:
-    """Write (x - mean) / sqrt(var + eps) weight + bias into `out`."""
-    unused = mean.new_empty(0), var.new_empty(0)
-    torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps, out=(out, *unused))
-
-
-def _of_channels(values: Tensor, x: Tensor) -> Tensor:
-    """Shape values (c,) so that they meet the channels of x (b, c, ...)."""
-    return values.view(-1, *[1] * (x.ndim - 2))

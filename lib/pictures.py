@@ -58,10 +58,8 @@ class Files:
 
 
 # ---- Which pictures there are ----------------------------------------------------------------------------------------
-
-
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder was left by the system or by a program: ._1.png, .ipynb_checkpoints, __MACOSX."""
+    """Whether the system or a program left a file or folder: ._1.png, .ipynb_checkpoints, __MACOSX."""
     return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
@@ -69,14 +67,14 @@ def find(folder: str | Path, left_out: Counter, places: dict[str, str]) -> list[
     """Return the paths of all pictures below a folder, sorted: those in it, then those of its sub-folders.
 
     Links are followed, but to no folder twice, and to none that the first folder lies in: that holds the other classes.
-    Adds to `left_out` how many files are no pictures, by the reason, and to `places`, which is empty at first, the
-    folders by their real paths. OSError for a folder that may not be read.
+    Counts in `left_out` files that are no pictures, by the reason, and adds to `places`, empty at first, the folders by
+    their real paths. OSError for a folder that may not be read.
     """
     real_folder = os.path.realpath(folder)
-    if Path(next(iter(places), "")).is_relative_to(real_folder):
+    is_above = Path(next(iter(places), "")).is_relative_to(real_folder)
+    if is_above:
         left_out["linked to a folder above"] += 1
-        return []
-    if real_folder in places:
+    if is_above or real_folder in places:
         return []
     places[real_folder] = str(folder)
     paths, folders = [], []
@@ -96,8 +94,6 @@ def find(folder: str | Path, left_out: Counter, places: dict[str, str]) -> list[
 
 
 # ---- One picture -----------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[Image.Image]:
     """Yield a picture of which the header is read. InputError for whatever goes wrong with it in here."""
@@ -115,9 +111,9 @@ def opened(path: str) -> Iterator[Image.Image]:
 
 
 def rgb(path: str, white: int = WHITE) -> Image.Image:
-    """Return a picture of 8 bits a channel, RGB, upright as its EXIF says, on a white ground.
+    """Return a picture as RGB of 8 bits, upright by its EXIF, on white; InputError if it cannot be read.
 
-    `white` is the value that is white in a picture of 16 bits. InputError if it cannot be read.
+    `white` is the value that is white in a picture of 16 bits.
     """
     with opened(path) as picture:
         picture.load()
@@ -138,12 +134,10 @@ def rgb(path: str, white: int = WHITE) -> Image.Image:
 
 
 # ---- Many pictures ---------------------------------------------------------------------------------------------------
-
-
 def by_workers(look: Callable, files: Files) -> Iterator:
     """Yield look(path) of each picture, by workers where there are many, with a bar if it lasts.
 
-    `look` returns no tensors, so that answers come through pipes, however small the shared memory is.
+    `look` returns no tensors: answers come through pipes, however small the shared memory is.
     """
     n = len(files.paths)
     chunks = [files.paths[i : i + 32] for i in range(0, n, 32)]
@@ -222,9 +216,8 @@ def centres(files: Files, size: int, crop: float, batch_size: int, device: torch
     """Yield the central squares (b, 3, size, size) of all files, in their order, each shrunk to size / crop before."""
     rows = range(len(files.paths))
     keys = (rows[i : i + batch_size] for i in rows[::batch_size])
-    yield from loader(
-        functools.partial(_centre, files, size, crop), keys, files.workers, pin_memory=device.type == "cuda"
-    )
+    make = functools.partial(_centre, files, size, crop)
+    yield from loader(make, keys, files.workers, pin_memory=device.type == "cuda")
 
 
 def _centre(files: Files, size: int, crop: float, row: int) -> Tensor:
@@ -237,10 +230,7 @@ def _centre(files: Files, size: int, crop: float, row: int) -> Tensor:
 
 
 def loader(make: Callable, keys: Iterable, n_workers: int, **options) -> Iterator:
-    """Yield batches, one for each list of keys: make(key) of each, made ahead by workers.
-
-    InputError for a picture that cannot be read.
-    """
+    """Yield make(key) of the keys of each list, as one batch, made ahead by workers; InputError for a broken picture."""
     batches = DataLoader(
         _Made(make),
         batch_sampler=keys,
@@ -252,8 +242,7 @@ def loader(make: Callable, keys: Iterable, n_workers: int, **options) -> Iterato
     try:
         yield from batches
     except InputError as e:  # a worker's is the traceback there, whose last line is "...InputError: message"
-        last_line = str(e).strip().splitlines()[-1]
-        message = last_line.split("InputError: ", 1)[-1]
+        message = str(e).strip().splitlines()[-1].split("InputError: ", 1)[-1]
         raise InputError(f"{message}; --skip_broken leaves such pictures out") from None
 
 
@@ -275,18 +264,12 @@ def fitting_workers() -> int:
     room = shutil.disk_usage(SHARED_MEMORY).free / processes.processes_here()
     fitting = min(n, int(room / BYTES_A_WORKER))
     if fitting < n:
-        processes.say(
-            f"{SHARED_MEMORY} is small: {fitting} processes read pictures ahead, in place of {n}; give it more "
-            "(docker run --shm-size 8g), or choose a number by --workers"
-        )
+        fault = f"{SHARED_MEMORY} is small: {fitting} processes read pictures ahead, in place of {n}"
+        processes.say(f"{fault}; give it more (docker run --shm-size 8g), or choose a number by --workers")
     return fitting
 
 
 def _leave_signals_to_main(_) -> None:
-    """Let a worker outlive the signal that asks for the end of the run.
-
-    Ctrl-C and job schedulers signal all processes at once. The main process still finishes its step, for which it needs
-    its workers, and ends them itself. If it is killed before that, an alarm ends them after 30 seconds.
-    """
+    """Let a worker outlive Ctrl-C and SIGTERM, which all processes get: the run finishes its step with its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # if the main process dies before it ends its workers

@@ -1,7 +1,7 @@
 """Where data sets come from: the embedded photographs, torchvision's sets, and folders of pictures.
 
 Each source returns the names of the classes and the parts, of which data.py makes splits: to train on, to judge by and,
-of STL-10, images without labels. What is known of the sets that have a name, FACTS, stands in data.py.
+of STL-10, images without labels. FACTS stand in data.py.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ Pairs = list[tuple[str, int]]  # paths of pictures, and the class of each
 PHOTOGRAPHS = "astronaut brick chelsea coffee coins grass gravel hubble_deep_field immunohistochemistry retina".split()
 MAKERS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}
 IN_DATA_DIR = (*MAKERS, "imagenet")
+WITHOUT_FILES = (*MAKERS, "photos")  # sets that have no file for each picture
 DOWNLOAD_LOCK = ".download.lock"
 MEMORY = 2**30  # bytes of pictures of a folder, up to which they are kept in memory
 SAMPLE = 2000  # pictures, of which the mean and the like are taken where not all fit there
@@ -63,19 +64,12 @@ def has_no_data_dir(name: str) -> bool:
     return name not in IN_DATA_DIR and (name == "photos" or os.path.isdir(os.path.expanduser(name)))
 
 
-def has_no_files(name: str) -> bool:
-    """Whether a data set has no file for each picture."""
-    return name == "photos" or name in MAKERS
-
-
 # ---- The embedded photographs ----------------------------------------------------------------------------------------
-
-
 def photos() -> tuple[Classes, list[Part]]:
-    """Return the classes and parts of the ten photographs that ship inside scikit-image.
+    """Return the classes and parts of ten photographs, which ship inside scikit-image; InputError without it.
 
     Windows of 64x64 pixels, shrunk to 32x32: 200 a photograph from its left 70 %, 50 from its right 30 %, so that no
-    pixel is in both. InputError without scikit-image.
+    pixel is in both.
     """
     try:
         from skimage import data as photographs
@@ -87,25 +81,18 @@ def photos() -> tuple[Classes, list[Part]]:
         pixels = np.atleast_3d(getattr(photographs, name)())
         image = torch.from_numpy(pixels).permute(2, 0, 1).expand(3, -1, -1)  # grey ones have one channel
         border = int(0.7 * image.shape[2])
-        train.append(_patches(image[:, :, :border], 200, generator))
-        test.append(_patches(image[:, :, border:], 50, generator))
+        for patches, side, n in ((train, image[:, :, :border], 200), (test, image[:, :, border:], 50)):
+            _, height, width = side.shape
+            top = torch.randint(height - 63, (n,), generator=generator)
+            left = torch.randint(width - 63, (n,), generator=generator)
+            windows = torch.stack([side[:, y : y + 64, x : x + 64] for y, x in zip(top.tolist(), left.tolist())])
+            patches.append(F.resize(windows, [32, 32], InterpolationMode.BICUBIC, antialias=True))
     labels = torch.arange(len(PHOTOGRAPHS))
     parts = [(torch.cat(train), labels.repeat_interleave(200)), (torch.cat(test), labels.repeat_interleave(50))]
     return tuple(PHOTOGRAPHS), parts
 
 
-def _patches(image: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Return n windows (n, 3, 32, 32) of an image (3, h, w)."""
-    _, height, width = image.shape
-    top = torch.randint(height - 63, (n,), generator=generator)
-    left = torch.randint(width - 63, (n,), generator=generator)
-    windows = [image[:, y : y + 64, x : x + 64] for y, x in zip(top.tolist(), left.tolist())]
-    return F.resize(torch.stack(windows), [32, 32], InterpolationMode.BICUBIC, antialias=True)
-
-
 # ---- torchvision's sets ----------------------------------------------------------------------------------------------
-
-
 def torchvision_set(name: str, root: Path, unlabeled: bool) -> tuple[Classes, list[Part]]:
     """Return the classes and parts of cifar10, cifar100 or stl10, downloaded to `root` if need be.
 
@@ -144,16 +131,14 @@ def _downloaded(name: str, root: Path, options: list[dict]) -> list[datasets.Vis
 
 
 # ---- A folder of pictures --------------------------------------------------------------------------------------------
-
-
 def folder(
     name: str, root: Path, facts: dict | None, pretraining: bool, skip_broken: bool, workers: int | None
 ) -> Found:
     """Return classes, parts and facts of a folder with train/ and test/ or val/, each with a sub-folder a class.
 
     Pictures of one size are read into memory, if they fit; others, and those of a set with `facts`, ImageNet, stay in
-    files. With `pretraining` own ones may be without classes. `name` is the folder's in messages. InputError for a
-    folder that is not laid out like this, and for a broken picture that is met, unless these are to be skipped.
+    files. With `pretraining` own ones may lack classes. `name` begins messages. InputError for another layout, and for
+    a broken picture that is met, unless these are to be skipped.
     """
     try:
         classes, parts, told = _listed(name, root, ["val"] if facts else ["test", "val"], pretraining and not facts)
