@@ -68,10 +68,6 @@ class Killed(BaseException):
     """Ends the stage where it stands, as SIGKILL does."""
 
 
-def kill(*_):
-    raise Killed
-
-
 @contextlib.contextmanager
 def acting_after(at, act):
     """Call a function after a step of the run in the block; yields the list that steps are counted in."""
@@ -89,9 +85,14 @@ def acting_after(at, act):
 
 
 @contextlib.contextmanager
-def killed_after(at):
+def killed_after(at, last_act=lambda: None):
     """Kill the run in the block after so many steps."""
-    with pytest.raises(Killed), acting_after(at, kill):
+
+    def die():
+        last_act()
+        raise Killed
+
+    with pytest.raises(Killed), acting_after(at, die):
         yield
 
 
@@ -158,7 +159,9 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_to_the_same_bits(train, wh
 
     def killing(*args):
         calls.append(1)
-        return kill() if len(calls) == file else to_bytes(*args)
+        if len(calls) == file:
+            raise Killed
+        return to_bytes(*args)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(checkpoint, "to_bytes", killing)
@@ -174,11 +177,7 @@ def test_a_state_is_that_of_its_step_whenever_it_is_written(train, whole, monkey
         third.wait(5)
         save(*args)
 
-    def end_third():
-        third.set()
-        kill()
-
-    with monkeypatch.context() as patch, pytest.raises(Killed), acting_after(3, end_third):
+    with monkeypatch.context() as patch, killed_after(3, third.set):
         patch.setattr(checkpoint, "save", waiting)
         train()
     assert checkpoint.load_file(CKPT)[1]["step"] == 2
@@ -203,11 +202,9 @@ def test_a_checkpoint_may_be_older_than_the_log(train, command, whole):
         train(save_every="10min")
     assert checkpoint.load_file(CKPT)[1]["step"] == 3
     assert [row["epoch"] for row in timeless_rows(RUN) if "loss" in row] == [1, 2]
-    assert sorted(read_log(RUN).series("loss")) == [3, 6]
     assert command(knn_eval, CKPT, "--k", 20, "--nofloors")[0] == 0
     knn = timeless_rows(RUN)[-1]
-    assert knn["stage"] == "knn_eval" and knn["trained_epochs"] == 1
-    assert read_log(RUN).score("knn_eval") is None
+    assert knn["stage"] == "knn_eval" and knn["trained_epochs"] == 1 and read_log(RUN).score("knn_eval") is None
     code, _, err = train(save_every="10min")
     assert code == 0 and "run: goes on after step 3" in err
     rows = timeless_rows(RUN)
