@@ -16,8 +16,8 @@ CUDA makes a few of it.
 import collections
 import traceback
 
+import pytest
 import torch
-from torch.nn.utils import clip_grad
 from torch.optim import optimizer
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -65,9 +65,6 @@ class OnCuda(torch.Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
-    def numpy(self):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
-
     def __repr__(self):
         return f"OnCuda({self.inner})"
 
@@ -104,10 +101,9 @@ class PretendCuda(TorchDispatchMode):
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
         on_cuda = [x for x in tensors if isinstance(x, OnCuda)]
         wanted = kwargs.get("device")
-        wanted = wanted if wanted is None else torch.device(wanted)
         if wanted is None and not on_cuda:
             return func(*args, **kwargs)
-        makes_cuda = bool(on_cuda) if wanted is None else wanted.type == "cuda"
+        makes_cuda = wanted is None or torch.device(wanted).type == "cuda"
         self._refuse_both_devices(func, tensors, on_cuda)
         if on_cuda and func.overloadpacket is aten.native_batch_norm_backward and None in args[5:7]:
             raise RuntimeError("save_mean should always be defined")  # as CUDA says; the CPU takes None
@@ -147,30 +143,19 @@ class PretendCuda(TorchDispatchMode):
 
     def __enter__(self):
         PretendCuda.active = self
-        self._lazy_init = torch.cuda._lazy_init
-        torch.cuda._lazy_init = lambda: None  # there is no driver to wake
+        self._patch = pytest.MonkeyPatch()
+        self._patch.setattr(torch.cuda, "_lazy_init", lambda: None)  # there is no driver to wake
+        for module in (optimizer, _foreach_utils):  # as on CUDA, many tensors in one call
+            self._patch.setattr(module, "_foreach_supported_types", [*module._foreach_supported_types, OnCuda])
         self._overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # module.to("cuda:0") makes new parameters
-        for module in (optimizer, _foreach_utils):  # as on CUDA, many tensors in one call
-            module._foreach_supported_types.append(OnCuda)
-        self._group = clip_grad._group_tensors_by_device_and_dtype
-        clip_grad._group_tensors_by_device_and_dtype = _one_group
         return super().__enter__()
 
     def __exit__(self, *error):
         PretendCuda.active = None
-        torch.cuda._lazy_init = self._lazy_init
+        self._patch.undo()
         torch.__future__.set_overwrite_module_params_on_conversion(self._overwrites)
-        for module in (optimizer, _foreach_utils):
-            module._foreach_supported_types.remove(OnCuda)
-        clip_grad._group_tensors_by_device_and_dtype = self._group
         return super().__exit__(*error)
-
-
-def _one_group(tensor_lists):
-    """Stand in for torch's C++ function, which would find these tensors on the CPU."""
-    first = tensor_lists[0][0]
-    return {(first.device, first.dtype): (tensor_lists, list(range(len(tensor_lists[0]))))}
 
 
 def line_of_code():

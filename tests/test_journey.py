@@ -19,9 +19,9 @@ def test_from_the_command_line_to_both_scores(tmp_path):
         return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    flags = "--reg amhe --s 2 --epochs 1 --batch_size 250 --model test_resnet".split()
+    flags = "--reg amhe --s 2 --epochs 1 --batch_size 250 --model test_resnet --stem imagenet".split()
     rows, prose = launch("accelerate", "launch", str(ROOT / "pretrain.py"), *flags)
-    run = tmp_path / "runs" / "photos-amhe-modeltest_resnet-epochs1-batch_size250"
+    run = tmp_path / "runs" / "photos-amhe-modeltest_resnet-stemimagenet-epochs1-batch_size250"
     assert rows == rows_of(run) and "loss = byol + 10 energy" in prose
     settings, untrained, pixels, trained, online, inner = rows
     assert settings["settings"]["weight"] == 10 and settings["settings"]["hidden_dim"] == 512

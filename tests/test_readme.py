@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import ROOT, ROWS
+from conftest import ROOT, ROWS, rows_of
 from packaging.version import Version
 
 import data
@@ -98,6 +98,7 @@ def test_settings_of_a_row_are_in_force(dataset, monkeypatch, tmp_path):
 
 
 def test_numbers_of_the_recipes_are_those_of_appendix_b2():
+    """And SimCLR's temperatures, the lambda of Section 4; of photos, what the runs in results/ were trained with."""
     b2 = {
         "imagenet-300": (300, 512, 0.3, 1e-6, 0.99, 1),
         "imagenet-1000": (1000, 4096, 0.2, 1.5e-6, 0.996, 1),
@@ -112,7 +113,13 @@ def test_numbers_of_the_recipes_are_those_of_appendix_b2():
         assert (r.epochs, r.batch_size, r.lr, r.weight_decay, r.tau, r.energy_weight) == numbers, name
         assert (r.warmup, r.hidden_dim, r.out_dim) == (10, 4096, 256)
         assert (r.optimizer, r.tau_end) == ("lars", 1)
+        assert (r.temperature, r.uniformity_weight) == (0.1 if name.startswith("imagenet") else 0.5, 0.125)
     assert set(RECIPES) == {"photos", "folder", *b2}
+    trained = rows_of(ROOT / "results" / "photos" / "photos-amhe")[0]["settings"]
+    photos = dataclasses.asdict(RECIPES["photos"])
+    assert photos.pop("energy_weight") == trained["weight"]
+    for name in photos.keys() - {"uniformity_weight", "optimizer", "tau_end"}:  # the last two are of a later version
+        assert photos[name] == trained[name], name
 
 
 def test_constraints_name_a_version_of_each_requirement():
