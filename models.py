@@ -103,7 +103,7 @@ class Method(nn.Module):
             self.target.requires_grad_(False)
 
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[Pair, Pair, Pair]:
-        """Compute projections z of views (b, 3, h, w), their predictions p, and what these predict, t; each (b, out_dim).
+        """Compute projections z of views (b, 3, h, w), predictions p, and what these predict, t; each (b, out_dim).
 
         t are the target's projections, or z without gradient; p is z if there is no predictor.
         """

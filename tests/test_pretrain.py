@@ -12,7 +12,6 @@ import models
 from harness import checkpoint, settings
 from harness.measure import representations
 from knn_eval import knn_eval
-from lib import cli
 from pretrain import RECIPES, lr_at, objective, pretrain, tau_at
 from regularizers import alignment, energy_by_definition, mhe, uniformity
 
