@@ -364,7 +364,7 @@ def test_rows_of_the_paper_have_the_settings_of_a_run(photos):
         many = data.Split(torch.zeros(1), torch.zeros(10_000))
         images = dataclasses.replace(photos, unlabeled=many, **facts)
         cfg = resolve_images(resolve_recipe(given, RECIPES, world=1), given, images)
-        settings = json.loads(json.dumps(asdict(cfg)))
+        settings = json.loads(json.dumps(vars(cfg)))
         assert is_row(settings, row.settings()) and not is_row({**settings, "epochs": 1}, row.settings()), row
     every = ["encoder", "projector", "predictor"]
     meant = {

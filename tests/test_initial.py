@@ -67,7 +67,7 @@ def test_the_first_vote_is_that_of_the_file(command, folder, trained):
     first, pixels, *_ = [row for row in rows if "top1" in row]
     assert code == 0 and (first["of"], pixels["of"]) == ("init", "pixels") and first["epoch"] == 0, err
     assert (first["top1"], first["top5"]) == (judged["top1"], judged["top5"])
-    assert f"encoder: begins from {trained / 'encoder'}" in err
+    assert f"init {trained / 'encoder'}" in err
     # a judge of the run has no need of the file: its floor is a network with random weights
     code, rows, _ = command(knn_eval, "run", "--k", 20, "--floors")
     assert code == 0 and [row["of"] for row in rows] == ["trained", "untrained", "pixels"]

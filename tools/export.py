@@ -167,7 +167,7 @@ def card(name: str, log: RunLog, description: dict, is_timms: bool, license: str
     library = "timm" if is_timms else None
     tags = [task, "self-supervised-learning", settings["method"], *([library] if library else [])]
     metadata = ModelCardData(license=license, library_name=library, pipeline_tag=task, tags=tags)
-    cfg = Settings(**{field: settings[field] for field in Settings.__dataclass_fields__})
+    cfg = Settings(**settings)
     with torch.device("meta"):
         network = checkpoint.build_described("checkpoint", settings)
     values = {key: value for key, value in settings.items() if value is not None} | description["versions"]
