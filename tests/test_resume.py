@@ -434,32 +434,27 @@ def test_a_second_ctrl_c_ends_the_run_once_the_file_is_whole(train, whole, monke
     assert_goes_on(train, whole, 4)
 
 
-def test_a_run_that_failed_before_its_first_checkpoint_leaves_its_folder_to_others(train, folder, monkeypatch):
+def test_the_first_step_that_is_not_finite_is_named(train, folder, monkeypatch):
+    """Before its first checkpoint a run leaves the folder to others; after it, the last one stays."""
+    calls, alignment = [], models.alignment
+
+    def spoil(x, y):
+        calls.append(1)
+        return alignment(x, y) * (math.inf if len(calls) in (9, 11) else 1)  # twice a step
+
     with monkeypatch.context() as patch:
         patch.setattr("models.alignment", lambda x, y: (x - y).sum() * math.nan)
         code, _, err = train()
     assert code == 2 and err.splitlines()[-1].startswith("pretrain.py: step 1: not finite: loss nan, byol nan, ")
     assert sorted(p.name for p in RUN.iterdir()) == [".lock", ".log.lock", "metrics.jsonl"]
-    code, rows, _ = train(dataset=f"{folder}/", seed=1)
-    assert code == 0 and rows_of(RUN) == rows
-    code, rows, err = train(seed=1)
-    assert code == 0 and rows == [] and "run: is finished" in err  # the folder's other spelling is the same folder
-
-
-def test_the_first_step_that_is_not_finite_is_named(train, monkeypatch):
-    """The loss of step 5 is infinite, and the checkpoint of step 3 stays."""
-    calls, alignment = [], models.alignment
-
-    def spoil(x, y):
-        calls.append(1)
-        return alignment(x, y) * (math.inf if len(calls) in (9, 11) else 1)
-
-    monkeypatch.setattr("models.alignment", spoil)
-    code, _, err = train()
+    with monkeypatch.context() as patch:
+        patch.setattr("models.alignment", spoil)
+        code, _, err = train(seed=1)
     last = err.splitlines()[-1]
     assert code == 2 and last.startswith("pretrain.py: step 5: not finite: loss inf, byol inf, "), last
-    assert "run/ckpt.safetensors is unchanged" in last
-    assert checkpoint.load_file(CKPT)[1]["step"] == 3
+    assert "run/ckpt.safetensors is unchanged" in last and checkpoint.load_file(CKPT)[1]["step"] == 3
+    code, _, err = train(dataset=f"{folder}/", seed=1)  # the folder's other spelling is the same folder
+    assert code == 0 and "run: goes on after step 3" in err
 
 
 def test_the_commit_is_that_of_this_project_alone(tmp_path, monkeypatch):
