@@ -230,7 +230,7 @@ def _centre(files: Files, size: int, crop: float, row: int) -> Tensor:
 
 
 def loader(make: Callable, keys: Iterable, n_workers: int, **options) -> Iterator:
-    """Yield make(key) of the keys of each list, as one batch, made ahead by workers; InputError for a broken picture."""
+    """Yield make(key) of the keys of each list, a batch, made ahead by workers. InputError for a broken picture."""
     batches = DataLoader(
         _Made(make),
         batch_sampler=keys,

@@ -415,17 +415,21 @@ def test_a_second_ctrl_c_ends_the_run_once_the_file_is_whole(train, whole, monke
     """The second comes while the state of step 4 is written; a shell may have started this with SIGINT ignored."""
     fsync, before = os.fsync, signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    left = []
+
     def interrupt():
         wait(saves)
+        left.append("the second")
         os.kill(os.getpid(), signal.SIGINT)
 
     def slow(descriptor):
-        if len(steps) == 4 and threading.current_thread() is not threading.main_thread():
+        if left and threading.current_thread() is not threading.main_thread():
+            left.clear()
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.2)
         fsync(descriptor)
 
-    with monkeypatch.context() as patch, acting_after(4, interrupt) as steps:
+    with monkeypatch.context() as patch, acting_after(4, interrupt):
         patch.setattr(os, "fsync", slow)
         code, _, err = train()
     signal.signal(signal.SIGINT, before)
