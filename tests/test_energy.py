@@ -63,7 +63,8 @@ def test_numbers_are_those_of_the_regularizers(rows):
 
 def test_the_closest_pair_is_found_in_any_block(monkeypatch):
     """Also where its angle is too small for the cosine of fp32, beside a pair that is nearly as close."""
-    monkeypatch.setattr("tools.energy.BLOCK", 7)
+    monkeypatch.setattr("lib.nearest.QUERIES_IN_TILE", 7)
+    monkeypatch.setattr("lib.nearest.BANK_IN_TILE", 9)
     for i, j in ((0, 1), (2, 39), (38, 39), (6, 7), (20, 8)):
         neurons = nn.functional.normalize(random(40, 20).double())
         across = nn.functional.normalize(neurons[i] - (neurons[i] @ neurons[3]) * neurons[3], dim=0)
@@ -182,15 +183,17 @@ def test_what_is_no_layer_is_named(rows):
         "an adapter that is not merged into its weight": ["fc.lora_A.weight", "fc.oft_R"],
     }
     tensors = {name: random(9, 8) for names in left_out.values() for name in names}
+    few, unreal = "fewer than 3 dimensions, or than two neurons that are not zero", "not of finite real numbers"
     for name, reason, tensor in (
-        ("two.weight", "fewer than 3 dimensions", random(9, 2)),
-        ("one.weight", "a single neuron", random(1, 9)),
+        ("two.weight", few, random(9, 2)),
+        ("one.weight", few, random(1, 9)),
+        ("zero.weight", few, torch.zeros(9, 8)),
+        ("quantised.weight", unreal, torch.ones(9, 8, dtype=torch.int8)),
+        ("burst.weight", unreal, random(9, 8).log()),
         ("dw.weight", "a depthwise convolution, or one of a single channel", random(9, 1, 3, 3)),
-        ("quantised.weight", "not of real numbers", torch.ones(9, 8, dtype=torch.int8)),
-        ("burst.weight", "numbers that are not finite", random(9, 8).log()),
-        ("zero.weight", "fewer than two rows that are not zero", torch.zeros(9, 8)),
     ):
-        tensors[name], left_out[reason] = tensor, [name]
+        tensors[name] = tensor
+        left_out.setdefault(reason, []).append(name)
     kept = {"patch_embed.proj.weight": random(9, 3, 4, 4), "patch_embed.weight": random(9, 3, 4, 4)}
     kept |= {"time_embed.0.weight": random(9, 8), "in_proj_weight": random(9, 8), "half.weight": random(9, 8).half()}
     found, err = rows(tensors | kept | {"bn.running_mean": random(9), "n": torch.tensor(1)})
@@ -227,10 +230,10 @@ def test_the_table_is_aligned_and_an_infinite_expectation_is_said(shell, tmp_pat
     assert (code, err) == (0, "")
     assert lines[0] == "energy by the angle, s = 2, mean over pairs of neurons: w.pth"
     heads, *table = lines[2:]
-    assert heads.split() == ["layer", "neurons", "dims", "energy", "uniform", "closest"]
+    assert heads.split() == ["layer", "neurons", "dims", "uniform", "energy", "closest"]
     cells = {line.split()[0]: line.split()[1:] for line in table}
-    assert cells["model.sphere.weight"] == ["4", "3", f"{math.acos(-1 / 3) ** -2:.7g}", "inf", "109.4712"]
-    assert cells["sum"][1] == "inf" and len(cells) == 3
+    assert cells["model.sphere.weight"] == ["4", "3", "inf", f"{math.acos(-1 / 3) ** -2:.7g}", "109.4712"]
+    assert cells["sum"][0] == "inf" and len(cells) == 3
     assert len({len(line) for line in (heads, *table[:-1])}) == 1
     assert '"uniform": null' in shell(energy, "w.pth", "--json")[1][1]
 
