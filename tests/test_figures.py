@@ -34,7 +34,7 @@ from tools import paper
 from tools.figures import batch, dynamics, figures, gaussian_kde, knn, rank, von_mises_fisher_kde
 from tools.groups import groups
 from tools.logs import read_log as read
-from tools.neighbours import RIGHT, WRONG, draw_queries, find_neighbours, neighbours, without_queries
+from tools.neighbours import RIGHT, WRONG, draw_queries, find_neighbours, neighbours
 from tools.paper import is_row, paper_rows
 from tools.table import table
 
@@ -277,32 +277,20 @@ def test_queries_are_spread_over_the_classes_and_always_the_same():
     assert torch.equal(rows, draw_queries(labels, 10)) and labels[rows].tolist() == sorted(labels[rows].tolist())
     many = draw_queries(torch.arange(1000), 10)
     assert len(many.unique()) == 10 and many.min() < 500 < many.max()
-    assert sorted(draw_queries(torch.full((4,), -1), 10).tolist()) == [0, 1, 2, 3]
 
 
-def test_a_query_is_no_neighbour_of_its_own():
-    """Also where a copy of it comes first, or so many that it is not among the nearest."""
-    rows = torch.tensor([[5, 1, 2], [1, 6, 3], [1, 2, 3]])
-    cosines = torch.tensor([[1.0, 0.9, 0.8], [1.0, 1.0, 0.5], [1.0, 1.0, 1.0]])
-    kept_cosines, kept_rows = without_queries(cosines, rows, torch.tensor([5, 6, 7]))
-    assert kept_rows.tolist() == [[1, 2], [1, 3], [1, 2]]
-    torch.testing.assert_close(kept_cosines, torch.tensor([[0.9, 0.8], [1.0, 0.5], [1.0, 1.0]]))
-
-
-def test_neighbours_of_pictures_in_files_and_without_classes(drawn, trained, folder, tmp_path, monkeypatch):
+def test_neighbours_of_pictures_in_files(drawn, trained, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("lib.sources.MEMORY", 0)  # so that the pictures stay in their files
     monkeypatch.setattr("tools.neighbours.QUERIES", 2)
-    (tmp_path / "flat").mkdir()
-    for i, path in enumerate(sorted(folder.rglob("*.png"))[:6]):
-        shutil.copy(path, tmp_path / "flat" / f"{i}.png")
-    code, lines, err = drawn("neighbours", trained, "--dataset", "flat")
+    code, lines, err = drawn("neighbours", trained)
     assert code == 0 and lines == [f"figures/neighbours-run.{x}" for x in ("png", "svg")], err
-    sheet = find_neighbours(str(trained / "ckpt.safetensors"), "flat", None)
-    assert sheet.cosines.shape == (2, 5) and "its 5 nearest of the other 5" in sheet.title
-    for query, found in zip(sheet.queries.paths, sheet.neighbours.paths.reshape(2, 5)):
-        assert {query, *found} == {f"flat/{i}.png" for i in range(6)}
-    classed = find_neighbours(str(trained / "ckpt.safetensors"), None, None)
-    assert classed.queries.images.paths[0].startswith(str(folder / "test"))
+    sheet = find_neighbours(str(trained / "ckpt.safetensors"), None, None)
+    assert sheet.queries.images.paths[0].startswith(str(folder / "test"))
+    (tmp_path / "flat").mkdir()
+    shutil.copy(next(folder.rglob("*.png")), tmp_path / "flat")
+    code, lines, err = drawn("neighbours", trained, "--dataset", "flat")
+    refusal = "figures.py: dataset flat: flat/train is no folder of two or more classes"
+    assert code == 2 and lines == [] and err.splitlines()[-1].startswith(refusal), err
 
 
 @pytest.mark.parametrize(

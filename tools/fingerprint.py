@@ -16,8 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torchvision.io import write_jpeg
 
 import data
@@ -43,21 +43,20 @@ def fingerprint():
     with tempfile.TemporaryDirectory() as place:
         make_pictures(Path(place, "pictures"))
         for name, flags in RUNS.items():
-            run = Path(place, name)
+            flags += f" --out {name}"
             if name == "killed":
-                process = launch("pretrain.py", f"{flags} --out {run}", place)
+                process = launch("pretrain.py", flags, place)
                 for line in process.stdout:
                     if '"epoch": 1, ' in line:
-                        process.kill()
                         break
+                process.kill()
                 process.wait()
-            if launch("pretrain.py", f"{flags} --out {run}", place).wait():
+            if launch("pretrain.py", flags, place).wait():
                 sys.exit(f"{name}: did not end well")
             for script, judge_flags in JUDGES.items():
-                launch(script, f"{run / CKPT} {judge_flags}", place).wait()
-            for file in (CKPT, WEIGHTS):
-                print(f"{name:10} {file:25} {digest_of_tensors(run / file)}", flush=True)
-            print(f"{name:10} {LOG:25} {digest_of_rows(run / LOG, place)}", flush=True)
+                launch(script, f"{name} {judge_flags}", place).wait()
+            for file, digest in digests(Path(place, name)).items():
+                print(f"{name:10} {file:25} {digest}", flush=True)
 
 
 def launch(script: str, flags: str, folder: str, stderr: int | None = None) -> subprocess.Popen:
@@ -74,34 +73,24 @@ def make_pictures(folder: Path) -> None:
         for label in range(3):
             place = folder / part / photos.classes[label]
             place.mkdir(parents=True)
-            images = split.images[split.labels == label][:count]
-            for i, image in enumerate(images):
+            for i, image in enumerate(split.images[split.labels == label][:count]):
                 height = 24 if i % 2 else 32
-                part_of_image = image[:, :height].contiguous()
-                write_jpeg(part_of_image, str(place / f"{i:02}.jpg"))
+                write_jpeg(image[:, :height].contiguous(), str(place / f"{i:02}.jpg"))
 
 
-def digest_of_tensors(path: Path) -> str:
-    """Digest of names, types, shapes and bytes of all tensors of a safetensors file."""
-    sha = hashlib.sha256()
-    with safe_open(path, "pt") as file:
-        for name in sorted(file.keys()):
-            tensor = file.get_tensor(name)
-            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            numbers = tensor.contiguous().reshape(-1)
-            sha.update(numbers.view(torch.uint8).numpy())
-    return sha.hexdigest()[:16]
-
-
-def digest_of_rows(path: Path, place: str) -> str:
-    """Digest and number of the rows of a log, without what depends on the clock, the command and the folder."""
+def digests(run: Path) -> dict[str, str]:
+    """Digests of the files of a run: of the tensors of two, and of the rows of its log."""
+    found = {}
+    for file in (CKPT, WEIGHTS):
+        tensors = to_bytes(load_file(run / file))  # without the description
+        found[file] = hashlib.sha256(tensors).hexdigest()[:16]
     rows = []
-    for line in path.read_text().replace(place, "").splitlines():
+    for line in (run / LOG).read_text().splitlines():
         row = json.loads(line)
         rows.append({name: x for name, x in row.items() if name not in NOT_COMPARED})
     text = json.dumps(rows, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return f"{digest[:16]} ({len(rows)} rows)"
+    return {**found, LOG: f"{digest[:16]} ({len(rows)} rows)"}
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
     python -m tools.figures neighbours runs/photos-amhe
 
-The queries are drawn by a fixed seed and spread over the classes, so that all encoders are asked the same ones. A set
-without classes has no test pictures: there the queries are training pictures, each left out of its own neighbours.
+The queries are drawn by a fixed seed and spread over the classes, so that all encoders are asked the same ones.
 """
 
 from dataclasses import dataclass
@@ -53,9 +52,6 @@ def neighbours(run: str, dataset: str | None = None, data_dir: str | None = None
     return draw_sheet(find_neighbours(run, dataset, data_dir)), name_of_weights(run)
 
 
-# ---- What is found ---------------------------------------------------------------------------------------------------
-
-
 def find_neighbours(ckpt: str, dataset: str | None, data_dir: str | None) -> Sheet:
     """Find the nearest training pictures of some queries. dataset, data_dir: None = as in training."""
     accelerator = processes.start()
@@ -63,63 +59,42 @@ def find_neighbours(ckpt: str, dataset: str | None, data_dir: str | None) -> She
         raise InputError(f"neighbours: {accelerator.num_processes} processes would do the same; launch one")
     is_folder = dataset is not None and dataset not in data.FACTS
     flags = judging.shared_flags(dataset=dataset, data_dir=data_dir, skip_broken=is_folder)
-    judged = judging.open_judged(accelerator, ckpt, flags, without_classes=True)
+    judged = judging.open_judged(accelerator, ckpt, flags)
     bank, test = judged.images.train, judged.images.test
-    n = len(bank.labels)
-    if n < 2:
-        raise InputError(f"neighbours: dataset {judged.dataset} has one training picture; it takes two or more")
-    has_test = len(test.labels) > 0
-    query_rows = draw_queries(test.labels if has_test else bank.labels, QUERIES)
-    queries = (test if has_test else bank).rows(query_rows)
+    queries = test.rows(draw_queries(test.labels, QUERIES))
     bank_features = features_of(judged.encoder, bank, judged.view, accelerator, "train")
     query_features = features_of(judged.encoder, queries, judged.view, accelerator, "queries")
-    cosines, rows = nearest(query_features, [bank_features], n, NEIGHBOURS + (not has_test))
+    n = len(bank.labels)
+    cosines, rows = nearest(query_features, [bank_features], n, NEIGHBOURS)
     cosines, rows = cosines.cpu(), rows.cpu()
-    if not has_test:
-        cosines, rows = without_queries(cosines, rows, query_rows)
     m, k = cosines.shape
-    where = f"{k} nearest of {n:,} to train on" if has_test else f"{k} nearest of the other {n - 1:,}"
-    counts = f"{m} {'test' if has_test else 'training'} pictures, each with its {where}"
-    title = f"{method_name(judged.settings)}, on {Path(judged.dataset).resolve().name}: {counts}"
+    name = Path(judged.dataset).resolve().name
+    counts = f"{m} test pictures, each with its {k} nearest of {n:,} to train on"
+    title = f"{method_name(judged.settings)}, on {name}: {counts}"
     return Sheet(title, queries, bank.rows(rows.flatten()), cosines, judged.images.classes, judged.view)
 
 
 def draw_queries(labels: Tensor, n: int) -> Tensor:
-    """Draw up to n rows by a fixed seed: take one image of each class, then a second of each; return them by class.
-
-    labels: (images,), all -1 of images without classes.
-    """
+    """Draw up to n rows of labels by a fixed seed: one of each class, then a second of each; return them by class."""
     generator = torch.Generator().manual_seed(0)
     order_in_class = torch.randperm(len(labels), generator=generator)
-    rows, place_in_class = data.by_class(labels + 1, order_in_class)  # + 1: it takes no negative labels
+    rows, place_in_class = data.by_class(labels, order_in_class)
     order_of_classes = torch.randperm(len(labels), generator=generator)  # so that of many, not the first n are drawn
     first_places = place_in_class[order_of_classes].argsort(stable=True)[:n]
     drawn = rows[order_of_classes[first_places]]
     return drawn[labels[drawn].argsort(stable=True)]
 
 
-def without_queries(cosines: Tensor, rows: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Drop the queries (m,) from their own neighbours, and one column: of (m, k + 1) the first k others stay."""
-    is_query = rows == query_rows[:, None]
-    others = is_query.int().argsort(dim=1, stable=True)[:, :-1]
-    return cosines.gather(1, others), rows.gather(1, others)
-
-
-# ---- What is drawn ---------------------------------------------------------------------------------------------------
-
-
 def draw_sheet(sheet: Sheet):
     """Draw a row for each query: its picture, then its neighbours, each with its cosine.
 
-    Where there are classes, a frame says whether a neighbour's is the query's, and a wrong one stands below.
+    A frame says whether the class of a neighbour is the query's, and a wrong one stands below.
     """
     m, k = sheet.cosines.shape
     widths = [1, 0.2, *[1] * k]  # the second column is a gap
     size = (0.9 * sum(widths), 1.1 * m + 0.6)
     figure, axes = plt.subplots(m, len(widths), figsize=size, width_ratios=widths, squeeze=False)
-    title = sheet.title
-    if sheet.classes:
-        title += f"\n{sheet.is_right.sum()} of {m * k} have the class of their query (green frame)"
+    title = f"{sheet.title}\n{sheet.is_right.sum()} of {m * k} have the class of their query (green frame)"
     figure.suptitle(title, fontsize=9)
     query_pixels, pixels = pixels_of(sheet.queries, sheet.view), pixels_of(sheet.neighbours, sheet.view)
     for i, (query, gap, *others) in enumerate(axes):
@@ -129,9 +104,8 @@ def draw_sheet(sheet: Sheet):
             is_right = sheet.is_right[i, j]
             wrong_class = " " if is_right else class_name(sheet, sheet.neighbours.labels[i * k + j])
             draw_picture(axis, pixels[i * k + j], f"{sheet.cosines[i, j]:.3f}\n{wrong_class}")
-            if sheet.classes:
-                axis.spines[:].set_visible(True)
-                axis.spines[:].set(color=RIGHT if is_right else WRONG, linewidth=2.5)
+            axis.spines[:].set_visible(True)
+            axis.spines[:].set(color=RIGHT if is_right else WRONG, linewidth=2.5)
     return figure
 
 
@@ -151,6 +125,6 @@ def pixels_of(split: data.Split, view: dict) -> Tensor:
 
 
 def class_name(sheet: Sheet, label: Tensor) -> str:
-    """Return the name of a class, cut to fit; nothing without classes."""
-    name = sheet.classes[label] if sheet.classes else ""
+    """Return the name of a class, cut to fit."""
+    name = sheet.classes[label]
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"

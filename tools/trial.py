@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from lib import cli
-from lib.files import CKPT, LOG, WEIGHTS
-from tools.fingerprint import digest_of_rows, digest_of_tensors, launch
+from tools.fingerprint import digests, launch
 
 FLAGS = (
     "--model test_resnet --hidden_dim 64 --out_dim 16 --batch_size 250 --epochs 2 --save_every 3steps --eval_every 2"
@@ -62,11 +61,9 @@ def train(place: str, name: str) -> subprocess.Popen:
     return launch("pretrain.py", f"{FLAGS} --out {name}", place, subprocess.DEVNULL)
 
 
-def ending(run: Path) -> list[str]:
+def ending(run: Path) -> tuple[list[Path], dict[str, str]]:
     """Return the names of a run's files, and the digests of its tensors and rows."""
-    names = sorted(str(path.relative_to(run)) for path in run.rglob("*"))
-    digests = [digest_of_tensors(run / file) for file in (CKPT, WEIGHTS)]
-    return [*names, *digests, digest_of_rows(run / LOG, str(run))]
+    return sorted(path.relative_to(run) for path in run.rglob("*")), digests(run)
 
 
 if __name__ == "__main__":
