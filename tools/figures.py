@@ -7,10 +7,9 @@
     python -m tools.figures neighbours runs/photos-amhe
 
 circle: Figures 3 and 7. energy: Figure 4. dynamics: Figure 5. knn: Figure 6. rank: effective rank of features, which
-falls in a collapse. batch: Figure 8. table: mean and sample standard deviation over seeds. views: what a data set's
-augmentations look like. neighbours: some test pictures, each with its nearest training pictures. paper: the paper's
-tables, as docs/reproduce.md shows them. Runs that differ in their seed alone make one line, with a band of one standard
-deviation.
+falls in a collapse. batch: Figure 8. table: mean and sample standard deviation over seeds. views: what augmentations
+look like. neighbours: test pictures, each with its nearest training pictures. paper: the paper's tables, as
+docs/reproduce.md shows them. Runs that differ in their seed alone make one line, with a band of one standard deviation.
 Each command prints the files that it wrote, PNG and SVG, or Markdown and CSV.
 """
 
@@ -20,13 +19,15 @@ import statistics
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
+from scipy.stats import norm, vonmises
 from torch import Tensor, nn
 
 import data
 import models
 from harness.checkpoint import build_described, load_network
-from harness.judging import place_of
+from harness.judging import open_images
 from lib import cli
 from lib.errors import InputError
 from lib.files import CKPT, write_whole
@@ -48,8 +49,10 @@ COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#5
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (8, 3)))
 STYLES = list(zip(COLOURS, DASHES)) * 9
 JUDGES = {"linear": "linear_eval", "k-NN": "knn_eval"}  # and their stages
-GRID_SIDE = 113  # points on each side of the grid on which a density is drawn
-EXTENT = 1.4  # the grid spans -1.4 ... 1.4 in both directions
+EXTENT = 1.4  # densities on the plane are drawn on -1.4 ... 1.4 in both directions
+GRID = torch.linspace(-EXTENT, EXTENT, 113)
+ANGLES = torch.linspace(-math.pi, math.pi, 361)
+WIDTH, KAPPA = 0.1, 100.0  # of the kernels: a standard deviation, and von Mises' concentration
 
 
 def figures(
@@ -97,9 +100,9 @@ def refuse_idle_arguments(name: str, runs: tuple[str, ...], dataset: str | None,
     takes, is_right = rules.get(name, ("run folders", bool(runs) and not dataset))
     if not is_right:
         raise InputError(f"{name}: takes {takes}")
-    has_own_place = name == "views" and has_no_data_dir(dataset)
-    if data_dir and (has_own_place or name not in ("circle", "views", "neighbours")):
-        raise InputError(f"--data_dir {data_dir}: has no effect on {name}{f' of {dataset}' if has_own_place else ''}")
+    takes_place = name in ("circle", "views", "neighbours") and not (dataset and has_no_data_dir(dataset))
+    if data_dir and not takes_place:
+        raise InputError(f"--data_dir {data_dir}: has no effect on {name} {dataset or ''}".rstrip())
 
 
 def save_figure(figure, stem: Path) -> None:
@@ -235,19 +238,15 @@ def circle(runs: list[RunLog], data_dir: str | None = None):
         out_dim = run.settings["out_dim"]
         if out_dim != 2:
             raise InputError(f"{run.folder}: projects to {out_dim} dimensions; a circle takes pretrain.py --out_dim 2")
-    settings = runs[0].settings
-    name = settings["dataset"]
-    if data_dir and has_no_data_dir(name):
-        raise InputError(f"--data_dir {data_dir}: has no effect on a circle of {name}")
-    place = data_dir or place_of(name, settings["data_dir"])
     columns = []
     for run in runs:
         network, description = load_network(run.folder / CKPT)
         columns.append((score_title(run), network, description["view"]))
+    images = open_images(description, None, data_dir, skip_broken=False)
+    settings = runs[0].settings
     torch.manual_seed(settings["seed"])
     untrained = build_described("checkpoint", settings)
     columns.insert(0, ("untrained\n", untrained, columns[0][2]))
-    images = data.load(name, place, skip_broken=settings.get("skip_broken", False))
     classes = images.test.labels.unique()[:3].tolist()
     rows = ["all classes", "density of the angle", *(images.classes[label] for label in classes)]
     figure, axes = plt.subplots(len(rows), len(columns), figsize=(2.2 * len(columns), 10), squeeze=False)
@@ -276,41 +275,31 @@ def score_title(run: RunLog) -> str:
 
 
 def draw_plane(axis, z: Tensor) -> None:
-    """Draw the Gaussian KDE of points on the unit circle, dark where they are dense."""
-    side = torch.linspace(-EXTENT, EXTENT, GRID_SIDE)
-    grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)
-    density = gaussian_kde(z, grid.reshape(-1, 2)).view(GRID_SIDE, GRID_SIDE)
+    """Draw the density of points on the unit circle, dark where they are dense."""
     extent = (-EXTENT, EXTENT, -EXTENT, EXTENT)
-    axis.imshow(density.numpy(), origin="lower", extent=extent, cmap="Blues")
+    axis.imshow(plane_density(z), origin="lower", extent=extent, cmap="Blues")
     axis.set_xticks([])
     axis.set_yticks([])
 
 
 def draw_angles(axis, z: Tensor) -> None:
     """Draw the density of the angles of points on the unit circle."""
-    theta = torch.linspace(-math.pi, math.pi, 361)
-    density = von_mises_fisher_kde(z, theta)
-    axis.fill_between(theta.numpy(), density.numpy(), color="#0072B2", linewidth=0)
+    axis.fill_between(ANGLES.numpy(), angle_density(z), color="#0072B2", linewidth=0)
     axis.set_xticks([-math.pi, 0, math.pi], ["-π", "0", "π"])
     axis.set_ylim(bottom=0)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def gaussian_kde(z: Tensor, x: Tensor, width: float = 0.1) -> Tensor:
-    """Estimate the density at points x (m, 2) of samples z (n, 2), by Gaussians of standard deviation `width`."""
-    total = torch.zeros(len(x))
-    for part in z.split(1000):
-        square = torch.cdist(x, part).square()
-        total += torch.exp(-square / (2 * width**2)).sum(1)
-    return total / (2 * math.pi * width**2 * len(z))
+def plane_density(z: Tensor) -> np.ndarray:
+    """Estimate the density of samples z (n, 2) on the grid of all y and x of GRID, by Gaussians."""
+    along_x, along_y = (norm.pdf(GRID, z[:, i : i + 1], WIDTH) for i in range(2))
+    return along_y.T @ along_x / len(z)
 
 
-def von_mises_fisher_kde(z: Tensor, theta: Tensor, kappa: float = 100.0) -> Tensor:
-    """Estimate the density at angles theta (m,) of samples z (n, 2) on the unit circle, by von-Mises-Fisher kernels."""
-    directions = torch.stack([theta.cos(), theta.sin()], 1)
-    cosine = directions @ z.T
-    scale = 2 * math.pi * torch.special.i0e(torch.tensor(kappa))  # i0e(x) = exp(-x) I_0(x)
-    return torch.exp(kappa * (cosine - 1)).mean(1) / scale
+def angle_density(z: Tensor) -> np.ndarray:
+    """Estimate the density at ANGLES of samples z (n, 2) on the unit circle, by von Mises' kernels."""
+    angles = torch.atan2(z[:, 1], z[:, 0])
+    return vonmises.pdf(ANGLES, KAPPA, angles[:, None]).mean(0)
 
 
 # ---- Views -----------------------------------------------------------------------------------------------------------
