@@ -20,6 +20,7 @@ from tools import reproduce
 from tools.figures import figures
 
 ROOT = Path(__file__).parent.parent
+TINY = "--model test_resnet --hidden_dim 32 --batch_size 32 --lr 0.5"
 STAGES = {stage.__name__: stage for stage in (pretrain, knn_eval, linear_eval, figures)}
 
 
@@ -41,6 +42,7 @@ def typed(monkeypatch):
         return 1 if "--seed=1" in words else 0  # a run that diverged, say
 
     monkeypatch.setattr(reproduce, "run_child", child)
+    monkeypatch.setattr(reproduce, "SMALL", TINY)
     return commands
 
 
@@ -49,36 +51,32 @@ def stages(typed):
 
 
 def test_list_goes_on_where_it_stopped(typed, shell, folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(reproduce.PLANS, "gpu", ["--epochs 2 --eval_every 0", "--epochs 100 --seed 1", "--epochs 100"])
-    words = ["--dataset", folder, "--precision", "bf16", "--trial", "--folder", "r", "--results", "out"]
+    runs = [f"{TINY} {flags}" for flags in ("--epochs 2 --eval_every 0", "--epochs 1 --seed 1", "--epochs 1")]
+    monkeypatch.setitem(reproduce.PLANS, "gpu", runs)
+    words = ["--dataset", folder, "--precision", "bf16", "--folder", "r"]
     code, _, err = shell(reproduce.reproduce, *words)
-    assert code == 2 and err.splitlines()[-1].endswith("by the same command: r/epochs-100-seed-1 (exit code 1)")
+    assert code == 2 and err.splitlines()[-1].endswith("by the same command: r/cpu-epochs-1-seed-1 (exit code 1)")
     expected = ["pretrain", "figures", "pretrain", "figures", "pretrain", "knn_eval", "linear_eval", "figures"]
     assert stages(typed) == expected
     assert all((how == {"ACCELERATE_MIXED_PRECISION": "bf16"}) == (name == "pretrain") for name, _, how in typed)
-    found = {path.parent.name for path in Path("out").glob("*/metrics.jsonl")}
-    assert found == {"epochs-2-eval_every-0", "epochs-100-seed-1", "epochs-100"}
-    rows = [json.loads(line) for line in Path("out/epochs-100/metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["settings"]["epochs"] == 1 and rows[-1]["stage"] == "linear_eval" and rows[-1]["epoch"] == 1
-    assert Path("out/table.md").read_text().count("| BYOL, epochs ") == 2
+    found = {path.parent.name for path in Path("r-table").glob("*/metrics.jsonl")}
+    assert found == {"cpu-epochs-2-eval_every-0", "cpu-epochs-1-seed-1", "cpu-epochs-1"}
+    rows = [json.loads(line) for line in Path("r-table/cpu-epochs-1/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["settings"]["epochs"] == 1 and rows[-1]["stage"] == "linear_eval" and rows[-1]["epochs"] == 80
+    assert Path("r-table/table.md").read_text().count("| BYOL, epochs ") == 2
 
     typed.clear()
-    log = Path("r/epochs-100/metrics.jsonl")
+    log = Path("r/cpu-epochs-1/metrics.jsonl")
     log.write_text("".join(json.dumps(row) + "\n" for row in rows if row["stage"] != "linear_eval"))
-    monkeypatch.setitem(reproduce.PLANS, "gpu", reproduce.PLANS["gpu"][::2])
+    monkeypatch.setitem(reproduce.PLANS, "gpu", runs[::2])
     code, _, err = shell(reproduce.reproduce, *words)
     assert code == 0 and stages(typed) == ["pretrain", "linear_eval", "figures"]  # the first ends at once
-    assert err.splitlines()[-1] == "all 2 runs are done; out/table.md is the table of all there are"
+    assert err.splitlines()[-1] == "all 2 runs are done; r-table/table.md is the table of all there are"
 
     typed.clear()
-    code, _, err = shell(reproduce.reproduce, *(word for word in words if word != "--trial"))
-    assert code == 2 and set(stages(typed)) == {"pretrain", "figures"}  # a trial's runs are not those of the list
-    assert "failed, and tried again by the same command: r/epochs-2-eval_every-0 (exit code 2), r/epochs-100" in err
-
-    typed.clear()
-    code, _, err = shell(reproduce.reproduce, "--dataset", "nowhere", "--folder", "new", "--results", "new/table")
+    code, _, err = shell(reproduce.reproduce, "--dataset", "nowhere", "--folder", "new")
     assert code == 2 and stages(typed) == ["pretrain"] and not Path("new").exists()
-    assert "the list stops at new/epochs-2-eval_every-0 (exit code 2), for the reason above" in err
+    assert "the list stops at new/cpu-epochs-2-eval_every-0 (exit code 2), for the reason above" in err
 
 
 def test_a_signal_is_passed_on_and_awaited(tmp_path):
@@ -115,17 +113,19 @@ def test_a_run_stays_done_where_its_set_has_moved():
 
 def test_parts_share_the_list_out(typed, shell, folder, monkeypatch):
     """Two of two do each run once; the last table has both."""
-    monkeypatch.setitem(reproduce.PLANS, "cpu", [f"--epochs 100 --reg {reg}" for reg in ("none", "mhe", "uniform")])
-    words = ["--plan", "cpu", "--dataset", folder, "--trial", "--folder", "r", "--results", "out"]
+    monkeypatch.setitem(
+        reproduce.PLANS, "cpu", [f"{TINY} --epochs 1 --reg {reg}" for reg in ("none", "mhe", "uniform")]
+    )
+    words = ["--plan", "cpu", "--dataset", folder, "--folder", "r"]
     code, _, err = shell(reproduce.reproduce, *words, "--part", "2/2")
     assert code == 0 and stages(typed) == ["pretrain", "knn_eval", "linear_eval", "figures"]
     assert all(how == {} for *_, how in typed)  # without --precision no run takes itself for launched
     assert "[2 of 3] python" in err and "--reg=mhe" in typed[0][1]
-    assert err.splitlines()[-1] == "part 2/2 is done, 1 of 3 runs; out/table.md is the table of all there are"
+    assert err.splitlines()[-1] == "part 2/2 is done, 1 of 3 runs; r-table/table.md is the table of all there are"
     typed.clear()
     assert shell(reproduce.reproduce, *words, "--part", "1/2")[0] == 0
     assert len(typed) == 8 and not any("--reg=mhe" in words for name, words, _ in typed if name == "pretrain")
-    assert Path("out/table.md").read_text().count("| BYOL") == 3
+    assert Path("r-table/table.md").read_text().count("| BYOL") == 3
     typed.clear()
     assert shell(reproduce.reproduce, *words)[0] == 0 and typed == []
 

@@ -3,7 +3,6 @@
     python -m tools.reproduce --precision bf16                          # 100 to 300 epochs a run; wants a GPU
     python -m tools.reproduce --plan cpu --dataset path/to/pictures     # 20 epochs of a small network a run
     python -m tools.reproduce --dataset path/to/pictures --precision bf16
-    python -m tools.reproduce --dataset path/to/pictures --trial --folder runs/trial
     CUDA_VISIBLE_DEVICES=1 python -m tools.reproduce --part 2/4         # and the other three parts beside it
 
 Runs come in the order in which they tell most. Each command is printed before it starts. What is done is not done
@@ -29,6 +28,7 @@ from lib.files import CKPT, LOG, write_whole
 from lib.log import as_json
 from pretrain import pretrain
 from tools.logs import read_log
+from tools.paper import is_row
 from tools.table import is_finished
 
 ROOT = Path(__file__).parent.parent
@@ -52,8 +52,6 @@ CPU_PLAN = [
     *[f"{SMALL} --norm none {reg}" for reg in ("", f"--reg amhe {ALL}")],  # Table 4
 ]
 PLANS = {"gpu": PLAN, "cpu": CPU_PLAN}
-TRIAL = {"model": "test_resnet", "hidden_dim": "32", "batch_size": "32", "lr": "0.5"}  # where the list says nothing
-SHORT_PROBE = ["--epochs=1", "--batch_size=32"]  # the linear evaluation of a trial
 
 
 def reproduce(
@@ -63,23 +61,25 @@ def reproduce(
     plan: Annotated[Literal[*PLANS], "the paper's setting, or one for two cores"] = "gpu",
     part: Annotated[str, "2/4: only the second of four parts, for four processes side by side"] = "1/1",
     folder: Annotated[str, "the folder of the run folders"] = "runs/cifar10",
-    results: Annotated[str, "the folder that logs and table are copied to; None = --folder and -table"] | None = None,
     precision: Annotated[Literal["no", "bf16", "fp16"], "of pre-training, as accelerate's --mixed_precision"] = "no",
-    trial: Annotated[bool, "runs of 1 to 3 epochs of a tiny network, to see that the list runs through"] = False,
 ):
     """Do what is left of the list of runs, or of a part of it."""
     runs = PLANS[plan]
-    results = results or f"{folder.rstrip('/')}-table"
-    first, parts = part_of(part, len(runs))
+    results = f"{folder.rstrip('/')}-table"
+    match = re.fullmatch(r"([1-9][0-9]{0,3})/([1-9][0-9]{0,3})", part)
+    first, parts = map(int, match.groups()) if match else (1, 0)
+    if not first <= parts <= len(runs):
+        expected = f"the number of a part and how many parts there are, at most {len(runs)}, as 2/4"
+        raise InputError(f"--part {part[:40]}: expected {expected}")
     own = list(enumerate(runs, 1))[first - 1 :: parts]  # so that each part begins with what tells most
     # without a precision no variable: it also says that a launcher has set the number of threads
     environment = {} if precision == "no" else {"ACCELERATE_MIXED_PRECISION": precision}
     failed = []
     for number, words in own:
-        flags = flags_of(words, dataset, data_dir, trial)
+        flags = {"dataset": dataset, "data_dir": data_dir, "recipe": "cifar10-300", **as_typed(words)}
         run = Path(folder, name_of(words))
-        done = stages_done(run, flags, trial)
-        left = {stage: command for stage, command in commands_of(run, flags, trial).items() if stage not in done}
+        done = stages_done(run, flags)
+        left = {stage: command for stage, command in commands_of(run, flags).items() if stage not in done}
         for stage, command in left.items():
             print(f"[{number} of {len(runs)}] python {shlex.join(command)}", file=sys.stderr, flush=True)
             exit_code = run_child(command, environment if stage == "pretrain" else {})
@@ -98,25 +98,6 @@ def reproduce(
     print(f"{end}; {results}/table.md is the table of all there are", file=sys.stderr)
 
 
-def part_of(part: str, runs: int) -> tuple[int, int]:
-    """Return the numbers of a --part, 1 <= first <= second <= the number of runs. InputError for anything else."""
-    match = re.fullmatch(r"([1-9][0-9]{0,3})/([1-9][0-9]{0,3})", part)
-    if not match or not int(match[1]) <= int(match[2]) <= runs:
-        expected = f"the number of a part and how many parts there are, at most {runs}, as 2/4"
-        raise InputError(f"--part {part[:40]}: expected {expected}")
-    return int(match[1]), int(match[2])
-
-
-def flags_of(words: str, dataset: str, data_dir: str, trial: bool) -> dict[str, str]:
-    """Return the flags of a run of the list; a trial's network is tiny and it has 1 to 3 epochs."""
-    flags = {"dataset": dataset, "data_dir": data_dir, "recipe": "cifar10-300"}  # a folder would take another recipe
-    flags |= (TRIAL if trial else {}) | as_typed(words)
-    if trial:
-        epochs = int(flags["epochs"])
-        flags["epochs"] = str(epochs // 100 or min(epochs, 2))
-    return flags
-
-
 def as_typed(words: str) -> dict[str, str]:
     """Return the flags of a command line by name: "--epochs 2 --seed 1"."""
     typed = words.split()
@@ -130,17 +111,17 @@ def name_of(words: str) -> str:
     return "-".join(parts).replace(",", "+")
 
 
-def commands_of(run: Path, flags: dict[str, str], trial: bool) -> dict[str, list[str]]:
+def commands_of(run: Path, flags: dict[str, str]) -> dict[str, list[str]]:
     """Return the command of each stage of a run; a run without k-NN rows is not judged."""
     typed = [f"--{name}={value}" for name, value in flags.items()]
     commands = {"pretrain": [str(ROOT / "pretrain.py"), *typed, f"--out={run}"]}
     if flags.get("eval_every") != "0":
         commands["knn_eval"] = [str(ROOT / "knn_eval.py"), str(run / CKPT)]
-        commands["linear_eval"] = [str(ROOT / "linear_eval.py"), str(run / CKPT), *(SHORT_PROBE if trial else [])]
+        commands["linear_eval"] = [str(ROOT / "linear_eval.py"), str(run / CKPT)]
     return commands
 
 
-def stages_done(run: Path, flags: dict[str, str], trial: bool) -> set[str]:
+def stages_done(run: Path, flags: dict[str, str]) -> set[str]:
     """Return the stages that a run with these flags has behind it: none if its folder holds a run with other flags."""
     try:
         log = read_log(run)
@@ -150,7 +131,7 @@ def stages_done(run: Path, flags: dict[str, str], trial: bool) -> set[str]:
         return set()
     epochs = log.settings["epochs"]
     judged = {row["stage"] for row in log.rows if row.get("trained_epochs") == epochs and "top5" in row}
-    if log.score("linear_eval") is None and not trial:  # a trial's is short, and no score
+    if log.score("linear_eval") is None:
         judged.discard("linear_eval")
     # without a judge's row pretrain.py is asked, too: it ends at once, unless it was killed before its last checkpoint
     is_judged = judged >= {"knn_eval", "linear_eval"} or flags.get("eval_every") == "0"
@@ -161,54 +142,41 @@ def has_settings(settings: dict, flags: dict[str, str]) -> bool:
     """Whether a run has the settings that its flags, and the defaults of the others, ask for."""
     typed = [f"--{name}={value}" for name, value in flags.items()]
     wanted = cli.defaults(pretrain) | cli.read(typed, inspect.signature(pretrain).parameters)
-    for name, value in as_json(wanted).items():
-        # the set may have moved
-        if name not in (*NOT_SETTINGS, "data_dir") and value is not None and settings.get(name) != value:
-            return False
-    return True
+    idle = (*NOT_SETTINGS, "data_dir")  # the set may have moved
+    wanted = {name: value for name, value in wanted.items() if value is not None and name not in idle}
+    return is_row(settings, as_json(wanted))
 
 
 def run_child(command: list[str], environment: dict[str, str]) -> int:
-    """Run a script to its end, with these environment variables beside those of this process; return its exit code.
-
-    A signal is passed on to it, and Stopped is raised once it has ended.
-    """
+    """Run a script with these variables beside ours; return its exit code. A signal is passed on, and then Stopped."""
 
     def stop(number: int, _frame) -> None:
         raise Stopped(f"{signal.Signals(number).name}; the same command goes on", 128 + number)
 
     paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))  # a child finds the packages that we find
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment}
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        # in a session of its own, so that Ctrl-C reaches it once; leaving the block waits for its end
-        with subprocess.Popen([sys.executable, *command], env=variables, start_new_session=True) as child:
-            try:
-                return child.wait()
-            except Stopped as e:
-                child.send_signal(e.exit_code - 128)
-                raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    # in a session of its own, so that Ctrl-C reaches it once; leaving the block waits for its end
+    with subprocess.Popen([sys.executable, *command], env=variables, start_new_session=True) as child:
+        try:
+            return child.wait()
+        except Stopped as e:
+            child.send_signal(e.exit_code - 128)
+            raise
 
 
 def collect(folder: Path, results: Path, runs: list[str]) -> int:
-    """Copy the logs of all runs that have an epoch behind them, and make their table; its exit code.
-
-    Runs of the list come first, in its order.
-    """
-    listed = [folder / name_of(words) / LOG for words in runs]
-    others = sorted(set(folder.glob(f"*/{LOG}")) - set(listed))
+    """Copy the logs of the runs that have an epoch behind them, and make their table; return its exit code."""
     copies = []
-    for log in listed + others:
+    for run in (folder / name_of(words) for words in runs):
         with contextlib.suppress(InputError):
-            if any("loss" in row for row in read_log(log.parent).rows):
-                copy = results / log.parent.name / LOG
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                with write_whole(copy) as file:
-                    file.write(log.read_bytes())
-                copies.append(str(copy.parent))
+            if any("loss" in row for row in read_log(run).rows):
+                copy = results / run.name
+                copy.mkdir(parents=True, exist_ok=True)
+                with write_whole(copy / LOG) as file:  # another part may read it
+                    file.write((run / LOG).read_bytes())
+                copies.append(str(copy))
     if not copies:
         return 0
     return run_child([str(ROOT / "tools" / "figures.py"), "table", *copies, f"--out={results}"], {})
