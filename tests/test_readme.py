@@ -23,12 +23,11 @@ from tools.export import export
 from tools.figures import figures
 from tools.fingerprint import fingerprint
 from tools.reproduce import reproduce
-from tools.trial import trial
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STAGES = {f"{stage.__name__}.py": stage for stage in (pretrain, knn_eval, linear_eval)}
 STAGES |= {
-    f"tools.{stage.__name__}": stage for stage in (export, figures, bench, reproduce, trial, fingerprint, energy, embed)
+    f"tools.{stage.__name__}": stage for stage in (export, figures, bench, reproduce, fingerprint, energy, embed)
 }
 
 

@@ -6,8 +6,7 @@
     reproduce    the paper's runs on CIFAR-10, one after the other, stopped and continued at any point
     export       a trained encoder as a folder for the Hugging Face Hub, with its model card
     bench        what each part costs beside what a user would otherwise use
-    trial        runs that are killed at random moments and have to end in the same bits
-    fingerprint  digests of what six short runs compute, to compare before and after a change of the code
+    fingerprint  digests of what six short runs compute, to compare before and after a change; or runs that are killed
 
 paper_tables.csv is the one copy of the paper's numbers.
 """
