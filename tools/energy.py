@@ -30,19 +30,14 @@ from regularizers import ZERO, energy_of, unit
 Weights = dict[str, Tensor]  # (N, ...), by the names of their layers
 LeftOut = dict[str, list[str]]  # names, by the reason
 
-SUMMED = ("uniform", "energy", "before", "after", "difference")  # columns that the last row has
+SUMMED = ("uniform", "energy", "before energy", "after energy", "difference")  # columns that the last row has
 
-# Names of what has two dimensions or more and is no layer of neurons. The first three are looked for in the whole name,
+# Names of what has two dimensions or more and is no layer of neurons. The first two are looked for in the whole name,
 # the others in its last part before .weight, because the layers of an embedding's network have neurons.
 OPTIMIZER = re.compile(r"(^|\.)(optim\w*|exp_avg\w*|momentum_buffer)(\.|$)")
-ADAPTER = re.compile(r"(^|[._])(lora|oft|boft|hada|lokr)_", re.I)
-PARAMETRIZATION = re.compile(r"(^|\.)parametrizations\.|weight_[gv]$")
+PART = re.compile(r"(^|[._])((?i:lora|oft|boft|hada|lokr)_|parametrizations\.)|weight_[gv]$")
 EMBEDDING = re.compile(r"embed|token|(^|_)emb(_|$)|^w[tp]e$|rel_pos|relative_position")
 NO_WEIGHT = re.compile(r"bias|norm|mask|^ln|^bn")
-WEIGHT_NORM = {  # what stands for .weight: the lengths g of the neurons and, of any length, their directions v
-    "parametrizations.weight.original0": "parametrizations.weight.original1",
-    "weight_g": "weight_v",  # before torch 2.0
-}
 
 
 def energy(
@@ -63,10 +58,14 @@ def energy(
     contents = [read_weights(path, prefix) for path in files]
     rows = []
     for name in tqdm(common_layers(files, contents), unit="layer", disable=None):
-        weights = [weights_of_file[name] for weights_of_file, _ in contents]
-        row = {"layer": name, "neurons": len(weights[0]), "dims": weights[0][0].numel()}
+        first = contents[0][0][name]
+        row = {"layer": name, "neurons": len(first), "dims": first[0].numel()}
         row["uniform"] = uniform_energy(row["dims"], s, angular)
-        rows.append(row | compared([measure(weight.to(device), s, angular) for weight in weights]))
+        for when, (weights, _) in zip(("before ", "after ") if len(files) == 2 else ("",), contents):
+            row[f"{when}energy"], row[f"{when}closest"] = measure(weights[name].to(device), s, angular)
+        if len(files) == 2:
+            row["difference"] = row["after energy"] - row["before energy"]
+        rows.append(row)
     sums = {column: math.fsum(row[column] for row in rows) for column in SUMMED if column in rows[0]}
     rows.append({"layer": "sum", **sums})
     if json:
@@ -81,18 +80,12 @@ def energy(
     print(*table_lines(rows), sep="\n")
 
 
-# ---- Which layers there are ------------------------------------------------------------------------------------------
-
-
 def read_weights(path: str, prefix: str | None) -> tuple[Weights, LeftOut]:
-    """Return the weights of a file, and the names of what else has two dimensions or more. InputError without a weight.
-
-    Neither holds the state of a run, such as momentum, whose names have a slash in our files alone.
-    """
+    """Return the weights of a file, and the names of what else has two dimensions or more. InputError for no weight."""
     tensors, header = read_tensors(weights_file(path))
-    is_of_a_run = description_in(header)
+    is_of_a_run = description_in(header)  # where a slash in a name says that it is state, such as momentum
     weights, left_out = {}, {}
-    for name, tensor in with_weight_norm(tensors).items():
+    for name, tensor in tensors.items():
         is_state = is_of_a_run and "/" in name
         if tensor.ndim < 2 or is_state or not name.startswith(prefix or ""):
             continue
@@ -108,29 +101,13 @@ def read_weights(path: str, prefix: str | None) -> tuple[Weights, LeftOut]:
     return weights, left_out
 
 
-def with_weight_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put a weight of torch's weight_norm over neurons, g v / ||v||, in place of its two parts."""
-    found = dict(tensors)
-    for name, g in tensors.items():
-        for g_name, v_name in WEIGHT_NORM.items():
-            module = name.removesuffix(g_name)
-            v = tensors.get(module + v_name)
-            if module != name and v is not None and g.shape == v.shape[:1] + (1,) * (v.ndim - 1):
-                lengths = v.flatten(1).norm(dim=1).view_as(g)
-                found[f"{module}weight"] = v * (g / lengths)
-                del found[name], found[module + v_name]
-    return found
-
-
 def why_no_layer(name: str, tensor: Tensor) -> str:
     """Say why a tensor of two dimensions or more is no layer of neurons; nothing if it is one."""
     module = name.removesuffix(".weight").rpartition(".")[2]
     if OPTIMIZER.search(name):
         return "state of an optimizer"
-    if ADAPTER.search(name):
-        return "an adapter that is not merged into its weight"
-    if PARAMETRIZATION.search(name):
-        return "a part of a parametrized weight, by a rule that the file does not hold"
+    if PART.search(name):
+        return "a part of a weight: of an adapter, or of a parametrization"
     if EMBEDDING.search(module) and tensor.ndim < 4:  # patch_embed may be a convolution
         return "an embedding"
     if NO_WEIGHT.search(module):
@@ -160,15 +137,9 @@ def common_layers(files: tuple[str, ...], contents: list[tuple[Weights, LeftOut]
     return common
 
 
-# ---- What is measured ------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def measure(weight: Tensor, s: float, angular: bool) -> tuple[float, float]:
-    """Return the energy of the neurons of a weight (N, ...), and the angle of the closest pair in degrees.
-
-    Rows of zeros have no direction, and no part in either.
-    """
+    """Return energy and closest angle of the neurons of a weight (N, ...). Rows of zeros have no direction: no part."""
     neurons = unit(weight.flatten(1).double())
     neurons = neurons[neurons.any(1)]
     energies = energy_of({"neurons": neurons}, s, angular)
@@ -184,16 +155,6 @@ def closest_angle(neurons: Tensor) -> float:
     x, y = neurons[row], neurons[rows[row, column]]
     angle = 2 * torch.atan2((x - y).norm(), (x + y).norm())  # arccos would lose the digits of a small angle
     return math.degrees(angle)
-
-
-def compared(measured: list[tuple[float, float]]) -> dict:
-    """Return the columns of a layer, measured in one file or in two."""
-    (before, closest), *others = measured
-    if not others:
-        return {"energy": before, "closest": closest}
-    ((after, closest_after),) = others
-    row = {"before": before, "after": after, "difference": after - before}
-    return row | {"closest before": closest, "closest after": closest_after}
 
 
 def uniform_energy(d: int, s: float, angular: bool) -> float:
