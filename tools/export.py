@@ -22,7 +22,7 @@ from torch import Tensor
 import models
 from harness import checkpoint
 from harness.settings import Settings, formula
-from lib import cli, processes
+from lib import cli
 from lib.errors import InputError
 from lib.files import CONFIG, WEIGHTS
 from lib.log import PLACES
@@ -76,15 +76,15 @@ by `{command}`, with {versions}.
 def export(
     run: Annotated[str, "folder that pretrain.py made"],
     *,
-    to: Annotated[str, "folder to write; it must be new, or empty"] | None = None,
+    to: Annotated[str, "folder to write; it must be new"] | None = None,
     license: Annotated[str, "of the weights, by the Hub's short name: mit, apache-2.0, cc-by-nc-4.0, other"] = LICENSE,
 ):
     """Write the encoder of a run with its model card into a folder."""
     if to is None:
         raise InputError("--to is missing: name a new folder")
     folder = Path(os.path.abspath(os.path.expanduser(to)))
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"--to {to}: is not an empty folder; name a new one")
+    if os.path.lexists(folder):
+        raise InputError(f"--to {to}: is already there; name a new folder")
     log = read_log(Path(run))
     if not Path(run, WEIGHTS).is_file():
         raise InputError(f"{run}: holds no {WEIGHTS}; a run writes it at the end of its first epoch")
@@ -93,9 +93,6 @@ def export(
     config = Path(run, CONFIG)
     text = card(Path(run).resolve().name, log, description, config.is_file(), license)
     write_folder(folder, tensors, description, config, text)
-    done, epochs = description["epoch"], description["settings"]["epochs"]
-    if done < epochs:
-        processes.say(f"{run}: its training is not finished, {done} of {epochs} epochs are done; the card says so")
     print(f"{to}: {', '.join(sorted(os.listdir(folder)))}; licence of the weights: {license}")
     print(f"hf upload NAME {shlex.quote(to)}  # NAME: user/repository")
 
@@ -119,8 +116,6 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], description: dict, co
         if config.is_file():
             shutil.copy(config, temporary)
         (temporary / "README.md").write_text(text, errors="backslashreplace")
-        if folder.exists():
-            folder.rmdir()  # it is empty
         temporary.rename(folder)
     except OSError as e:
         raise InputError(f"--to {folder}: cannot be written ({e})") from e
@@ -128,18 +123,12 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], description: dict, co
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-# ---- The card --------------------------------------------------------------------------------------------------------
-
-
 def card(name: str, log: RunLog, description: dict, is_timms: bool, license: str) -> str:
     """Write the model card of an encoder."""
     settings, view, task = description["settings"], description["view"], "image-feature-extraction"
-    metadata = ModelCardData(
-        license=license,
-        library_name="timm" if is_timms else None,
-        pipeline_tag=task,
-        tags=[task, "self-supervised-learning", settings["method"]],
-    )
+    tags = [task, "self-supervised-learning", settings["method"]]
+    library = "timm" if is_timms else None
+    metadata = ModelCardData(license=license, library_name=library, pipeline_tag=task, tags=tags)
     cfg = Settings(**{field: settings[field] for field in Settings.__dataclass_fields__})
     with torch.device("meta"):
         network = checkpoint.build_described("checkpoint", settings)
@@ -166,10 +155,8 @@ def scores(log: RunLog) -> list[str]:
     rows = {}
     knn, linear = log.score_row("knn_eval"), log.score_row("linear_eval")
     if knn:
-        vote = (
-            "weighted vote of the 20 nearest neighbours (cosine, temperature 0.07) in the training set, on the test set"
-        )
-        rows[vote] = knn
+        vote = "weighted vote of the 20 nearest neighbours (cosine, temperature 0.07) in the training set"
+        rows[f"{vote}, on the test set"] = knn
         for row in log.rows:
             # rows of pretrain.py leave out columns, which then count as equal
             is_of_one_vote = all(row.get(name, knn.get(name)) == knn.get(name) for name in PROTOCOL)
