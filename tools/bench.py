@@ -29,7 +29,7 @@ from typing import Annotated, NamedTuple
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from skimage.data import astronaut, coffee, hubble_deep_field, retina
+from skimage.data import astronaut, coffee, hubble_deep_field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models import resnet18
@@ -52,9 +52,6 @@ from regularizers import alignment, amhe, energy_by_definition, mhe
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 HEADS = ((4096, 512), (256, 4096), (4096, 256), (256, 4096))  # weights of projector and predictor, Section 3.6
 COLUMNS = ("row", "what", "ours", "against", "theirs", "ratio", "to reach", "MB ours")
-PEERS = "lightly faiss-cpu scikit-learn"  # packages that rows are compared with, and that nothing else needs
-VIEWS = ((32, 32, 1000, 0.0), (256, 224, 20, 1.0))  # pixels before and after, images, probability of blur
-LBFGS_STEPS = 400
 
 
 class Contest(NamedTuple):
@@ -90,7 +87,7 @@ def bench(
                 cells = compare(contest, accelerator.device, seconds)
                 print(f"| {name} | {' | '.join(cells)} |", flush=True)
         except ModuleNotFoundError as e:
-            processes.say(f"{name}: a comparison is left out, {e}: pip install {PEERS}")
+            processes.say(f"{name}: a comparison is left out, {e}: pip install lightly faiss-cpu scikit-learn")
         accelerator.free_memory()
 
 
@@ -146,9 +143,6 @@ def resident(key: str) -> int:
     return 1024 * int(kilobytes)
 
 
-# ---- Energies --------------------------------------------------------------------------------------------------------
-
-
 def energy(accelerator: Accelerator) -> Iterator[Contest]:
     """Forward and backward pass over the paper's heads."""
     weights = [torch.randn(shape, device=accelerator.device).requires_grad_() for shape in HEADS]
@@ -156,21 +150,12 @@ def energy(accelerator: Accelerator) -> Iterator[Contest]:
     def through(f: Callable, *arguments) -> Callable:
         return lambda: torch.autograd.grad(sum(f(w, *arguments) for w in weights), weights)
 
-    @torch.no_grad()
-    def products() -> None:
-        for w in weights:
-            (w @ w.T) @ w
-
     for f, angular in ((amhe, True), (mhe, False)):
         for s in (2, 1, 0):
             ours = through(f, s)
             definition = through(energy_by_definition, s, angular)
             what = f"{f.__name__}, s = {s}, of the heads' four layers"
             yield Contest(what, ours, "its three lines under autograd", definition, ">= 3.5", allowed=64)
-            yield Contest(what, ours, "two N x N x d products a layer", products, "<= 1.5", allowed=64)
-
-
-# ---- Training steps --------------------------------------------------------------------------------------------------
 
 
 def trainer(accelerator: Accelerator, batch_size: int, **flags) -> tuple[Training, Callable]:
@@ -193,10 +178,8 @@ def trainer(accelerator: Accelerator, batch_size: int, **flags) -> tuple[Trainin
 
 
 def step(accelerator: Accelerator) -> Iterator[Contest]:
-    """What a step takes beside its networks, and what the regularizer adds to it: the paper's ResNet-18 and heads.
-
-    As in a run, a GPU still computes one step while the next one is launched.
-    """
+    """What a step takes beside its networks, and what the regularizer adds to it: the paper's ResNet-18 and heads."""
+    # as in a run, a GPU still computes one step while the next one is launched
     batch_size, n, added = (1024, 8, "<= 1.02") if accelerator.device.type == "cuda" else (256, 1, "<= 1.06")
     flags = {"stem": "cifar", "hidden_dim": 4096}
     training, whole_step = trainer(accelerator, batch_size, **flags)
@@ -237,8 +220,8 @@ def step_peer(accelerator: Accelerator) -> Iterator[Contest]:
     optimizer = torch.optim.SGD([*online.parameters(), *predictor.parameters()], lr=0.06)
     criterion = NegativeCosineSimilarity()
     collate = functools.partial(pairs_of_views, BYOLView1Transform(input_size=32, gaussian_blur=0))
-    in_workers = {"collate_fn": collate, "num_workers": processes.cores(), "persistent_workers": True}
-    loader = DataLoader(pictures, batch_size, shuffle=True, drop_last=True, **in_workers)
+    workers = {"num_workers": processes.cores(), "persistent_workers": True, "collate_fn": collate}
+    loader = DataLoader(pictures, batch_size, shuffle=True, drop_last=True, **workers)
 
     def theirs() -> None:
         for views in loader:
@@ -252,9 +235,6 @@ def step_peer(accelerator: Accelerator) -> Iterator[Contest]:
 
     goal = ">= 3" if accelerator.device.type == "cuda" else ">= 1"
     yield Contest(f"{steps} steps of {batch_size}, 32 pixels", ours, "lightly's BYOL", theirs, goal)
-
-
-# ---- Views and pictures ----------------------------------------------------------------------------------------------
 
 
 def pairs_of_views(transform: Callable, pictures: list[Image.Image | Tensor]) -> Tensor:
@@ -278,7 +258,7 @@ def views(_: Accelerator) -> Iterator[Contest]:
     patches = data.load("photos").train.images
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for side, size, n, blur_p in VIEWS:
+    for side, size, n, blur_p in ((32, 32, 1000, 0.0), (256, 224, 20, 1.0)):
         images = resize(patches[:: len(patches) // n][:n], [side, side], antialias=True)
         ours = functools.partial(our_views, images, size, blur_p)
         jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8)
@@ -301,9 +281,7 @@ def our_views(images: Tensor, size: int, blur_p: float) -> None:
 def stream(accelerator: Accelerator, n: int = 3000) -> Iterator[Contest]:
     """Crops of pictures in files, by as many worker processes as there are cores."""
     size, batch_size = 224, 100
-    photographs = [
-        Image.fromarray(load()).resize((500, 375)) for load in (astronaut, coffee, retina, hubble_deep_field)
-    ]
+    photographs = [Image.fromarray(photo()).resize((500, 375)) for photo in (astronaut, coffee, hubble_deep_field)]
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"{folder}/{i:05}.jpg" for i in range(n)]
         for i, path in enumerate(paths):
@@ -322,9 +300,6 @@ def stream(accelerator: Accelerator, n: int = 3000) -> Iterator[Contest]:
 
         what = f"{n:,} JPEGs of 500 x 375 pixels, two crops to {size}"
         yield Contest(what, ours, "torchvision: decode, crop and flip twice", theirs, ">= 0.9")
-
-
-# ---- Judges ----------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -373,6 +348,7 @@ def linear(accelerator: Accelerator) -> Iterator[Contest]:
     """The linear probe on cached features. Of both sides the accuracy stands in the row."""
     from sklearn.linear_model import LogisticRegression
 
+    steps = 400
     train, test = features(accelerator)
     encoder = SimpleNamespace(num_features=train.x.shape[1])
     images = SimpleNamespace(classes=train.labels.unique())
@@ -383,11 +359,11 @@ def linear(accelerator: Accelerator) -> Iterator[Contest]:
             return linear_eval.fit(judged, train, {0.2: {}}, epochs=80, batch_size=100, weight_decay=0.0, seed=0)[0.2]
 
     def theirs() -> LogisticRegression:
-        return LogisticRegression(max_iter=LBFGS_STEPS).fit(*(part.numpy(force=True) for part in train))
+        return LogisticRegression(max_iter=steps).fit(*(part.numpy(force=True) for part in train))
 
     top1 = 100 * (ours()(test.x).argmax(1) == test.labels).float().mean()
     score = 100 * theirs().score(*(part.numpy(force=True) for part in test))
-    against = f"scikit-learn, {LBFGS_STEPS} steps of L-BFGS, top-1 {score:.1f}"
+    against = f"scikit-learn, {steps} steps of L-BFGS, top-1 {score:.1f}"
     yield Contest(f"80 epochs, 50,000 x 512, top-1 {top1:.1f}", ours, against, theirs, ">= 1")
 
 
