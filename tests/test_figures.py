@@ -308,7 +308,7 @@ def test_neighbours_of_pictures_in_files(drawn, trained, folder, tmp_path, monke
         ("knn silent", "no run has a row with top1"),
         ("batch run silent", "batch: not all runs have been judged"),
         ("batch run", "batch: takes runs that differ in --accumulate"),
-        ("knn run --out run/metrics.jsonl", "--out run/metrics.jsonl: cannot be written"),
+        ("knn run --out run/metrics.jsonl", "run/metrics.jsonl/knn.png: cannot be written"),
         ("knn run run", "run and run have the same settings and seed; name one"),
         ("dynamics run chord", "energies by the angle at s = 2 and by the chord at s = 2 do not compare"),
         ("knn run --data_dir x", "--data_dir x: has no effect on knn"),

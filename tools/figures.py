@@ -93,11 +93,11 @@ def figures(
 def refuse_idle_arguments(name: str, runs: tuple[str, ...], dataset: str | None, data_dir: str | None) -> None:
     """Raise InputError for arguments that a figure does not take, and for those that it lacks."""
     rules = {
-        "views": ("--dataset and no runs", bool(dataset) and not runs),
+        "views": ("--dataset and no runs", dataset and not runs),
         "paper": ("no runs and no --dataset", not runs and not dataset),
         "neighbours": ("one run folder, or a checkpoint in it", len(runs) == 1),
     }
-    takes, is_right = rules.get(name, ("run folders", bool(runs) and not dataset))
+    takes, is_right = rules.get(name, ("run folders", runs and not dataset))
     if not is_right:
         raise InputError(f"{name}: takes {takes}")
     takes_place = name in ("circle", "views", "neighbours") and not (dataset and has_no_data_dir(dataset))
@@ -108,30 +108,19 @@ def refuse_idle_arguments(name: str, runs: tuple[str, ...], dataset: str | None,
 def save_figure(figure, stem: Path) -> None:
     """Write PNG and SVG of a figure, and print their names. InputError if they cannot be written."""
     figure.set_layout_engine("constrained")
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in ("png", "svg"):
-            path = Path(f"{stem}.{suffix}")
-            with write_whole(path) as file:
-                figure.savefig(file, format=suffix, dpi=200)
-            print(path)
-    except OSError as e:
-        raise InputError(f"--out {stem.parent}: cannot be written ({e.strerror})") from e
-    finally:
-        plt.close(figure)
+    for suffix in ("png", "svg"):
+        path = Path(f"{stem}.{suffix}")
+        with write_whole(path) as file:
+            figure.savefig(file, format=suffix, dpi=200)
+        print(path)
+    plt.close(figure)
 
 
-# ---- Curves ----------------------------------------------------------------------------------------------------------
-
-Panel = tuple[str, str | None, str]  # a column of the log, the kind of row it stands in, and what it is
-
-
-def curves(runs: list[RunLog], panels: list[Panel], per_epoch: bool = False):
-    """Draw a panel for each column of the logs, with one line a group of seeds, under one legend."""
+def curves(runs: list[RunLog], panels: list[tuple[str, str | None, str]], per_epoch: bool = False):
+    """Draw a panel for each column of the logs: its name, the kind of row it stands in, and what it is."""
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    size = (max(4.5, 3 * columns), 2.6 * rows + 1)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(max(4.5, 3 * columns), 2.6 * rows + 1), squeeze=False)
     for axis, panel in zip(axes.flat, panels):
         draw_lines(axis, runs, *panel, per_epoch)
     for axis in axes.flat[len(panels) :]:
@@ -151,13 +140,10 @@ def draw_lines(axis, runs: list[RunLog], key: str, of: str | None, name: str, pe
             continue
         epoch_of = {row["step"]: row["epoch"] for row in group[0].rows if "step" in row}
         x = [epoch_of[step] for step in steps] if per_epoch else steps
-        points = [mean_and_std([values[step] for values in series]) for step in steps]
-        mean = [m for m, _ in points]
-        low = [m - std for m, std in points]
-        high = [m + std for m, std in points]
+        mean, std = np.array([mean_and_std([values[step] for values in series]) for step in steps]).T
         marker = "o" if len(steps) == 1 else None  # a line of one point would be invisible
         axis.plot(x, mean, color=colour, linestyle=dash, marker=marker, label=label)
-        axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
     if not axis.lines:
         raise InputError(f"no run has a row with {key}; pretrain.py writes it every --eval_every epochs")
     axis.set_xlabel("epoch" if per_epoch else "iteration")
@@ -200,8 +186,7 @@ def rank(runs: list[RunLog]):
 
 def batch(runs: list[RunLog]):
     """Draw Figure 8: loss of accuracy when micro-batches shrink, by the linear evaluation if all have it, else k-NN."""
-    scores_by_judge = {judge: [run.score(stage) for run in runs] for judge, stage in JUDGES.items()}
-    judges = [judge for judge, scores in scores_by_judge.items() if None not in scores]
+    judges = [judge for judge, stage in JUDGES.items() if all(run.score(stage) is not None for run in runs)]
     if not judges:
         raise InputError("batch: not all runs have been judged; run linear_eval.py, or knn_eval.py, on each")
     figure, axis = plt.subplots(figsize=(4.5, 3.2))
@@ -229,17 +214,13 @@ def batch(runs: list[RunLog]):
     return figure
 
 
-# ---- Circles ---------------------------------------------------------------------------------------------------------
-
-
 def circle(runs: list[RunLog], data_dir: str | None = None):
     """Draw Figures 3 and 7: projections of the test set on the circle, the first run's untrained network in front."""
+    columns = []
     for run in runs:
         out_dim = run.settings["out_dim"]
         if out_dim != 2:
             raise InputError(f"{run.folder}: projects to {out_dim} dimensions; a circle takes pretrain.py --out_dim 2")
-    columns = []
-    for run in runs:
         network, description = load_network(run.folder / CKPT)
         columns.append((score_title(run), network, description["view"]))
     images = open_images(description, None, data_dir, skip_broken=False)
@@ -249,7 +230,7 @@ def circle(runs: list[RunLog], data_dir: str | None = None):
     columns.insert(0, ("untrained\n", untrained, columns[0][2]))
     classes = images.test.labels.unique()[:3].tolist()
     rows = ["all classes", "density of the angle", *(images.classes[label] for label in classes)]
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=(2.2 * len(columns), 10), squeeze=False)
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=(2.2 * len(columns), 10))
     for axis, label in zip(axes[:, 0], rows):
         axis.set_ylabel(label, fontsize=8)
     for (everything, density, *by_class), (title, network, view) in zip(axes.T, columns):
@@ -257,7 +238,10 @@ def circle(runs: list[RunLog], data_dir: str | None = None):
         z = nn.functional.normalize(models.embed(pair, data.evaluation_views(images.test, **view)))
         everything.set_title(title, fontsize=8)
         draw_plane(everything, z)
-        draw_angles(density, z)
+        density.fill_between(ANGLES.numpy(), angle_density(z), color="#0072B2", linewidth=0)
+        density.set_xticks([-math.pi, 0, math.pi], ["-π", "0", "π"])
+        density.set_ylim(bottom=0)
+        density.spines[["top", "right"]].set_visible(False)
         for axis, label in zip(by_class, classes):
             draw_plane(axis, z[images.test.labels == label])
     return figure
@@ -282,14 +266,6 @@ def draw_plane(axis, z: Tensor) -> None:
     axis.set_yticks([])
 
 
-def draw_angles(axis, z: Tensor) -> None:
-    """Draw the density of the angles of points on the unit circle."""
-    axis.fill_between(ANGLES.numpy(), angle_density(z), color="#0072B2", linewidth=0)
-    axis.set_xticks([-math.pi, 0, math.pi], ["-π", "0", "π"])
-    axis.set_ylim(bottom=0)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
 def plane_density(z: Tensor) -> np.ndarray:
     """Estimate the density of samples z (n, 2) on the grid of all y and x of GRID, by Gaussians."""
     along_x, along_y = (norm.pdf(GRID, z[:, i : i + 1], WIDTH) for i in range(2))
@@ -302,15 +278,10 @@ def angle_density(z: Tensor) -> np.ndarray:
     return vonmises.pdf(ANGLES, KAPPA, angles[:, None]).mean(0)
 
 
-# ---- Views -----------------------------------------------------------------------------------------------------------
-
-
 def contact_sheet(images: data.Dataset, n: int = 8, pairs: int = 3):
     """Draw images of a data set, a row each: the central square, the evaluation view, and pairs of the two views."""
-    last = len(images.train.labels) - 1
-    rows = torch.linspace(0, last, n).long()
-    sample = images.train.rows(rows)
-    sample = data.Split(sample.images, torch.arange(n))  # labels that tell which image a view is of
+    rows = torch.linspace(0, len(images.train.labels) - 1, n).long()
+    sample = data.Split(images.train.rows(rows).images, torch.arange(n))  # labels that tell which image a view is of
     plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
     columns = []
     for crop in (1.0, data.EVAL_CROP):
@@ -320,8 +291,7 @@ def contact_sheet(images: data.Dataset, n: int = 8, pairs: int = 3):
         views = data.two_views(crops, u, **plain, blur_p=images.blur_p, solarise_p=images.solarise_p)
         columns += [view[order.argsort()] for view in views]
     titles = ["image", "evaluation", *["view 1", "view 2"] * pairs]
-    size = (len(columns), n)
-    figure, axes = plt.subplots(n, len(columns), figsize=size, squeeze=False)
+    figure, axes = plt.subplots(n, len(columns), figsize=(len(columns), n), squeeze=False)
     for column, pictures, title in zip(axes.T, columns, titles):
         column[0].set_title(title, fontsize=7)
         for axis, picture in zip(column, pictures):

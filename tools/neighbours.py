@@ -45,10 +45,7 @@ class Sheet:
 
 
 def neighbours(run: str, dataset: str | None = None, data_dir: str | None = None):
-    """Draw queries and their neighbours by the encoder of a run, named by its folder or by what judges take of it.
-
-    Returns the figure and the name of the run, which is the same for all of these. InputError as from the judges.
-    """
+    """Draw queries and their neighbours by the encoder of a run; return the figure, and the name of the run."""
     return draw_sheet(find_neighbours(run, dataset, data_dir)), name_of_weights(run)
 
 
@@ -76,20 +73,17 @@ def find_neighbours(ckpt: str, dataset: str | None, data_dir: str | None) -> She
 
 def draw_queries(labels: Tensor, n: int) -> Tensor:
     """Draw up to n rows of labels by a fixed seed: one of each class, then a second of each; return them by class."""
-    generator = torch.Generator().manual_seed(0)
-    order_in_class = torch.randperm(len(labels), generator=generator)
-    rows, place_in_class = data.by_class(labels, order_in_class)
-    order_of_classes = torch.randperm(len(labels), generator=generator)  # so that of many, not the first n are drawn
-    first_places = place_in_class[order_of_classes].argsort(stable=True)[:n]
-    drawn = rows[order_of_classes[first_places]]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    places = torch.empty_like(labels)  # of each image in its class, by that order
+    for label in labels.unique():
+        rows = order[labels[order] == label]
+        places[rows] = torch.arange(len(rows))
+    drawn = order[places[order].argsort(stable=True)[:n]]
     return drawn[labels[drawn].argsort(stable=True)]
 
 
 def draw_sheet(sheet: Sheet):
-    """Draw a row for each query: its picture, then its neighbours, each with its cosine.
-
-    A frame says whether the class of a neighbour is the query's, and a wrong one stands below.
-    """
+    """Draw a row for each query: its picture, then its neighbours, framed by whether their class is the query's."""
     m, k = sheet.cosines.shape
     widths = [1, 0.2, *[1] * k]  # the second column is a gap
     size = (0.9 * sum(widths), 1.1 * m + 0.6)
@@ -99,10 +93,10 @@ def draw_sheet(sheet: Sheet):
     query_pixels, pixels = pixels_of(sheet.queries, sheet.view), pixels_of(sheet.neighbours, sheet.view)
     for i, (query, gap, *others) in enumerate(axes):
         gap.set_axis_off()
-        draw_picture(query, query_pixels[i], class_name(sheet, sheet.queries.labels[i]))
+        draw_picture(query, query_pixels[i], sheet.classes[sheet.queries.labels[i]][:LONGEST_NAME])
         for j, axis in enumerate(others):
             is_right = sheet.is_right[i, j]
-            wrong_class = " " if is_right else class_name(sheet, sheet.neighbours.labels[i * k + j])
+            wrong_class = " " if is_right else sheet.classes[sheet.neighbours.labels[i * k + j]][:LONGEST_NAME]
             draw_picture(axis, pixels[i * k + j], f"{sheet.cosines[i, j]:.3f}\n{wrong_class}")
             axis.spines[:].set_visible(True)
             axis.spines[:].set(color=RIGHT if is_right else WRONG, linewidth=2.5)
@@ -122,9 +116,3 @@ def pixels_of(split: data.Split, view: dict) -> Tensor:
     """Return the evaluation views of a split, (n, 3, size, size), as pixels in [0, 1]."""
     plain = view | {"mean": (0, 0, 0), "std": (1, 1, 1)}
     return torch.cat(list(data.evaluation_views(split, **plain)))
-
-
-def class_name(sheet: Sheet, label: Tensor) -> str:
-    """Return the name of a class, cut to fit."""
-    name = sheet.classes[label]
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
