@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, ROWS
 from packaging.version import Version
 
@@ -124,3 +125,10 @@ def test_constraints_name_a_version_of_each_requirement():
     assert lowest.keys() <= pinned.keys()
     for package, version in pinned.items():
         assert Version(version) >= Version(lowest.get(package) or "0"), package
+
+
+def test_one_citation_everywhere():
+    bibtex = (ROOT / "README.md").read_text().partition("~~~bibtex\n")[2]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in cited["authors"])
+    assert [f"{{{value}}}" in bibtex for value in (cited["title"], authors, cited["year"])] == [True] * 3

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -56,11 +55,8 @@ def test_list_goes_on_where_it_stopped(typed, shell, folder, tmp_path, monkeypat
     words = ["--dataset", folder, "--precision", "bf16", "--folder", "r"]
     code, _, err = shell(reproduce.reproduce, *words)
     assert code == 2 and err.splitlines()[-1].endswith("by the same command: r/cpu-epochs-1-seed-1 (exit code 1)")
-    expected = ["pretrain", "figures", "pretrain", "figures", "pretrain", "knn_eval", "linear_eval", "figures"]
-    assert stages(typed) == expected
+    assert " ".join(stages(typed)) == "pretrain figures pretrain figures pretrain knn_eval linear_eval figures"
     assert all((how == {"ACCELERATE_MIXED_PRECISION": "bf16"}) == (name == "pretrain") for name, _, how in typed)
-    found = {path.parent.name for path in Path("r-table").glob("*/metrics.jsonl")}
-    assert found == {"cpu-epochs-2-eval_every-0", "cpu-epochs-1-seed-1", "cpu-epochs-1"}
     rows = [json.loads(line) for line in Path("r-table/cpu-epochs-1/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["settings"]["epochs"] == 1 and rows[-1]["stage"] == "linear_eval" and rows[-1]["epochs"] == 80
     assert Path("r-table/table.md").read_text().count("| BYOL, epochs ") == 2
@@ -82,7 +78,7 @@ def test_list_goes_on_where_it_stopped(typed, shell, folder, tmp_path, monkeypat
 def test_a_signal_is_passed_on_and_awaited(tmp_path):
     stage, ended = tmp_path / "stage.py", tmp_path / "ended"
     stage.write_text(
-        "import pathlib, signal, sys, time, a_package, lib.errors\n"
+        "import pathlib, signal, sys, time, lib.errors\n"
         "def finish(*_):\n"
         "    time.sleep(0.5)\n"
         f"    pathlib.Path({str(ended)!r}).touch()\n"
@@ -91,14 +87,10 @@ def test_a_signal_is_passed_on_and_awaited(tmp_path):
         "print('ready', flush=True)\n"
         "time.sleep(60)\n"
     )
-    packages = tmp_path / "packages"  # a child finds what its parent finds
-    packages.mkdir()
-    (packages / "a_package.py").touch()
-    environment = {**os.environ, "PYTHONPATH": str(packages)}
     code = "from lib import cli\nfrom tools import reproduce\n"
     code += f"def stage():\n    reproduce.run_child([{str(stage)!r}], {{}})\ncli.run(stage)"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes)
+    driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
     assert driver.stdout.readline() == b"ready\n"
     driver.send_signal(signal.SIGTERM)
     _, err = driver.communicate(timeout=30)
@@ -113,14 +105,13 @@ def test_a_run_stays_done_where_its_set_has_moved():
 
 def test_parts_share_the_list_out(typed, shell, folder, monkeypatch):
     """Two of two do each run once; the last table has both."""
-    monkeypatch.setitem(
-        reproduce.PLANS, "cpu", [f"{TINY} --epochs 1 --reg {reg}" for reg in ("none", "mhe", "uniform")]
-    )
+    runs = [f"{TINY} --epochs 1 --reg {reg}" for reg in ("none", "mhe", "uniform")]
+    monkeypatch.setitem(reproduce.PLANS, "cpu", runs)
     words = ["--plan", "cpu", "--dataset", folder, "--folder", "r"]
     code, _, err = shell(reproduce.reproduce, *words, "--part", "2/2")
     assert code == 0 and stages(typed) == ["pretrain", "knn_eval", "linear_eval", "figures"]
-    assert all(how == {} for *_, how in typed)  # without --precision no run takes itself for launched
     assert "[2 of 3] python" in err and "--reg=mhe" in typed[0][1]
+    assert typed[0][2] == {}  # without --precision no run takes itself for launched
     assert err.splitlines()[-1] == "part 2/2 is done, 1 of 3 runs; r-table/table.md is the table of all there are"
     typed.clear()
     assert shell(reproduce.reproduce, *words, "--part", "1/2")[0] == 0
@@ -128,24 +119,17 @@ def test_parts_share_the_list_out(typed, shell, folder, monkeypatch):
     assert Path("r-table/table.md").read_text().count("| BYOL") == 3
     typed.clear()
     assert shell(reproduce.reproduce, *words)[0] == 0 and typed == []
-
-
-@pytest.mark.parametrize("part", ["0/2", "3/2", "½/2", "1/30"])
-def test_a_part_is_two_numbers(shell, part):
-    code, _, err = shell(reproduce.reproduce, "--part", part)
-    assert code == 2
-    expected = "the number of a part and how many parts there are, at most 29, as 2/4"
-    assert err == f"reproduce.py: --part {part}: expected {expected}\n"
+    for part in ("0/2", "3/2", "½/2", "1/4"):
+        expected = f"--part {part}: expected the number of a part and how many parts there are, at most 3, as 2/4\n"
+        assert shell(reproduce.reproduce, *words, "--part", part)[2].endswith(expected)
 
 
 @pytest.mark.parametrize("plan, runs", [("gpu", 29), ("cpu", 19)])
 def test_every_run_of_a_list_is_one_of_pretrain(plan, runs):
     """Its flags exist and go together, and no two runs share a folder."""
-    names = [reproduce.name_of(words) for words in reproduce.PLANS[plan]]
-    assert len(names) == len(set(names)) == runs
-    parameters = inspect.signature(pretrain).parameters
     defaults = cli.defaults(pretrain)
+    assert len({reproduce.name_of(words) for words in reproduce.PLANS[plan]}) == len(reproduce.PLANS[plan]) == runs
     for words in reproduce.PLANS[plan]:
-        flags = cli.read(words.split(), parameters)
+        flags = cli.read(words.split(), inspect.signature(pretrain).parameters)
         assert flags.keys() == reproduce.as_typed(words).keys()
         check({**defaults, **flags, "dataset": "cifar10", "out": "run"}, defaults, RECIPES)
