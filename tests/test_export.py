@@ -1,7 +1,6 @@
 """An exported folder: what timm and the lines of its card load, what the card says, and what is refused."""
 
 import contextlib
-import json
 import re
 import shutil
 
@@ -9,56 +8,39 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, rows_of
+from conftest import rows_of
 from PIL import Image
 
 import models
-from harness import checkpoint, judging
+from harness import checkpoint
 from knn_eval import knn_eval
 from linear_eval import linear_eval
-from tools.export import CITATION, export, without_paths
+from tools.export import export, without_paths
 
 
-@pytest.fixture
-def run_of(trained, tmp_path):
-    """Make a run folder with the encoder of another architecture, its statistics those of a training."""
-
-    def make(**changes):
-        _, description = checkpoint.load_file(trained / "encoder" / "model.safetensors")
-        settings = description["settings"] | changes
-        torch.manual_seed(0)
-        encoder = models.build_encoder(settings["model"], settings["stem"], settings["norm"])
-        encoder(torch.randn(8, 3, 32, 32))
-        config = checkpoint.timm_config(settings, description["view"])
-        (tmp_path / "made").mkdir()
-        description = {**description, "settings": settings}
-        checkpoint.save_encoder(tmp_path / "made", encoder.state_dict(), description, config)
-        first, *rest = rows_of(trained)
-        rows = [{**first, "settings": settings}, *rest]
-        (tmp_path / "made" / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        return tmp_path / "made"
-
-    return make
-
-
-@pytest.mark.parametrize("changes", [{}, {"model": "resnet18"}, {"stem": "cifar"}, {"model": "alexnet"}])
-def test_the_lines_of_the_card_load_the_encoder(shell, run_of, tmp_path, changes):
-    run = run_of(**changes)
+@pytest.mark.parametrize("changes", [{}, {"model": "resnet18"}, {"stem": "cifar"}])
+def test_the_lines_of_the_card_load_the_encoder(shell, trained, tmp_path, changes):
+    """Of other architectures, with statistics of a training."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    _, description = checkpoint.load_file(run / "encoder" / "model.safetensors")
+    settings = description["settings"]
+    settings |= changes
+    encoder = models.build_encoder(settings["model"], settings["stem"], settings["norm"])
+    encoder(torch.randn(8, 3, 32, 32))
+    config = checkpoint.timm_config(settings, description["view"])
+    checkpoint.save_encoder(run, encoder.state_dict(), description, config)
     code, lines, err = shell(export, run, "--to", "out")
     assert code == 0 and lines[1] == "hf upload NAME out  # NAME: user/repository", err
     card = (tmp_path / "out" / "README.md").read_text()
-    is_timms = "stem" not in changes and changes.get("model") != "alexnet"
-    assert (
-        ("library_name: timm" in card) == ("- timm" in card) == (tmp_path / "out" / "config.json").exists() == is_timms
-    )
+    is_timms = "stem" not in changes
+    assert ("library_name: timm" in card) == (tmp_path / "out" / "config.json").exists() == is_timms
     (block,) = re.findall(r"```python\n(.*?)```", card, re.S)
     Image.effect_noise((50, 40), 60).convert("RGB").save(tmp_path / "out" / "picture.jpg")
     names = {}
     with contextlib.chdir(tmp_path / "out"):
         exec(block, names)
-    ours, description = judging.open_encoder(run / "encoder")
     image = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(names["encoder"](image), ours(image), rtol=0, atol=1e-5)
+    torch.testing.assert_close(names["encoder"](image), encoder.eval()(image), rtol=0, atol=1e-5)
     if is_timms:
         assert names["view"](names["image"]).shape[1:] == (description["view"]["size"],) * 2
 
@@ -69,13 +51,10 @@ def test_the_folder_is_timms_and_ours(shell, command, folder, trained, tmp_path)
     command(knn_eval, trained, "--k", 20, "--labels", 0.5)  # whose floors are others
     code, lines, err = shell(export, trained, "--to", "deep/er/out", "--license", "no")
     out = tmp_path / "deep" / "er" / "out"
-    assert code == 0 and "README.md, config.json, model.safetensors; licence of the weights: no (--license)" in lines[0]
+    assert code == 0 and "README.md, config.json, model.safetensors; licence of the weights: no" in lines[0]
     encoder = timm.create_model(f"local-dir:{out}", pretrained=True)
     view, described = timm.data.resolve_model_data_config(encoder), rows_of(trained)[0]["view"]
-    assert [list(view[name]) for name in ("mean", "std")] == [described[name] for name in ("mean", "std")]
-    assert list(view["input_size"]) == [3, described["size"], described["size"]]
-    assert view["crop_pct"] == described["crop"]
-
+    assert [list(view["mean"]), list(view["std"]), view["crop_pct"]] == [described[x] for x in ("mean", "std", "crop")]
     _, header, text = (out / "README.md").read_text().split("---\n", 2)
     facts = yaml.safe_load(header)
     assert facts["license"] == "no" and facts["pipeline_tag"] == "image-feature-extraction" and "byol" in facts["tags"]
@@ -90,20 +69,13 @@ def test_the_folder_is_timms_and_ours(shell, command, folder, trained, tmp_path)
         (line,) = [line for line in text.splitlines() if protocol in line]
         assert line.endswith(f"| {row['top1']:.1f} | {row['top5']:.1f} |")
     assert "loss = byol + 10 energy" in text and "layers: projector.hidden (32 x" in text
-    assert "On 48 images" in text and "for 2 of 2 epochs" in text and "| lr | 8.0 |" in text
+    assert "On 48 images" in text and "for 2 of 2 epochs" in text and "torchvision " in text
 
     for file in out.iterdir():  # no path of this machine
         content = file.read_bytes()
         assert str(folder.parent).encode() not in content and str(trained.parent).encode() not in content
     code, again, err = command(knn_eval, out, "--dataset", folder, "--k", 20, "--nofloors")
     assert code == 0 and again[0]["top1"] == by["trained"]["top1"] and again[0]["own_data"], err
-
-
-def test_an_unfinished_run_is_exported_with_a_warning(shell, run_of, tmp_path):
-    code, lines, err = shell(export, run_of(epochs=400), "--to", "out")
-    assert code == 0 and "for 2 of 400 epochs" in (tmp_path / "out" / "README.md").read_text()
-    assert err.endswith("made: its training is not finished, 2 of 400 epochs are done; the card says so\n")
-    assert lines[0].endswith("weights: mit (the default; --license names another, and the choice is yours)")
 
 
 def test_a_command_keeps_its_flags_without_their_paths():
@@ -114,40 +86,22 @@ def test_a_command_keeps_its_flags_without_their_paths():
     assert shown["settings"]["dataset"] == "pictures"
 
 
-def test_one_citation_everywhere():
-    assert f"~~~bibtex\n{CITATION}\n~~~" in (ROOT / "README.md").read_text()
-    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
-    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in cited["authors"])
-    assert [f"{{{value}}}" in CITATION for value in (cited["title"], authors, cited["year"])] == [True] * 3
-
-
 @pytest.mark.parametrize(
     "words, line",
     [
         ("run", "--to is missing: name a new folder"),
-        ("run --to run", "--to run: is not an empty folder; name a new one"),
+        ("run --to run", "--to run: is already there; name a new folder"),
         ("run --to run/metrics.jsonl/out", "out: cannot be written ([Errno 20] Not a directory"),
-        ("run/encoder --to out", "run/encoder: not a run folder, its metrics.jsonl cannot be read"),
         ("young --to out", "young: holds no encoder/model.safetensors; a run writes it at the end of its first epoch"),
         ("cut --to out", "cut/encoder/model.safetensors: cannot be read as a safetensors file"),
-        ("text --to out", "text/encoder/config.json: not the file that pretrain.py wrote"),
     ],
 )
 def test_one_line_and_nothing_written(shell, trained, tmp_path, words, line):
-    for name in ("run", "young", "cut", "text"):
+    for name in ("run", "young", "cut"):
         shutil.copytree(trained, tmp_path / name)
     shutil.rmtree(tmp_path / "young" / "encoder")
     weights = tmp_path / "cut" / "encoder" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    (tmp_path / "text" / "encoder" / "config.json").write_text("{")
     code, lines, err = shell(export, *words.split(" "))
     assert code == 2 and lines == [] and line in err and err.count("\n") == 1, err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "run", "text", "young"]
-
-
-def test_a_full_disk_leaves_nothing(shell, trained, tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    code, _, err = shell(export, trained, "--to", "out")
-    assert code == 2 and "cannot be written (No space left on device)" in err
-    assert [p.name for p in tmp_path.iterdir()] == ["out"] and not list((tmp_path / "out").iterdir())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "run", "young"]

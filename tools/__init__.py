@@ -1,13 +1,10 @@
 """Programs beside the stages, run from the top of the repository as `python -m tools.NAME`.
 
-    figures      the paper's figures and tables, drawn from run folders (groups, neighbours, table and paper are parts)
-    energy       the hyperspherical energy of every layer in a file of weights, or of two: before and after
-    embed        the features of a data set's images, with labels and paths, in one file for other programs
-    reproduce    the paper's runs on CIFAR-10, one after the other, stopped and continued at any point
-    export       a trained encoder as a folder for the Hugging Face Hub, with its model card
-    bench        what each part costs beside what a user would otherwise use
-    trial        runs that are killed at random moments and have to end in the same bits
-    fingerprint  digests of what six short runs compute, to compare before and after a change of the code
-
-paper_tables.csv is the one copy of the paper's numbers.
+figures      the paper's figures and tables, drawn from run folders (groups, logs, neighbours, table: its parts)
+energy       the hyperspherical energy of every layer in a file of weights, or of two: before and after
+embed        the features of a data set's images, with labels and paths, in one file for other programs
+reproduce    the paper's runs on CIFAR-10, one after the other; paper_tables.csv, read by paper, has its numbers
+export       a trained encoder as a folder for the Hugging Face Hub, with its model card
+bench        what each part costs beside what a user would otherwise use
+fingerprint  digests of what six short runs compute; trial: runs that are killed and go on
 """

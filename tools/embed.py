@@ -8,9 +8,7 @@ folder of pictures may be without classes. The file holds `train.features` (n, d
 there are classes, and the same of test; its description holds the names of the classes and the paths of the pictures.
 """
 
-import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,7 +23,6 @@ from harness.judging import Judged
 from lib import cli, processes
 from lib.errors import InputError
 from lib.log import emit, is_main, provenance
-from lib.tensors import LONGEST_HEADER
 
 
 def embed(
@@ -37,10 +34,8 @@ def embed(
 ):
     """Write the features of a data set's images by a checkpoint's encoder, their labels and paths, to a file."""
     place = Path(out)
-    if os.path.lexists(place):
-        raise InputError(f"--out {out}: is already there; remove it, or name a new file")
-    if not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
-        raise InputError(f"--out {out}: there is no folder {place.parent} that can be written to; make it first")
+    if os.path.lexists(place) or not os.access(place.parent, os.W_OK):
+        raise InputError(f"--out {out}: takes a new file, in a folder that can be written to")
     accelerator = processes.start()
     judged = judging.open_judged(accelerator, ckpt, shared, without_classes=True)
     splits = {"train": judged.images.train, "test": judged.images.test}
@@ -48,10 +43,6 @@ def embed(
     if not splits:
         raise InputError(f"--split {split}: dataset {judged.dataset} has no such images; take --split train")
     description = describe(judged, ckpt, splits)
-    header_length = len(json.dumps(json.dumps(description)))
-    if header_length > 0.99 * LONGEST_HEADER:  # the rest is for names and shapes of the tensors
-        too_long = f"the paths of the pictures take {header_length} bytes of a header that holds {LONGEST_HEADER}"
-        raise InputError(f"--out {out}: {too_long}; embed one part at a time by --split, or parts of the folder")
     counts = {name: len(part.labels) for name, part in splits.items()}
     emit({"stage": "embed", "ckpt": ckpt, **description["protocol"], "view": judged.view, "images": counts})
 
@@ -82,20 +73,11 @@ def describe(judged: Judged, ckpt: str, splits: dict[str, data.Split]) -> dict:
 
 
 def features_of(encoder: nn.Module, split: data.Split, view: dict, accelerator: Accelerator, name: str) -> Tensor:
-    """Compute the features (n, d) of the evaluation views of a split, with a bar of this name.
-
-    Each process embeds its share of the images, and gets the features of all.
-    """
+    """Compute the features (n, d) of the evaluation views of a split in all processes, with a bar of this name."""
 
     def embed_share(share: data.Split) -> Tensor:
-        with tqdm(total=len(share.labels), desc=name, unit="image", disable=None if is_main() else True) as bar:
-
-            def counted() -> Iterator[Tensor]:
-                for batch in data.evaluation_views(share, **view):
-                    yield batch
-                    bar.update(len(batch))
-
-            return models.embed(encoder, counted())
+        views = data.evaluation_views(share, **view)
+        return models.embed(encoder, tqdm(views, desc=name, unit="batch", disable=None if is_main() else True))
 
     return processes.embed_in_shares(embed_share, split.to(accelerator.device), accelerator)
 

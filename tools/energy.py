@@ -10,8 +10,7 @@ closest pair. Numbers are computed in float64.
 
 import math
 import re
-import sys
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 from scipy.integrate import quad
@@ -24,38 +23,26 @@ from lib import cli, processes
 from lib.errors import InputError
 from lib.files import weights_file
 from lib.log import emit
-from lib.nearest import finest
+from lib.nearest import finest, nearest
 from lib.tensors import read_tensors
 from regularizers import ZERO, energy_of, unit
 
 Weights = dict[str, Tensor]  # (N, ...), by the names of their layers
 LeftOut = dict[str, list[str]]  # names, by the reason
 
-COLUMNS = {  # of the table, by the number of files
-    1: ("neurons", "dims", "energy", "uniform", "closest"),
-    2: ("neurons", "dims", "before", "after", "difference", "uniform", "closest before", "closest after"),
-}
-SUMMED = ("energy", "before", "after", "difference", "uniform")
-BLOCK = 1024  # rows whose cosines are computed together: 8 MB
+SUMMED = ("uniform", "energy", "before energy", "after energy", "difference")  # columns that the last row has
 
-# Names of what has two dimensions or more and is no layer of neurons. The first three are looked for in the whole name,
+# Names of what has two dimensions or more and is no layer of neurons. The first two are looked for in the whole name,
 # the others in its last part before .weight, because the layers of an embedding's network have neurons.
 OPTIMIZER = re.compile(r"(^|\.)(optim\w*|exp_avg\w*|momentum_buffer)(\.|$)")
-ADAPTER = re.compile(r"(^|[._])(lora|oft|boft|hada|lokr)_", re.I)
-PARAMETRIZATION = re.compile(r"(^|\.)parametrizations\.|weight_[gv]$")
+PART = re.compile(r"(^|[._])((?i:lora|oft|boft|hada|lokr)_|parametrizations\.)|weight_[gv]$")
 EMBEDDING = re.compile(r"embed|token|(^|_)emb(_|$)|^w[tp]e$|rel_pos|relative_position")
 NO_WEIGHT = re.compile(r"bias|norm|mask|^ln|^bn")
+
 WEIGHT_NORM = {  # what stands for .weight: the lengths g of the neurons and, of any length, their directions v
     "parametrizations.weight.original0": "parametrizations.weight.original1",
     "weight_g": "weight_v",  # before torch 2.0
 }
-
-
-class Measured(NamedTuple):
-    """What is measured of the neurons of a layer."""
-
-    energy: float
-    closest: float  # the smallest angle between two neurons, in degrees
 
 
 def energy(
@@ -66,7 +53,7 @@ def energy(
     json: Annotated[bool, "a JSON object a line, in place of a table"] = False,
 ):
     """Print the hyperspherical energy of every layer in a file of weights; of two files, the difference, too."""
-    if len(files) not in COLUMNS:
+    if len(files) not in (1, 2):
         raise InputError(f"takes one file, or two to compare, before and after; not {len(files)}")
     accelerator = processes.start()
     if accelerator.num_processes > 1:
@@ -74,32 +61,34 @@ def energy(
     has_float64 = finest(accelerator.device) == torch.float64
     device = accelerator.device if has_float64 else torch.device("cpu")
     contents = [read_weights(path, prefix) for path in files]
-    names = common_layers(files, contents)
     rows = []
-    begin_table(files, names, s, angular, json)
-    for name in tqdm(names, unit="layer", disable=None):
-        weights = [weights_of_file[name] for weights_of_file, _ in contents]
-        measured = [measure(weight.to(device), s, angular) for weight in weights]
-        row = {"layer": name, "neurons": len(weights[0]), "dims": weights[0][0].numel()}
-        row |= compared(*measured) if len(files) == 2 else measured[0]._asdict()
+    for name in tqdm(common_layers(files, contents), unit="layer", disable=None):
+        first = contents[0][0][name]
+        row = {"layer": name, "neurons": len(first), "dims": first[0].numel()}
         row["uniform"] = uniform_energy(row["dims"], s, angular)
+        for when, (weights, _) in zip(("before ", "after ") if len(files) == 2 else ("",), contents):
+            row[f"{when}energy"], row[f"{when}closest"] = measure(weights[name].to(device), s, angular)
+        if len(files) == 2:
+            row["difference"] = row["after energy"] - row["before energy"]
         rows.append(row)
-        write_row(row, names, json)
     sums = {column: math.fsum(row[column] for row in rows) for column in SUMMED if column in rows[0]}
-    write_row({"layer": "sum", **sums}, names, json)
-
-
-# ---- Which layers there are ------------------------------------------------------------------------------------------
+    rows.append({"layer": "sum", **sums})
+    if json:
+        emit({"stage": "energy", "files": list(files), "s": s, "angular": angular})
+        for row in rows:
+            finite = {column: None if value == math.inf else value for column, value in row.items()}
+            emit({"stage": "energy", **finite})
+        return
+    distance = "angle" if angular else "chord"
+    print(f"energy by the {distance}, s = {s:g}, mean over pairs of neurons: {', then '.join(files)}")
+    print("uniform: expected of independent, uniform neurons. closest: angle of the closest pair, in degrees")
+    print(*table_lines(rows), sep="\n")
 
 
 def read_weights(path: str, prefix: str | None) -> tuple[Weights, LeftOut]:
-    """Return the weights of a file, and the names of what else has two dimensions or more. InputError without a weight.
-
-    Neither holds the state of a run, such as momentum, whose names have a slash in our files alone. A folder will do
-    for the file in it: see `files.weights_file`.
-    """
+    """Return the weights of a file, and the names of what else has two dimensions or more. InputError for no weight."""
     tensors, header = read_tensors(weights_file(path))
-    is_of_a_run = description_in(header)
+    is_of_a_run = description_in(header)  # where a slash in a name says that it is state, such as momentum
     weights, left_out = {}, {}
     for name, tensor in with_weight_norm(tensors).items():
         is_state = is_of_a_run and "/" in name
@@ -135,30 +124,21 @@ def with_weight_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def why_no_layer(name: str, tensor: Tensor) -> str:
     """Say why a tensor of two dimensions or more is no layer of neurons; nothing if it is one."""
     module = name.removesuffix(".weight").rpartition(".")[2]
-    is_convolution = tensor.ndim > 3
     if OPTIMIZER.search(name):
         return "state of an optimizer"
-    if ADAPTER.search(name):
-        return "an adapter that is not merged into its weight"
-    if PARAMETRIZATION.search(name):
-        return "a part of a parametrized weight, by a rule that the file does not hold"
-    if EMBEDDING.search(module) and not is_convolution:  # patch_embed may be one
+    if PART.search(name):
+        return "a part of a weight: of an adapter, or of a parametrization"
+    if EMBEDDING.search(module) and tensor.ndim < 4:  # patch_embed may be a convolution
         return "an embedding"
     if NO_WEIGHT.search(module):
         return "a bias, norm or mask"
-    if not tensor.is_floating_point():
-        return "not of real numbers"
-    if tensor.shape[1:].numel() < 3:
-        return "fewer than 3 dimensions"
-    if len(tensor) < 2:
-        return "a single neuron"
     if tensor.ndim > 2 and tensor.shape[1] == 1:
         return "a depthwise convolution, or one of a single channel"
     lengths = tensor.flatten(1).double().norm(dim=1)
-    if not lengths.isfinite().all():
-        return "numbers that are not finite"
-    if (lengths > ZERO).sum() < 2:
-        return "fewer than two rows that are not zero"
+    if not tensor.is_floating_point() or not lengths.isfinite().all():
+        return "not of finite real numbers"
+    if tensor.shape[1:].numel() < 3 or (lengths > ZERO).sum() < 2:
+        return "fewer than 3 dimensions, or than two neurons that are not zero"
     return ""
 
 
@@ -177,32 +157,22 @@ def common_layers(files: tuple[str, ...], contents: list[tuple[Weights, LeftOut]
     return common
 
 
-# ---- What is measured ------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
-def measure(weight: Tensor, s: float, angular: bool) -> Measured:
-    """Return energy and closest pair of the neurons of a weight (N, ...). Rows of zeros have no direction: no part."""
+def measure(weight: Tensor, s: float, angular: bool) -> tuple[float, float]:
+    """Return energy and closest angle of the neurons of a weight (N, ...). Rows of zeros have no direction: no part."""
     neurons = unit(weight.flatten(1).double())
     neurons = neurons[neurons.any(1)]
     energies = energy_of({"neurons": neurons}, s, angular)
-    return Measured(energies["neurons"].item(), closest_angle(neurons))
+    return energies["neurons"].item(), closest_angle(neurons)
 
 
 def closest_angle(neurons: Tensor) -> float:
     """Return the smallest angle, in degrees, between two of the unit rows (N, d), N >= 2."""
-    largest = -math.inf
-    for a in range(0, len(neurons), BLOCK):
-        for b in range(a, len(neurons), BLOCK):
-            cosines = neurons[a : a + BLOCK] @ neurons[b : b + BLOCK].T
-            if a == b:
-                cosines.fill_diagonal_(-math.inf)
-            cosine, place = cosines.flatten().max(0)
-            if cosine > largest:
-                largest = cosine
-                row, column = divmod(place.item(), cosines.shape[1])
-                pair = [a + row, b + column]
-    x, y = neurons[pair]
+    n = len(neurons)
+    cosines, rows = nearest(neurons, [neurons], n, 2)
+    is_itself = rows == torch.arange(n, device=rows.device)[:, None]
+    row, column = divmod(cosines.masked_fill(is_itself, -math.inf).argmax().item(), 2)
+    x, y = neurons[row], neurons[rows[row, column]]
     angle = 2 * torch.atan2((x - y).norm(), (x + y).norm())  # arccos would lose the digits of a small angle
     return math.degrees(angle)
 
@@ -223,10 +193,9 @@ def uniform_energy(d: int, s: float, angular: bool) -> float:
 
 
 def angle_beyond_chord(d: int, s: float) -> float:
-    """Return E f_s(angle) - E f_s(chord) of uniform points, f_s as in regularizers.riesz.
+    """Return E f_s(angle) - E f_s(chord) of uniform points, f_s as in regularizers.riesz: both have a pole at 0.
 
-    The density of the angle is sin(angle)^(d - 2), up to a factor; its standard deviation is about 1 / sqrt(d). Both
-    functions have a pole at 0, but their difference has none that counts.
+    The density of the angle is sin(angle)^(d - 2), up to a factor; its standard deviation is about 1 / sqrt(d).
     """
 
     def weighted_difference(t: float) -> float:
@@ -244,39 +213,18 @@ def angle_beyond_chord(d: int, s: float) -> float:
     return integral / density_integral
 
 
-# ---- Rows ------------------------------------------------------------------------------------------------------------
-
-
-def compared(before: Measured, after: Measured) -> dict:
-    """Return the numbers of a layer in two files."""
-    row = {"before": before.energy, "after": after.energy, "difference": after.energy - before.energy}
-    return row | {"closest before": before.closest, "closest after": after.closest}
-
-
-def begin_table(files: tuple[str, ...], names: list[str], s: float, angular: bool, json: bool) -> None:
-    """Print what the numbers are, and the heads of the table."""
-    if json:
-        emit({"stage": "energy", "files": list(files), "s": s, "angular": angular})
-        return
-    distance = "angle" if angular else "chord"
-    print(f"energy by the {distance}, s = {s:g}, mean over pairs of neurons: {', then '.join(files)}")
-    print("uniform: expected of independent, uniform neurons. closest: angle of the closest pair, in degrees")
-    write_row({column: column for column in ("layer", *COLUMNS[len(files)])}, names, json)
-
-
-def write_row(row: dict, names: list[str], json: bool) -> None:
-    """Print a row of the table or, with `json`, as JSON, where an infinite number is null."""
-    if json:
-        finite = {name: None if value == math.inf else value for name, value in row.items()}
-        emit({"stage": "energy", "of": "sum" if row["layer"] == "sum" else "layer", **finite})
-        return
-    cells = [row["layer"].ljust(max(map(len, names)))]
-    for column in COLUMNS[2 if "difference" in row else 1]:
-        value = row.get(column, "")
-        text = f"{value:.7g}" if isinstance(value, float) else str(value)
-        cells.append(text.rjust(max(len(column), 11)))
-    tqdm.write("  ".join(cells).rstrip(), file=sys.stdout)
-    sys.stdout.flush()
+def table_lines(rows: list[dict]) -> list[str]:
+    """Write rows as the lines of a table. Their columns are those of the first."""
+    texts = [list(rows[0])]
+    for row in rows:
+        values = [row.get(column, "") for column in rows[0]]
+        texts.append([f"{value:.7g}" if isinstance(value, float) else str(value) for value in values])
+    widths = [max(map(len, column)) for column in zip(*texts)]
+    lines = []
+    for name, *numbers in texts:
+        cells = [name.ljust(widths[0]), *(number.rjust(width) for number, width in zip(numbers, widths[1:]))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@
     python -m tools.figures neighbours runs/photos-amhe
 
 circle: Figures 3 and 7. energy: Figure 4. dynamics: Figure 5. knn: Figure 6. rank: effective rank of features, which
-falls in a collapse. batch: Figure 8. table: mean and sample standard deviation over seeds. views: what a data set's
-augmentations look like. neighbours: some test pictures, each with its nearest training pictures. paper: the paper's
-tables, as docs/reproduce.md shows them. Runs that differ in their seed alone make one line, with a band of one standard
-deviation.
+falls in a collapse. batch: Figure 8. table: mean and sample standard deviation over seeds. views: what augmentations
+look like. neighbours: test pictures, each with its nearest training pictures. paper: the paper's tables, as
+docs/reproduce.md shows them. Runs that differ in their seed alone make one line, with a band of one standard deviation.
 Each command prints the files that it wrote, PNG and SVG, or Markdown and CSV.
 """
 
@@ -20,13 +19,15 @@ import statistics
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
+from scipy.stats import norm, vonmises
 from torch import Tensor, nn
 
 import data
 import models
 from harness.checkpoint import build_described, load_network
-from harness.judging import place_of
+from harness.judging import open_images
 from lib import cli
 from lib.errors import InputError
 from lib.files import CKPT, write_whole
@@ -48,8 +49,10 @@ COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#5
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (8, 3)))
 STYLES = list(zip(COLOURS, DASHES)) * 9
 JUDGES = {"linear": "linear_eval", "k-NN": "knn_eval"}  # and their stages
-GRID_SIDE = 113  # points on each side of the grid on which a density is drawn
-EXTENT = 1.4  # the grid spans -1.4 ... 1.4 in both directions
+EXTENT = 1.4  # densities on the plane are drawn on -1.4 ... 1.4 in both directions
+GRID = torch.linspace(-EXTENT, EXTENT, 113)
+ANGLES = torch.linspace(-math.pi, math.pi, 361)
+WIDTH, KAPPA = 0.1, 100.0  # of the kernels: a standard deviation, and von Mises' concentration
 
 
 def figures(
@@ -68,7 +71,7 @@ def figures(
         print(*paper.markdown(), sep="\n")
         return
     if name == "views":
-        images = data.load(dataset, data_dir or "data", pretraining=True, skip_broken=True)
+        images = data.load(dataset, data_dir or "data", pretraining=True)
         save_figure(contact_sheet(images), Path(out, f"views-{Path(dataset).resolve().name}"))
         return
     if name == "neighbours":
@@ -90,45 +93,34 @@ def figures(
 def refuse_idle_arguments(name: str, runs: tuple[str, ...], dataset: str | None, data_dir: str | None) -> None:
     """Raise InputError for arguments that a figure does not take, and for those that it lacks."""
     rules = {
-        "views": ("--dataset and no runs", bool(dataset) and not runs),
+        "views": ("--dataset and no runs", dataset and not runs),
         "paper": ("no runs and no --dataset", not runs and not dataset),
         "neighbours": ("one run folder, or a checkpoint in it", len(runs) == 1),
     }
-    takes, is_right = rules.get(name, ("run folders", bool(runs) and not dataset))
+    takes, is_right = rules.get(name, ("run folders", runs and not dataset))
     if not is_right:
         raise InputError(f"{name}: takes {takes}")
-    has_own_place = name == "views" and has_no_data_dir(dataset)
-    if data_dir and (has_own_place or name not in ("circle", "views", "neighbours")):
-        raise InputError(f"--data_dir {data_dir}: has no effect on {name}{f' of {dataset}' if has_own_place else ''}")
+    takes_place = name in ("circle", "views", "neighbours") and not (dataset and has_no_data_dir(dataset))
+    if data_dir and not takes_place:
+        raise InputError(f"--data_dir {data_dir}: has no effect on {name} {dataset or ''}".rstrip())
 
 
 def save_figure(figure, stem: Path) -> None:
     """Write PNG and SVG of a figure, and print their names. InputError if they cannot be written."""
     figure.set_layout_engine("constrained")
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in ("png", "svg"):
-            path = Path(f"{stem}.{suffix}")
-            with write_whole(path) as file:
-                figure.savefig(file, format=suffix, dpi=200)
-            print(path)
-    except OSError as e:
-        raise InputError(f"--out {stem.parent}: cannot be written ({e.strerror})") from e
-    finally:
-        plt.close(figure)
+    for suffix in ("png", "svg"):
+        path = Path(f"{stem}.{suffix}")
+        with write_whole(path) as file:
+            figure.savefig(file, format=suffix, dpi=200)
+        print(path)
+    plt.close(figure)
 
 
-# ---- Curves ----------------------------------------------------------------------------------------------------------
-
-Panel = tuple[str, str | None, str]  # a column of the log, the kind of row it stands in, and what it is
-
-
-def curves(runs: list[RunLog], panels: list[Panel], per_epoch: bool = False):
-    """Draw a panel for each column of the logs, with one line a group of seeds, under one legend."""
+def curves(runs: list[RunLog], panels: list[tuple[str, str | None, str]], per_epoch: bool = False):
+    """Draw a panel for each column of the logs: its name, the kind of row it stands in, and what it is."""
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    size = (max(4.5, 3 * columns), 2.6 * rows + 1)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(max(4.5, 3 * columns), 2.6 * rows + 1), squeeze=False)
     for axis, panel in zip(axes.flat, panels):
         draw_lines(axis, runs, *panel, per_epoch)
     for axis in axes.flat[len(panels) :]:
@@ -148,13 +140,10 @@ def draw_lines(axis, runs: list[RunLog], key: str, of: str | None, name: str, pe
             continue
         epoch_of = {row["step"]: row["epoch"] for row in group[0].rows if "step" in row}
         x = [epoch_of[step] for step in steps] if per_epoch else steps
-        points = [mean_and_std([values[step] for values in series]) for step in steps]
-        mean = [m for m, _ in points]
-        low = [m - std for m, std in points]
-        high = [m + std for m, std in points]
+        mean, std = np.array([mean_and_std([values[step] for values in series]) for step in steps]).T
         marker = "o" if len(steps) == 1 else None  # a line of one point would be invisible
         axis.plot(x, mean, color=colour, linestyle=dash, marker=marker, label=label)
-        axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
     if not axis.lines:
         raise InputError(f"no run has a row with {key}; pretrain.py writes it every --eval_every epochs")
     axis.set_xlabel("epoch" if per_epoch else "iteration")
@@ -197,8 +186,7 @@ def rank(runs: list[RunLog]):
 
 def batch(runs: list[RunLog]):
     """Draw Figure 8: loss of accuracy when micro-batches shrink, by the linear evaluation if all have it, else k-NN."""
-    scores_by_judge = {judge: [run.score(stage) for run in runs] for judge, stage in JUDGES.items()}
-    judges = [judge for judge, scores in scores_by_judge.items() if None not in scores]
+    judges = [judge for judge, stage in JUDGES.items() if all(run.score(stage) is not None for run in runs)]
     if not judges:
         raise InputError("batch: not all runs have been judged; run linear_eval.py, or knn_eval.py, on each")
     figure, axis = plt.subplots(figsize=(4.5, 3.2))
@@ -226,31 +214,23 @@ def batch(runs: list[RunLog]):
     return figure
 
 
-# ---- Circles ---------------------------------------------------------------------------------------------------------
-
-
 def circle(runs: list[RunLog], data_dir: str | None = None):
     """Draw Figures 3 and 7: projections of the test set on the circle, the first run's untrained network in front."""
+    columns = []
     for run in runs:
         out_dim = run.settings["out_dim"]
         if out_dim != 2:
             raise InputError(f"{run.folder}: projects to {out_dim} dimensions; a circle takes pretrain.py --out_dim 2")
-    settings = runs[0].settings
-    name = settings["dataset"]
-    if data_dir and has_no_data_dir(name):
-        raise InputError(f"--data_dir {data_dir}: has no effect on a circle of {name}")
-    place = data_dir or place_of(name, settings["data_dir"])
-    columns = []
-    for run in runs:
         network, description = load_network(run.folder / CKPT)
         columns.append((score_title(run), network, description["view"]))
+    images = open_images(description, None, data_dir, skip_broken=False)
+    settings = runs[0].settings
     torch.manual_seed(settings["seed"])
     untrained = build_described("checkpoint", settings)
     columns.insert(0, ("untrained\n", untrained, columns[0][2]))
-    images = data.load(name, place, skip_broken=settings.get("skip_broken", False))
     classes = images.test.labels.unique()[:3].tolist()
     rows = ["all classes", "density of the angle", *(images.classes[label] for label in classes)]
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=(2.2 * len(columns), 10), squeeze=False)
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=(2.2 * len(columns), 10))
     for axis, label in zip(axes[:, 0], rows):
         axis.set_ylabel(label, fontsize=8)
     for (everything, density, *by_class), (title, network, view) in zip(axes.T, columns):
@@ -258,7 +238,10 @@ def circle(runs: list[RunLog], data_dir: str | None = None):
         z = nn.functional.normalize(models.embed(pair, data.evaluation_views(images.test, **view)))
         everything.set_title(title, fontsize=8)
         draw_plane(everything, z)
-        draw_angles(density, z)
+        density.fill_between(ANGLES.numpy(), angle_density(z), color="#0072B2", linewidth=0)
+        density.set_xticks([-math.pi, 0, math.pi], ["-π", "0", "π"])
+        density.set_ylim(bottom=0)
+        density.spines[["top", "right"]].set_visible(False)
         for axis, label in zip(by_class, classes):
             draw_plane(axis, z[images.test.labels == label])
     return figure
@@ -276,52 +259,29 @@ def score_title(run: RunLog) -> str:
 
 
 def draw_plane(axis, z: Tensor) -> None:
-    """Draw the Gaussian KDE of points on the unit circle, dark where they are dense."""
-    side = torch.linspace(-EXTENT, EXTENT, GRID_SIDE)
-    grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)
-    density = gaussian_kde(z, grid.reshape(-1, 2)).view(GRID_SIDE, GRID_SIDE)
+    """Draw the density of points on the unit circle, dark where they are dense."""
     extent = (-EXTENT, EXTENT, -EXTENT, EXTENT)
-    axis.imshow(density.numpy(), origin="lower", extent=extent, cmap="Blues")
+    axis.imshow(plane_density(z), origin="lower", extent=extent, cmap="Blues")
     axis.set_xticks([])
     axis.set_yticks([])
 
 
-def draw_angles(axis, z: Tensor) -> None:
-    """Draw the density of the angles of points on the unit circle."""
-    theta = torch.linspace(-math.pi, math.pi, 361)
-    density = von_mises_fisher_kde(z, theta)
-    axis.fill_between(theta.numpy(), density.numpy(), color="#0072B2", linewidth=0)
-    axis.set_xticks([-math.pi, 0, math.pi], ["-π", "0", "π"])
-    axis.set_ylim(bottom=0)
-    axis.spines[["top", "right"]].set_visible(False)
+def plane_density(z: Tensor) -> np.ndarray:
+    """Estimate the density of samples z (n, 2) on the grid of all y and x of GRID, by Gaussians."""
+    along_x, along_y = (norm.pdf(GRID, z[:, i : i + 1], WIDTH) for i in range(2))
+    return along_y.T @ along_x / len(z)
 
 
-def gaussian_kde(z: Tensor, x: Tensor, width: float = 0.1) -> Tensor:
-    """Estimate the density at points x (m, 2) of samples z (n, 2), by Gaussians of standard deviation `width`."""
-    total = torch.zeros(len(x))
-    for part in z.split(1000):
-        square = torch.cdist(x, part).square()
-        total += torch.exp(-square / (2 * width**2)).sum(1)
-    return total / (2 * math.pi * width**2 * len(z))
-
-
-def von_mises_fisher_kde(z: Tensor, theta: Tensor, kappa: float = 100.0) -> Tensor:
-    """Estimate the density at angles theta (m,) of samples z (n, 2) on the unit circle, by von-Mises-Fisher kernels."""
-    directions = torch.stack([theta.cos(), theta.sin()], 1)
-    cosine = directions @ z.T
-    scale = 2 * math.pi * torch.special.i0e(torch.tensor(kappa))  # i0e(x) = exp(-x) I_0(x)
-    return torch.exp(kappa * (cosine - 1)).mean(1) / scale
-
-
-# ---- Views -----------------------------------------------------------------------------------------------------------
+def angle_density(z: Tensor) -> np.ndarray:
+    """Estimate the density at ANGLES of samples z (n, 2) on the unit circle, by von Mises' kernels."""
+    angles = torch.atan2(z[:, 1], z[:, 0])
+    return vonmises.pdf(ANGLES, KAPPA, angles[:, None]).mean(0)
 
 
 def contact_sheet(images: data.Dataset, n: int = 8, pairs: int = 3):
     """Draw images of a data set, a row each: the central square, the evaluation view, and pairs of the two views."""
-    last = len(images.train.labels) - 1
-    rows = torch.linspace(0, last, n).long()
-    sample = images.train.rows(rows)
-    sample = data.Split(sample.images, torch.arange(n))  # labels that tell which image a view is of
+    rows = torch.linspace(0, len(images.train.labels) - 1, n).long()
+    sample = data.Split(images.train.rows(rows).images, torch.arange(n))  # labels that tell which image a view is of
     plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
     columns = []
     for crop in (1.0, data.EVAL_CROP):
@@ -331,8 +291,7 @@ def contact_sheet(images: data.Dataset, n: int = 8, pairs: int = 3):
         views = data.two_views(crops, u, **plain, blur_p=images.blur_p, solarise_p=images.solarise_p)
         columns += [view[order.argsort()] for view in views]
     titles = ["image", "evaluation", *["view 1", "view 2"] * pairs]
-    size = (len(columns), n)
-    figure, axes = plt.subplots(n, len(columns), figsize=size, squeeze=False)
+    figure, axes = plt.subplots(n, len(columns), figsize=(len(columns), n), squeeze=False)
     for column, pictures, title in zip(axes.T, columns, titles):
         column[0].set_title(title, fontsize=7)
         for axis, picture in zip(column, pictures):

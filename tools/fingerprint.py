@@ -60,11 +60,12 @@ def fingerprint():
             print(f"{name:10} {LOG:25} {digest_of_rows(run / LOG, place)}", flush=True)
 
 
-def launch(script: str, flags: str, folder: str, stderr: int | None = None) -> subprocess.Popen:
+def launch(script: str, flags: str, folder: str) -> subprocess.Popen:
     """Start a stage in a folder, as a process on one thread of the CPU, with its standard output to read."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, str(ROOT / script), *flags.split()]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=nothing, text=True)
 
 
 def make_pictures(folder: Path) -> None:
@@ -77,8 +78,7 @@ def make_pictures(folder: Path) -> None:
             images = split.images[split.labels == label][:count]
             for i, image in enumerate(images):
                 height = 24 if i % 2 else 32
-                part_of_image = image[:, :height].contiguous()
-                write_jpeg(part_of_image, str(place / f"{i:02}.jpg"))
+                write_jpeg(image[:, :height].contiguous(), str(place / f"{i:02}.jpg"))
 
 
 def digest_of_tensors(path: Path) -> str:
@@ -88,8 +88,7 @@ def digest_of_tensors(path: Path) -> str:
         for name in sorted(file.keys()):
             tensor = file.get_tensor(name)
             sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            numbers = tensor.contiguous().reshape(-1)
-            sha.update(numbers.view(torch.uint8).numpy())
+            sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()[:16]
 
 

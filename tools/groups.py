@@ -14,9 +14,9 @@ Groups = dict[str, list[RunLog]]
 
 
 def groups(runs: list[RunLog], apart: tuple[str, ...] = ()) -> Groups:
-    """Group runs that differ in their seed alone, named by the method and by what tells it from other groups.
+    """Group runs that differ in their seed and in `apart` alone, named by the method and by what tells groups apart.
 
-    The settings named in `apart` may differ, too. InputError for two runs that agree in their seed as well.
+    InputError for two runs that agree in all of it.
     """
     ignored = (*NOT_COMPARED, *apart)
     alike = []
@@ -75,8 +75,7 @@ def setting_text(settings: dict, name: str) -> str:
     value = settings.get(name)
     if name == "init" and value:
         return name_of_weights(value)
-    is_networks = isinstance(value, list) and value and isinstance(value[0], str)
-    return "+".join(value) if is_networks else str(value)
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def method_name(settings: dict) -> str:

@@ -14,17 +14,8 @@ from lib.files import LOG
 from lib.log import read_rows, same_place
 
 SETTINGS = {"dataset", "method", "reg", "accumulate"}  # some that the first row of every run has
-EARLIER = {  # settings that the oldest logs do not name, with their values
-    "optimizer": "lars",
-    "tau_end": 1.0,
-    "jitter": 1.0,
-    "grey": 0.2,
-    "predictor": "mlp",
-    "queue": 0,
-    "init": None,
-    "init_digest": None,
-    "prefix": None,
-}
+EARLIER = {"optimizer": "lars", "tau_end": 1.0, "jitter": 1.0, "grey": 0.2, "predictor": "mlp", "queue": 0}
+EARLIER |= {"init": None, "init_digest": None, "prefix": None}  # settings that the oldest logs do not name
 
 
 @dataclass(frozen=True)
@@ -50,10 +41,9 @@ class RunLog:
         return row["top1"] if row else None
 
     def score_row(self, stage: str) -> dict | None:
-        """Return the row with that accuracy; None without one.
+        """Return the row with that accuracy; None without one. Variants such as --labels do not count.
 
-        Variants of the protocol do not count, such as --labels, nor do rows of a run that was still under way. Where
-        knn_eval has not been run, the online k-NN of the last epoch is the same number.
+        Where knn_eval has not been run, the online k-NN of the last epoch is the same number.
         """
         judged = {"stage": stage, "split": "test", "net": "online", "labels": None}
         judged["eval_crop"] = self.settings["eval_crop"]
@@ -69,10 +59,8 @@ class RunLog:
         return None
 
     def _counts(self, row: dict) -> bool:
-        """Whether a row is of the finished training, on the run's own data, in fp32, at the default rate or a sweep's.
-
-        Rows of old versions, all in fp32, do not say so.
-        """
+        """Whether a row is of the finished training, on its own data, in fp32, at the default rate or a sweep's."""
+        # rows of old versions, all in fp32, do not say so
         epochs, place = self.settings["epochs"], self.settings["dataset"]
         is_finished = row.get("trained_epochs", epochs) == epochs
         is_other_rate = row["stage"] == "linear_eval" and not row.get("swept") and row.get("lr", 0.2) != 0.2

@@ -2,8 +2,7 @@
 
     python -m tools.figures neighbours runs/photos-amhe
 
-The queries are drawn by a fixed seed and spread over the classes, so that all encoders are asked the same ones. A set
-without classes has no test pictures: there the queries are training pictures, each left out of its own neighbours.
+The queries are drawn by a fixed seed and spread over the classes, so that all encoders are asked the same ones.
 """
 
 from dataclasses import dataclass
@@ -46,14 +45,8 @@ class Sheet:
 
 
 def neighbours(run: str, dataset: str | None = None, data_dir: str | None = None):
-    """Draw queries and their neighbours by the encoder of a run, named by its folder or by what judges take of it.
-
-    Returns the figure and the name of the run, which is the same for all of these. InputError as from the judges.
-    """
+    """Draw queries and their neighbours by the encoder of a run; return the figure, and the name of the run."""
     return draw_sheet(find_neighbours(run, dataset, data_dir)), name_of_weights(run)
-
-
-# ---- What is found ---------------------------------------------------------------------------------------------------
 
 
 def find_neighbours(ckpt: str, dataset: str | None, data_dir: str | None) -> Sheet:
@@ -61,86 +54,51 @@ def find_neighbours(ckpt: str, dataset: str | None, data_dir: str | None) -> She
     accelerator = processes.start()
     if accelerator.num_processes > 1:
         raise InputError(f"neighbours: {accelerator.num_processes} processes would do the same; launch one")
-    is_folder = dataset is not None and dataset not in data.FACTS
-    flags = {"dataset": dataset, "data_dir": data_dir, "skip_broken": is_folder}
-    judged = judging.open_judged(accelerator, ckpt, flags, without_classes=True)
+    flags = {"dataset": dataset, "data_dir": data_dir}
+    judged = judging.open_judged(accelerator, ckpt, flags)
     bank, test = judged.images.train, judged.images.test
-    n = len(bank.labels)
-    if n < 2:
-        raise InputError(f"neighbours: dataset {judged.dataset} has one training picture; it takes two or more")
-    has_test = len(test.labels) > 0
-    query_rows = draw_queries(test.labels if has_test else bank.labels, QUERIES)
-    queries = (test if has_test else bank).rows(query_rows)
+    queries = test.rows(draw_queries(test.labels, QUERIES))
     bank_features = features_of(judged.encoder, bank, judged.view, accelerator, "train")
     query_features = features_of(judged.encoder, queries, judged.view, accelerator, "queries")
-    cosines, rows = nearest(query_features, [bank_features], n, NEIGHBOURS + (not has_test))
+    n = len(bank.labels)
+    cosines, rows = nearest(query_features, [bank_features], n, NEIGHBOURS)
     cosines, rows = cosines.cpu(), rows.cpu()
-    if not has_test:
-        cosines, rows = without_queries(cosines, rows, query_rows)
     m, k = cosines.shape
-    where = f"{k} nearest of {n:,} to train on" if has_test else f"{k} nearest of the other {n - 1:,}"
-    counts = f"{m} {'test' if has_test else 'training'} pictures, each with its {where}"
-    title = f"{method_name(judged.settings)}, on {Path(judged.dataset).resolve().name}: {counts}"
+    name = Path(judged.dataset).resolve().name
+    counts = f"{m} test pictures, each with its {k} nearest of {n:,} to train on"
+    title = f"{method_name(judged.settings)}, on {name}: {counts}"
     return Sheet(title, queries, bank.rows(rows.flatten()), cosines, judged.images.classes, judged.view)
 
 
 def draw_queries(labels: Tensor, n: int) -> Tensor:
-    """Draw up to n rows by a fixed seed: take one image of each class, then a second of each; return them by class.
-
-    labels: (images,), all -1 of images without classes.
-    """
-    generator = torch.Generator().manual_seed(0)
-    order_in_class = torch.randperm(len(labels), generator=generator)
-    rows, place_in_class = by_class(labels + 1, order_in_class)  # + 1: it takes no negative labels
-    order_of_classes = torch.randperm(len(labels), generator=generator)  # so that of many, not the first n are drawn
-    first_places = place_in_class[order_of_classes].argsort(stable=True)[:n]
-    drawn = rows[order_of_classes[first_places]]
+    """Draw up to n rows of labels by a fixed seed: one of each class, then a second of each; return them by class."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    places = torch.empty_like(labels)  # of each image in its class, by that order
+    for label in labels.unique():
+        rows = order[labels[order] == label]
+        places[rows] = torch.arange(len(rows))
+    drawn = order[places[order].argsort(stable=True)[:n]]
     return drawn[labels[drawn].argsort(stable=True)]
 
 
-def by_class(labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort images by class, those of a class in the order (n,): their row numbers, and the place of each, from 0."""
-    sorted_rows = order[labels[order].argsort(stable=True)]
-    counts = labels.bincount()
-    firsts = counts.cumsum(0) - counts  # where each class begins
-    place_in_class = torch.arange(len(labels)) - firsts.repeat_interleave(counts)
-    return sorted_rows, place_in_class
-
-
-def without_queries(cosines: Tensor, rows: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Drop the queries (m,) from their own neighbours, and one column: of (m, k + 1) the first k others stay."""
-    is_query = rows == query_rows[:, None]
-    others = is_query.int().argsort(dim=1, stable=True)[:, :-1]
-    return cosines.gather(1, others), rows.gather(1, others)
-
-
-# ---- What is drawn ---------------------------------------------------------------------------------------------------
-
-
 def draw_sheet(sheet: Sheet):
-    """Draw a row for each query: its picture, then its neighbours, each with its cosine.
-
-    Where there are classes, a frame says whether a neighbour's is the query's, and a wrong one stands below.
-    """
+    """Draw a row for each query: its picture, then its neighbours, framed by whether their class is the query's."""
     m, k = sheet.cosines.shape
     widths = [1, 0.2, *[1] * k]  # the second column is a gap
     size = (0.9 * sum(widths), 1.1 * m + 0.6)
     figure, axes = plt.subplots(m, len(widths), figsize=size, width_ratios=widths, squeeze=False)
-    title = sheet.title
-    if sheet.classes:
-        title += f"\n{sheet.is_right.sum()} of {m * k} have the class of their query (green frame)"
+    title = f"{sheet.title}\n{sheet.is_right.sum()} of {m * k} have the class of their query (green frame)"
     figure.suptitle(title, fontsize=9)
     query_pixels, pixels = pixels_of(sheet.queries, sheet.view), pixels_of(sheet.neighbours, sheet.view)
     for i, (query, gap, *others) in enumerate(axes):
         gap.set_axis_off()
-        draw_picture(query, query_pixels[i], class_name(sheet, sheet.queries.labels[i]))
+        draw_picture(query, query_pixels[i], sheet.classes[sheet.queries.labels[i]][:LONGEST_NAME])
         for j, axis in enumerate(others):
             is_right = sheet.is_right[i, j]
-            wrong_class = " " if is_right else class_name(sheet, sheet.neighbours.labels[i * k + j])
+            wrong_class = " " if is_right else sheet.classes[sheet.neighbours.labels[i * k + j]][:LONGEST_NAME]
             draw_picture(axis, pixels[i * k + j], f"{sheet.cosines[i, j]:.3f}\n{wrong_class}")
-            if sheet.classes:
-                axis.spines[:].set_visible(True)
-                axis.spines[:].set(color=RIGHT if is_right else WRONG, linewidth=2.5)
+            axis.spines[:].set_visible(True)
+            axis.spines[:].set(color=RIGHT if is_right else WRONG, linewidth=2.5)
     return figure
 
 
@@ -157,9 +115,3 @@ def pixels_of(split: data.Split, view: dict) -> Tensor:
     """Return the evaluation views of a split, (n, 3, size, size), as pixels in [0, 1]."""
     plain = view | {"mean": (0, 0, 0), "std": (1, 1, 1)}
     return torch.cat(list(data.evaluation_views(split, **plain)))
-
-
-def class_name(sheet: Sheet, label: Tensor) -> str:
-    """Return the name of a class, cut to fit; nothing without classes."""
-    name = sheet.classes[label] if sheet.classes else ""
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"

@@ -2,13 +2,11 @@
 
     python -m tools.reproduce --precision bf16                          # 100 to 300 epochs a run; wants a GPU
     python -m tools.reproduce --plan cpu --dataset path/to/pictures     # 20 epochs of a small network a run
-    python -m tools.reproduce --dataset path/to/pictures --precision bf16
     python -m tools.reproduce --dataset path/to/pictures --trial --folder runs/trial
     CUDA_VISIBLE_DEVICES=1 python -m tools.reproduce --part 2/4         # and the other three parts beside it
 
-Runs come in the order in which they tell most. Each command is printed before it starts. What is done is not done
-again, and a run that was stopped goes on: stop it at any time, and give the same command. After each run, `results`
-holds the logs of all and the table that tools.figures makes of them; checkpoints stay in the folder of runs.
+Runs come in the order in which they tell most. Stop it at any time: the same command goes on with what is left. After
+each run, `results` holds the logs of all and the table that tools.figures makes of them.
 """
 
 import contextlib
@@ -28,6 +26,7 @@ from lib.files import CKPT, LOG, write_whole
 from lib.log import as_json
 from pretrain import pretrain
 from tools.logs import read_log
+from tools.paper import is_row
 from tools.table import is_finished
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +68,11 @@ def reproduce(
     """Do what is left of the list of runs, or of a part of it."""
     runs = PLANS[plan]
     results = results or f"{folder.rstrip('/')}-table"
-    first, parts = part_of(part, len(runs))
+    match = re.fullmatch(r"([1-9][0-9]{0,3})/([1-9][0-9]{0,3})", part)
+    first, parts = map(int, match.groups()) if match else (1, 0)
+    if not first <= parts <= len(runs):
+        expected = f"the number of a part and how many parts there are, at most {len(runs)}, as 2/4"
+        raise InputError(f"--part {part[:40]}: expected {expected}")
     own = list(enumerate(runs, 1))[first - 1 :: parts]  # so that each part begins with what tells most
     # without a precision no variable: it also says that a launcher has set the number of threads
     environment = {} if precision == "no" else {"ACCELERATE_MIXED_PRECISION": precision}
@@ -95,15 +98,6 @@ def reproduce(
         raise InputError(f"failed, and tried again by the same command: {', '.join(failed)}")
     end = f"all {len(runs)} runs are done" if parts == 1 else f"part {part} is done, {len(own)} of {len(runs)} runs"
     print(f"{end}; {results}/table.md is the table of all there are", file=sys.stderr)
-
-
-def part_of(part: str, runs: int) -> tuple[int, int]:
-    """Return the numbers of a --part, 1 <= first <= second <= the number of runs. InputError for anything else."""
-    match = re.fullmatch(r"([1-9][0-9]{0,3})/([1-9][0-9]{0,3})", part)
-    if not match or not int(match[1]) <= int(match[2]) <= runs:
-        expected = f"the number of a part and how many parts there are, at most {runs}, as 2/4"
-        raise InputError(f"--part {part[:40]}: expected {expected}")
-    return int(match[1]), int(match[2])
 
 
 def flags_of(words: str, dataset: str, data_dir: str, trial: bool) -> dict[str, str]:
@@ -160,11 +154,8 @@ def has_settings(settings: dict, flags: dict[str, str]) -> bool:
     """Whether a run has the settings that its flags, and the defaults of the others, ask for."""
     typed = [f"--{name}={value}" for name, value in flags.items()]
     wanted = pretrain.__kwdefaults__ | cli.values_of(typed, pretrain)
-    for name, value in as_json(wanted).items():
-        # the set may have moved
-        if name not in (*NOT_SETTINGS, "data_dir") and value is not None and settings.get(name) != value:
-            return False
-    return True
+    idle = (*NOT_SETTINGS, "data_dir")  # the set may have moved
+    return is_row(settings, as_json({x: value for x, value in wanted.items() if value is not None and x not in idle}))
 
 
 def run_child(command: list[str], environment: dict[str, str]) -> int:
@@ -193,21 +184,16 @@ def run_child(command: list[str], environment: dict[str, str]) -> int:
 
 
 def collect(folder: Path, results: Path, runs: list[str]) -> int:
-    """Copy the logs of all runs that have an epoch behind them, and make their table; its exit code.
-
-    Runs of the list come first, in its order.
-    """
-    listed = [folder / name_of(words) / LOG for words in runs]
-    others = sorted(set(folder.glob(f"*/{LOG}")) - set(listed))
+    """Copy the logs of the runs that have an epoch behind them, and make their table; return its exit code."""
     copies = []
-    for log in listed + others:
+    for run in (folder / name_of(words) for words in runs):
         with contextlib.suppress(InputError):
-            if any("loss" in row for row in read_log(log.parent).rows):
-                copy = results / log.parent.name / LOG
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                with write_whole(copy) as file:
-                    file.write(log.read_bytes())
-                copies.append(str(copy.parent))
+            if any("loss" in row for row in read_log(run).rows):
+                copy = results / run.name
+                copy.mkdir(parents=True, exist_ok=True)
+                with write_whole(copy / LOG) as file:  # another part may read it
+                    file.write((run / LOG).read_bytes())
+                copies.append(str(copy))
     if not copies:
         return 0
     return run_child([str(ROOT / "tools" / "figures.py"), "table", *copies, f"--out={results}"], {})

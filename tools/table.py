@@ -9,25 +9,21 @@ import io
 from pathlib import Path
 
 from harness.measure import DEAD, DEAD_G2
-from lib.errors import InputError
 from lib.files import write_whole
 from tools.groups import groups, mean_and_std
 from tools.logs import RunLog
 from tools.paper import is_row, paper_rows
 
-OF_PROJECTIONS = {"uniformity": 2, "alignment": 2}  # columns, and their digits
-OF_FEATURES = {"rank": 1, "uniformity_share": 2}
-OF_EPOCHS = {**OF_PROJECTIONS, "energy": 3, **OF_FEATURES, "images_per_s": 1}
-DIGITS = {"k-NN": 1, "linear": 1, **OF_EPOCHS}
+OF_PROJECTIONS = ("uniformity", "alignment")
+OF_FEATURES = ("rank", "uniformity_share")
+DIGITS = {"k-NN": 1, "linear": 1, "uniformity": 2, "alignment": 2, "energy": 3}  # of the columns with numbers
+DIGITS |= {"rank": 1, "uniformity_share": 2, "images_per_s": 1}
 HEADS = ("run", "data set", "seeds", "k-NN (%)", "linear (%)", "uniformity", "alignment", "energy")
 HEADS += ("features: rank", "features: uniformity share", "images/s", "the paper's linear (%)")
 
 
 def table(runs: list[RunLog]) -> list[dict]:
-    """Make a row for each group of seeds: mean, sample standard deviation and number of each column's values.
-
-    Rows of the paper come first, in its order, the others by data set.
-    """
+    """Make a row for each group of seeds: first the paper's rows in its order, then the others by data set."""
     paper = [(row, row.settings()) for row in paper_rows()]
     ordered = []
     for label, group in groups(runs).items():
@@ -47,11 +43,7 @@ def table(runs: list[RunLog]) -> list[dict]:
 
 
 def values_of(group: list[RunLog], key: str) -> list[float]:
-    """Return a column's numbers of a group of seeds, without those that a run does not have.
-
-    A run that is still under way has none. A dead network has accuracies, but its projections have no uniformity or
-    alignment.
-    """
+    """Return a column's numbers of a group of seeds, without those that a run does not have, or not to the end."""
     if key in ("k-NN", "linear"):
         scores = [run.score("knn_eval" if key == "k-NN" else "linear_eval") for run in group]
         return [score for score in scores if score is not None]
@@ -105,17 +97,13 @@ def table_lines(rows: list[dict]) -> list[str]:
 
 
 def write_table(runs: list[RunLog], folder: Path) -> None:
-    """Write table.md and table.csv; print the first, and the names of both. InputError if they cannot be written."""
+    """Write table.md and table.csv; print the first, and the names of both. InputError from `files.write_whole`."""
     rows = table(runs)
     lines = table_lines(rows)
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--out {folder}: cannot be written ({e.strerror})") from e
     for name, content in (("table.md", "\n".join([*lines, ""])), ("table.csv", text.getvalue())):
         with write_whole(folder / name) as file:
             file.write(content.encode(errors="backslashreplace"))
