@@ -86,18 +86,16 @@ def features_of(encoder: nn.Module, split: data.Split, view: dict, accelerator: 
 
     Each process embeds its share of the images, and gets the features of all.
     """
+    share = processes.own_share(split.to(accelerator.device))
+    with tqdm(total=len(share.labels), desc=name, unit="image", disable=None if is_main() else True) as bar:
 
-    def embed_share(share: data.Split) -> Tensor:
-        with tqdm(total=len(share.labels), desc=name, unit="image", disable=None if is_main() else True) as bar:
+        def counted() -> Iterator[Tensor]:
+            for batch in data.evaluation_views(share, **view):
+                yield batch
+                bar.update(len(batch))
 
-            def counted() -> Iterator[Tensor]:
-                for batch in data.evaluation_views(share, **view):
-                    yield batch
-                    bar.update(len(batch))
-
-            return models.embed(encoder, counted())
-
-    return processes.embed_in_shares(embed_share, split.to(accelerator.device), accelerator)
+        features = models.embed(encoder, counted())
+    return accelerator.gather(features)[: len(split.labels)]
 
 
 if __name__ == "__main__":
