@@ -222,7 +222,7 @@ METHODS = {
 }  # fmt: skip
 
 
-def neurons(network: Method, parts: Iterable[str]) -> Layers:
+def neurons(network: nn.Module, parts: Iterable[str]) -> Layers:
     """Return `layers_of` parts: encoder, projector, predictor, or a layer, predictor.out. InputError if grouped."""
     weights = {}
     for part in parts:
