@@ -1,10 +1,8 @@
 """Load a data set by name; make batches of random crops, the two augmented views and the evaluation view.
 
-    dataset = load("photos")  # or "cifar10", "imagenet", ..., or a folder of pictures
-    for crops, labels, u in batches(dataset.pretraining, dataset.size, 64, seed=0, steps=range(100)):
-        v1, v2 = two_views(crops, u, dataset.mean, dataset.std)
-
-Small images lie in memory as uint8, and move with `Split.to`. Pictures of a large set stay in files; workers read them.
+dataset = load("photos")  # or "cifar10", "imagenet", ..., or a folder of pictures
+for crops, labels, u in batches(dataset.pretraining, dataset.size, 64, seed=0, steps=range(100)):
+    v1, v2 = two_views(crops, u, dataset.mean, dataset.std)
 """
 
 import itertools
@@ -28,7 +26,6 @@ from lib.errors import InputError
 # size: side of the views in pixels, Appendix B.5. stem: Appendix B.1. holdout: images that `hold_out` takes of a class,
 # on average, Appendix B.4; None = IMAGENET_HOLDOUT of all. mean, std: of the training pixels in [0, 1]. blur_p,
 # solarise_p: probabilities in either view, none in Appendix B.5.2; ImageNet's are BYOL's, Appendix B.3.
-# fmt: off
 FACTS = {
     "photos": dict(size=32, stem="imagenet", holdout=20,  # ours; holds out a tenth of each class
                    mean=(0.5055, 0.3898, 0.3450), std=(0.2612, 0.2191, 0.2247)),
@@ -41,8 +38,7 @@ FACTS = {
     "imagenet": dict(size=224, stem="imagenet", holdout=None,
                      mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
                      blur_p=(1.0, 0.1), solarise_p=(0.0, 0.2)),
-}
-# fmt: on
+}  # fmt: skip
 IMAGENET_HOLDOUT = 10_009
 EVAL_CROP = 0.875  # of the shorter side: 28 of CIFAR's 32 pixels, 84 of STL-10's 96, 224 of 256, Appendix B.5
 
@@ -87,8 +83,10 @@ class Dataset:
 
     def to(self, device) -> "Dataset":
         """Return the same with its images on another device."""
+        train = self.train.to(device)
+        test = self.test.to(device)
         unlabeled = self.unlabeled and self.unlabeled.to(device)
-        return replace(self, train=self.train.to(device), test=self.test.to(device), unlabeled=unlabeled)
+        return replace(self, train=train, test=test, unlabeled=unlabeled)
 
     def view(self, crop: float) -> dict:
         """Return the keyword arguments of `evaluation_views`."""
@@ -100,8 +98,7 @@ def load(
 ) -> Dataset:
     """Load the data set called `name`, or the folder of pictures at that path; docs/data.md describes them all.
 
-    With `pretraining`, STL-10's images without labels are read, too, and a folder may lack classes. skip_broken leaves
-    broken pictures out. workers: processes that read ahead. InputError for a set that cannot be read.
+    pretraining: STL-10's images without labels are read, too; a folder may lack classes. InputError if unreadable.
     """
     classes, parts, facts = sources.read_set(name, data_dir, FACTS, pretraining, skip_broken, workers)
     train, test, *others = [Split(*part) for part in parts]
@@ -123,23 +120,6 @@ def hold_out(dataset: Dataset) -> Dataset:
         held, kept = divided_classes(labels, order, wanted.clamp_min(1))
     train = rows_to_learn_from(dataset, kept, "hold-out", "give it more, or leave out --holdout or --sweep")
     return replace(dataset, train=train, test=dataset.train.rows(held))
-
-
-def with_labels(dataset: Dataset, part: float) -> Dataset:
-    """Keep this part of each class's training images and hold-out, a fixed draw; InputError if a class keeps none.
-
-    A smaller part lies within a larger one.
-    """
-    if not dataset.classes:
-        raise InputError(f"--labels {part:g}: the pictures have no classes")
-    labels = dataset.train.labels
-    counts = labels.bincount()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    kept, _ = divided_classes(labels, order, part * counts.double())
-    enough = math.ceil(1e4 / int(counts.min())) / 1e4  # rounded up, so that the number that is printed is enough
-    train = rows_to_learn_from(dataset, kept, f"--labels {part:g}", f"{enough:g} keeps one of each class")
-    per_class = dataset.holdout or IMAGENET_HOLDOUT / len(dataset.classes)
-    return replace(dataset, train=train, holdout=part * per_class)
 
 
 def divided_classes(labels: Tensor, order: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,8 +158,7 @@ def two_views(
 ) -> tuple[Tensor, Tensor]:
     """Make the two views (b, 3, size, size) of crops (2, b, 3, size, size), uint8 or floats in [0, 1], not kept.
 
-    u: (2, b, DRAWS_PER_IMAGE), uniform on [0, 1), on the CPU. jitter: part of BYOL's colour jitter. grey_p and, for
-    each view, blur_p and solarise_p are probabilities. At last mean and std normalise.
+    u: (2, b, DRAWS_PER_IMAGE), uniform on [0, 1), on the CPU. jitter: part of BYOL's. blur_p, solarise_p: of each view.
     """
 
     def augmented(x, u, blur_p, solarise_p):
@@ -228,15 +207,13 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield crops (views, b, 3, size, size), labels (b,) and u (views, b, DRAWS_PER_IMAGE), which is for `two_views`.
 
-    steps: their numbers, from 0 over the whole run. A batch is cut into `micro_batches`, and these into equal shares;
-    share: (rank, world) of this process. Order and u are functions of (seed, epoch, place in the epoch) alone. Crops
-    are in [0, 1], those of files uint8; files are read ahead. InputError if one cannot be read.
+    steps: from 0 over the whole run. share: (rank, world); a micro-batch is cut into equal shares. Order and u are
+    functions of (seed, epoch, place in the epoch) alone. Crops are in [0, 1], of files uint8. InputError if unreadable.
     """
     n = len(split.labels)
     steps_per_epoch = n // batch_size if drop_last else math.ceil(n / batch_size)
 
     def plan() -> Iterator:
-        """Yield rows (b,) and u of each micro-batch of this process."""
         for epoch, steps_of_epoch in itertools.groupby(steps, lambda step: step // steps_per_epoch):
             order = torch.randperm(n, generator=_generator(seed, epoch + 1))
             rows_by_place = order.split(batch_size)
@@ -265,10 +242,9 @@ def batches(
 
 
 def evaluation_views(split: Split, size: int, crop: float, mean, std, batch_size=500) -> Iterator[Tensor]:
-    """Yield batches (b, 3, size, size) of the evaluation view of a split's images, on the device of its labels.
+    """Yield batches (b, 3, size, size) of the evaluation view, on the device of the split's labels.
 
-    In memory: the central square of `crop` times the shorter side, resized, Appendix B.5.2. Files: that square after a
-    resize to size / crop pixels, Appendix B.5.1.
+    It is the central square of `crop` times the shorter side, resized, Appendix B.5.2; of files B.5.1, resized first.
     """
     device = split.labels.device
     if isinstance(split.images, Tensor):

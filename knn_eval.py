@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Annotated
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 import models
@@ -22,6 +21,7 @@ from lib.log import emit
 from lib.nearest import finest, in_parts, nearest
 
 QUERIES_AT_ONCE = 512  # of the vote
+Scores = dict[int, dict[str, float]]  # {k: {"top1": percent, ...}}
 
 
 def knn_eval(
@@ -46,7 +46,7 @@ def knn_eval(
         encoders["pixels"] = nn.Flatten()
     protocol = {"temperature": temperature, "bank": len(train.labels), "queries": len(test.labels)}
     for of, encoder in encoders.items():
-        scores_by_k = nearest_neighbours(encoder, train, test, judged.view, accelerator, k, temperature)
+        scores_by_k = nearest_neighbours(encoder, train, test, judged.view, k, temperature)
         on_sphere = geometry(encoder, judged.images, judged.view, accelerator.device)
         for neighbours, scores in scores_by_k.items():
             row = {"stage": "knn_eval", "of": of, "k": neighbours}
@@ -54,39 +54,38 @@ def knn_eval(
 
 
 def nearest_neighbours(
-    encoder: nn.Module, bank: Split, queries: Split, view: dict, accelerator: Accelerator, k=(20,), temperature=0.07
-) -> dict[int, dict[str, float]]:
+    encoder: nn.Module, bank: Split, queries: Split, view: dict, k=(20,), temperature=0.07
+) -> Scores:
     """Take the `vote` on an encoder's features of the evaluation views of two splits; k = 20 and 0.07 are DINO's."""
-
-    def embed(split: Split) -> Tensor:
-        return models.embed(encoder, evaluation_views(split, **view))
-
-    query_features = processes.embed_in_shares(embed, queries, accelerator)
+    query_views = evaluation_views(processes.own_share(queries), **view)
+    query_features = processes.gather(models.embed(encoder, query_views))
     bank_views = evaluation_views(processes.own_part(bank), **view)
     bank_features = (models.embed(encoder, views) for views in in_parts(bank_views))  # ImageNet's take 10 GB
+    query_features = query_features[: len(queries.labels)]
     return vote(bank_features, bank.labels, query_features, queries.labels, k, temperature)
 
 
 @torch.no_grad()
 def vote(
     bank: Iterable[Tensor], bank_labels: Tensor, queries: Tensor, labels: Tensor, k: tuple, temperature: float
-) -> dict[int, dict[str, float]]:
-    """Accuracy in percent, {k: {"top1": ..., ...}}, of the vote of the k rows of the bank nearest by cosine.
+) -> Scores:
+    """Accuracy of the vote of the k rows of the bank nearest by cosine; k is clipped to n.
 
-    bank: features in parts (n_i, d), each process its own, see `nearest`. queries: (m, d). bank_labels (n,), labels
-    (m,): classes from 0. k is clipped to n. Of equal votes the lower class is first; a class without one is a miss.
-    ValueError unless the parts have n rows.
+    bank: features in parts (n_i, d), each process its own, see `nearest`: ValueError unless they have n rows. queries:
+    (m, d). bank_labels (n,), labels (m,): classes from 0. A class without a vote is a miss.
     """
     classes = int(max(bank_labels.max(), labels.max())) + 1
     ks = sorted({min(neighbours, len(bank_labels)) for neighbours in k})
     cosines, rows = nearest(queries, bank, len(bank_labels), max(ks))
     ranks = {neighbours: [] for neighbours in ks}
-    chunks = [processes.my_rows(x).split(QUERIES_AT_ONCE) for x in (cosines, rows, labels)]
+    per_query = (cosines, rows, labels)
+    chunks = [processes.my_rows(x).split(QUERIES_AT_ONCE) for x in per_query]
     for cosine, voters, truth in zip(*chunks):
+        voted = bank_labels[voters]
         advantage = cosine - cosine[:, :1]
         exponent = advantage.to(finest(cosine.device)) / temperature  # of a vote's weight over the nearest's
         for neighbours in ks:
-            votes = log_votes(bank_labels[voters[:, :neighbours]], exponent[:, :neighbours], classes)
+            votes = log_votes(voted[:, :neighbours], exponent[:, :neighbours], classes)
             ranks[neighbours].append(judging.rank_of(truth, votes))
     scores = {}
     for neighbours, parts in ranks.items():

@@ -68,7 +68,8 @@ def linear_eval(
     test = features_of(judged, images.test)
     classifier = fit(judged, train, {lr: row}, **hyper)[lr]
     scores = scores_of(classifier, test)
-    protocol = {**hyper, "lr": lr, "swept": sweep, "train": len(train.labels), "test": len(test.labels)}
+    protocol = {**hyper, "lr": lr, "swept": sweep}
+    protocol |= {"train": len(train.labels), "test": len(test.labels)}
     row["epoch"] = epochs
     emit(row | scores | protocol | judged.columns, judged.log)
 
@@ -88,13 +89,10 @@ def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyp
 
 def features_of(judged: Judged, split: data.Split) -> Features:
     """Compute the features of a split's evaluation views."""
-
-    def embed(part: data.Split) -> Tensor:
-        return models.embed(judged.encoder, data.evaluation_views(part, **judged.view))
-
     split = split.to(judged.accelerator.device)
-    x = processes.embed_in_shares(embed, split, judged.accelerator)
-    return Features(x, split.labels)
+    views = data.evaluation_views(processes.own_share(split), **judged.view)
+    features = judged.accelerator.gather(models.embed(judged.encoder, views))
+    return Features(features[: len(split.labels)], split.labels)
 
 
 def scores_of(classifier: nn.Linear, features: Features) -> dict[str, float]:
@@ -108,8 +106,7 @@ def fit(
 ) -> dict[float, nn.Linear]:
     """Train a classifier for each rate, a key of `rows`, all on the same features; return them by rate.
 
-    After each epoch each logs a row: its columns in `rows`, loss, accuracy and the optimizer's rate at its start. A
-    rate whose loss or weights are not finite is left out; InputError if none is left.
+    Each logs a row after each epoch. One whose loss or weights are not finite is left out; InputError if none is left.
     """
     n, device = len(train.labels), train.labels.device
     classifiers, groups = {}, []

@@ -28,11 +28,7 @@ STEMS = {"cifar": 1, "stride2": 2, "imagenet": None}  # stride of a 3x3 convolut
 
 
 def build_encoder(name: str, stem: str, norm: str = "bn") -> nn.Module:
-    """Build timm's ResNet `name`, or AlexNet, without classifier: (b, 3, h, w) to (b, d), d = `.num_features`.
-
-    Stems but "imagenet" have no max-pooling, Appendix B.1. norm "none" is without BatchNorm, Table 4. InputError for a
-    name that is neither a ResNet of timm nor alexnet.
-    """
+    """Build a ResNet of timm, or AlexNet, without classifier: (b, 3, h, w) to (b, .num_features); else InputError."""
     if name == "alexnet":
         encoder = encoders.AlexNet()
     else:
@@ -41,16 +37,12 @@ def build_encoder(name: str, stem: str, norm: str = "bn") -> nn.Module:
             width = encoder.bn1.num_features
             encoder.conv1 = nn.Conv2d(3, width, 3, STEMS[stem], padding=1, bias=False)
             nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as in timm
-            encoder.maxpool = nn.Identity()
+            encoder.maxpool = nn.Identity()  # Appendix B.1
     return with_norm(encoder, norm).to(memory_format=torch.channels_last)  # in which convolutions are fast
 
 
-# ---- Norms -----------------------------------------------------------------------------------------------------------
 class ViewNorm(_BatchNorm):
-    """BatchNorm for (2b, c) or (2b, c, h, w), two views: in training each has its own statistics, of all processes.
-
-    Method.forward counts num_batches_tracked.
-    """
+    """BatchNorm for (2b, c) or (2b, c, h, w), two views: in training each has its own statistics, of all processes."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -60,7 +52,7 @@ class ViewNorm(_BatchNorm):
     def _check_input_dim(self, x: Tensor) -> None: ...  # accept any shape; _BatchNorm's own check raises
 
 
-NORMS = {"bn": ViewNorm, "none": nn.Identity}
+NORMS = {"bn": ViewNorm, "none": nn.Identity}  # none: Table 4
 
 
 def with_norm(network: nn.Module, norm: str) -> nn.Module:
@@ -103,17 +95,14 @@ class Method(nn.Module):
             self.target.requires_grad_(False)
 
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[Pair, Pair, Pair]:
-        """Compute projections z of views (b, 3, h, w), predictions p, and what these predict, t; each (b, out_dim).
-
-        t are the target's projections, or z without gradient; p is z if there is no predictor.
-        """
+        """Compute projections z, predictions p and what these predict, t, (b, out_dim) each, of views (b, 3, h, w)."""
         views = torch.cat([v1, v2])
         z = self.projector(self.encoder(views))
         p = self.predictor(z) if hasattr(self, "predictor") else z
         with torch.no_grad():
             t = self.target(views) if self.has_target else z.detach()
         if self.training:
-            norms.count_batches(self)
+            norms.count_batches(self)  # of all layers at once
         return z.chunk(2), p.chunk(2), t.chunk(2)
 
     @classmethod
@@ -233,12 +222,11 @@ METHODS = {
 }  # fmt: skip
 
 
-def neurons(network: Method, parts: Iterable[str]) -> Layers:
+def neurons(network: nn.Module, parts: Iterable[str]) -> Layers:
     """Return `layers_of` parts: encoder, projector, predictor, or a layer, predictor.out. InputError if grouped."""
     weights = {}
     for part in parts:
-        head, _, inner = part.partition(".")
-        module = getattr(network, head).get_submodule(inner)
+        module = network.get_submodule(part)
         for layer, child in module.named_modules(prefix=part):
             if getattr(child, "groups", 1) > 1:
                 raise InputError(f"{layer} is a grouped convolution, which has no energy; leave {part} out of --reg_on")
@@ -247,7 +235,6 @@ def neurons(network: Method, parts: Iterable[str]) -> Layers:
     return weights
 
 
-# ---- Features --------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def embed(encoder: nn.Module, views: Iterable[Tensor]) -> Tensor:
     """Compute features (n, d), fp32, of batches of views (b, 3, h, w) in evaluation mode; InputError if not finite."""

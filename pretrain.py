@@ -12,11 +12,10 @@ from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from timm.optim import Lars
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
 import data
 import models
@@ -132,9 +131,11 @@ def pretrain(
     share = (accelerator.process_index, accelerator.num_processes)
     order = (cfg.batch_size, cfg.seed, range(run.step, steps))
     micro_batches = data.batches(images.pretraining, images.size, *order, cfg.accumulate, share)
-    rates, taus = schedules(cfg, steps)  # of each step
+    warmup_steps = round(steps // cfg.epochs * cfg.warmup)
+    rates = [lr_at(step, steps, warmup_steps, cfg.peak_lr) for step in range(steps)]
+    taus = [tau_at(step, steps, cfg.tau, cfg.tau_end) for step in range(steps)]
     view = images.view(cfg.eval_crop)
-    judged_on = (images.train, images.test, view, accelerator)
+    judged_on = (images.train, images.test, view)
 
     with run:  # a signal ends the run between two steps, with its state saved
         if run.wants_floors():
@@ -155,7 +156,6 @@ def pretrain(
     run.finish()
 
 
-# ---- One step --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Training:
     """What a step works with."""
@@ -165,7 +165,7 @@ class Training:
     accelerator: Accelerator
     network: models.Method
     parallel: nn.Module  # the same network, as it runs on all processes
-    optimizer: AcceleratedOptimizer  # of Lars or SGD
+    optimizer: Optimizer
     layers: Layers  # the weights that Eq. 7 sums over
 
 
@@ -196,20 +196,16 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def train_micro_batch(training: Training, crops: Tensor, u: Tensor, lr: float, tau: float) -> Terms:
-    """Backpropagate a micro-batch; after the last one of a step, update the weights and the target.
-
-    crops (2, b, 3, size, size), not kept, and u (2, b, DRAWS_PER_IMAGE) are those of `data.batches`. Returns the terms
-    of `objective`. The last micro-batch of a step has the energies, for all.
-    """
+    """Backpropagate a micro-batch of `data.batches`; after the last of a step, update the weights and the target."""
     cfg, images = training.cfg, training.images
     network, accelerator = training.network, training.accelerator
     for group in training.optimizer.param_groups:
         group["lr"] = lr
-    chances = (cfg.blur_p, images.solarise_p)
-    v1, v2 = data.two_views(crops, u, images.mean, images.std, *chances, jitter=cfg.jitter, grey_p=cfg.grey)
+    strengths = (cfg.blur_p, images.solarise_p, cfg.jitter, cfg.grey)
+    v1, v2 = data.two_views(crops, u, images.mean, images.std, *strengths)
     with accelerator.accumulate(training.parallel):
         outputs = training.parallel(v1, v2)
-        is_last = accelerator.sync_gradients
+        is_last = accelerator.sync_gradients  # energies need no images: this one has them for all
         terms = objective(cfg, network, training.layers if is_last else {}, *outputs)
         accelerator.backward(terms["loss"])
         training.optimizer.step()
@@ -220,13 +216,8 @@ def train_micro_batch(training: Training, crops: Tensor, u: Tensor, lr: float, t
     return {name: term.detach() for name, term in terms.items()}
 
 
-# ---- The objective ---------------------------------------------------------------------------------------------------
 def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p: Pair, t: Pair) -> Terms:
-    """Compute the loss and its terms, unweighted, of the outputs of a network, (b, out_dim) a view.
-
-    The loss is Eq. 7 with an energy of the layers, if there are any, Eq. 4 with uniformity. alignment and std are for
-    the log: std is 1 / sqrt(out_dim) if unit projections fill the sphere, 0 if they collapse.
-    """
+    """Compute the loss, Eq. 7 or Eq. 4, and its terms, unweighted, of a network's outputs (b, out_dim) a view."""
     z, p, t = map(processes.gather_views, (z, p, t))
     z1, z2 = z
     terms = {cfg.method: network.loss(z, p, t, cfg.temperature)}
@@ -235,7 +226,7 @@ def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p:
     with torch.no_grad():
         terms["alignment"] = alignment(z1, z2)
         std1, std2 = unit(z1).std(0), unit(z2).std(0)
-        terms["std"] = (std1.mean() + std2.mean()) / 2
+        terms["std"] = (std1.mean() + std2.mean()) / 2  # out_dim^-0.5 if they fill the sphere, 0 if they collapse
     if cfg.term == "energy" and layers:
         for name, energy in layer_energies(layers, cfg).items():
             terms[name] = cfg.accumulate * energy  # gradients and terms are averaged
@@ -247,15 +238,17 @@ def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p:
 
 def layer_energies(layers: Layers, cfg: Settings) -> Terms:
     """Compute the sum of Eq. 7 without lambda, and what each layer adds; by angle, but for --reg mhe."""
-    energies = {}
-    for name, energy in energy_of(layers, cfg.s, angular=cfg.reg != "mhe").items():
-        energies[f"energy/{name}"] = energy
-    return {"energy": sum(energies.values())} | energies
+    energies = energy_of(layers, cfg.s, angular=cfg.reg != "mhe")
+    terms = {"energy": sum(energies.values())}
+    for layer, energy in energies.items():
+        terms[f"energy/{layer}"] = energy
+    return terms
 
 
-def epoch_row(training: Training, means: dict[str, float], lr: float, tau: float) -> dict:
+def epoch_row(training: Training, means: dict, lr: float, tau: float) -> dict:
     """Complete the mean terms of an epoch to its row; lr and tau are those of its last step."""
-    cfg, row = training.cfg, {**means, "lr": lr}
+    cfg = training.cfg
+    row = {**means, "lr": lr}
     if cfg.term != "energy":  # then it is that of the weights as they are now
         with torch.no_grad():
             of_weights = layer_energies(training.layers, cfg)
@@ -267,14 +260,6 @@ def epoch_row(training: Training, means: dict[str, float], lr: float, tau: float
 
 
 # ---- Schedules, Appendix B.2 -----------------------------------------------------------------------------------------
-def schedules(cfg: Settings, steps: int) -> tuple[list[float], list[float]]:
-    """Return the learning rate and the target's tau of each of so many steps."""
-    warmup_steps = round(steps // cfg.epochs * cfg.warmup)
-    rates = [lr_at(step, steps, warmup_steps, cfg.peak_lr) for step in range(steps)]
-    taus = [tau_at(step, steps, cfg.tau, cfg.tau_end) for step in range(steps)]
-    return rates, taus
-
-
 def lr_at(step: int, steps: int, warmup_steps: int, peak: float) -> float:
     """Rate of step 0 ... steps - 1: linear from peak / warmup_steps to peak, then a cosine towards 0."""
     if step < warmup_steps:

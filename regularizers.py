@@ -33,36 +33,29 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2) -> Tensor:
 
 
 def uniformity(x: Tensor, t: float = 2) -> Tensor:
-    """Log of the mean of exp(-t ||x_i - x_j||^2) over rows i != j of x (n, d), n >= 2, Eq. 2; -4t ... 0, 0 < t <= 10.
-
-    Eq. 2 includes i = j; the estimator of its authors does not. t is bounded, as it multiplies the rounding of cosines.
-    """
-    if x.ndim != 2 or len(x) < 2 or not 0 < t <= 10:
+    """Log of the mean of exp(-t ||x_i - x_j||^2) over rows i != j of x (n, d), n >= 2, Eq. 2: -4t ... 0. t <= 10."""
+    if x.ndim != 2 or len(x) < 2 or not 0 < t <= 10:  # t multiplies the rounding of cosines
         raise ValueError(f"uniformity takes (n, d) with n >= 2, and 0 < t <= 10, not {tuple(x.shape)}, {t}")
     with torch.autocast(x.device.type, enabled=False):
         x = unit(x)
         half = x.detach().any(1) / 2  # of the squared length, which is 1 or 0
-        halves = (half[:, None] + half).fill_diagonal_(math.inf)  # i = j is not a pair
+        halves = (half[:, None] + half).fill_diagonal_(math.inf)  # Eq. 2 has i = j, too, its authors' code has not
         exponent = 2 * t * (x @ x.T - halves)  # = -t ||x_i - x_j||^2
         pairs = len(x) * (len(x) - 1)
         return exponent.flatten().logsumexp(0) - math.log(pairs)
 
 
 def info_nce(x: Tensor, y: Tensor, temperature: float = 0.5) -> Tensor:
-    """SimCLR's loss, Eq. 1: mean over the rows of x and y (n, d) of -log softmax(cosines / temperature) at its pair.
-
-    2n - 2 rows are negatives; the paper's M = 2B - 1 counts the positive. temperature > 0.
-    """
+    """SimCLR's loss, Eq. 1: mean over the rows of x and y (n, d) of -log softmax(cosines / temperature) at its pair."""
     _check_pairs(x, y, "temperature", temperature)
     with torch.autocast(x.device.type, enabled=False):
         z = unit(torch.cat([x, y]))
-        similarity = (z @ z.T / temperature).fill_diagonal_(-math.inf)
+        similarity = (z @ z.T / temperature).fill_diagonal_(-math.inf)  # the paper's M = 2n - 1 counts the positive
         other_view = torch.arange(len(z), device=z.device).roll(len(x))
         return F.cross_entropy(similarity, other_view)
 
 
 def _check_pairs(x, y, name, number):
-    """Raise ValueError unless x and y are (n, d) both, and the number called `name` is above 0."""
     if x.shape != y.shape or x.ndim != 2 or not 0 < number < math.inf:
         raise ValueError(f"takes two (n, d) tensors and {name} > 0, not {[*x.shape]}, {[*y.shape]} and {number}")
 
@@ -72,12 +65,12 @@ def mhe(weight: Tensor, s: float = 2) -> Tensor:
 
     weight: (N, ...), a row a neuron, which alone has energy 0. s: 0 ... 8; at 0 the mean of log(1 / ||w_i - w_j||).
     """
-    return _energies([weight], s, angular=False)[0]
+    return energy_of({"": weight}, s, angular=False)[""]
 
 
 def amhe(weight: Tensor, s: float = 2) -> Tensor:
     """Angular hyperspherical energy: `mhe` by the angle arccos(w_i . w_j) in radians, Eq. A.3 / (N (N - 1))."""
-    return _energies([weight], s, angular=True)[0]
+    return energy_of({"": weight}, s)[""]
 
 
 def energy_of(network: nn.Module | Layers, s: float = 2, angular: bool = True, half_space: bool = False) -> dict:
@@ -91,20 +84,22 @@ def energy_of(network: nn.Module | Layers, s: float = 2, angular: bool = True, h
     weights = list(layers.values())
     if half_space:
         weights = [torch.cat([weight, -weight]) for weight in weights]
-    return dict(zip(layers, _energies(weights, s, angular)))
+    flattest = min(weights, key=Tensor.dim)
+    if flattest.ndim < 2 or not 0 <= s <= 8:  # at 8 two equal rows have 1e32, which fp32 holds
+        raise ValueError(f"an energy takes weights (N, d, ...), and 0 <= s <= 8, not {[*flattest.shape]}, {s}")
+    with torch.autocast(weights[0].device.type, enabled=False):
+        energies = _Energies.apply(s, angular, *weights)
+    return dict(zip(layers, energies))
 
 
 def layers_of(network: nn.Module) -> Layers:
-    """Weights (N, ...) of the linear layers and convolutions of a network, {layer: weight}; a shared one counts once.
-
-    Left out are nn.MultiheadAttention's input, and grouped convolutions: rows of different inputs have no angle.
-    """
+    """Weights (N, ...) of a network's linear layers and ungrouped convolutions, {layer: weight}; a shared one once."""
     network = getattr(network, "_orig_mod", network)  # of torch.compile
     if isinstance(network, nn.parallel.DistributedDataParallel):
         network = network.module
     found = {}
     for name, module in network.named_modules():
-        is_grouped = getattr(module, "groups", 1) > 1
+        is_grouped = getattr(module, "groups", 1) > 1  # its rows see different inputs, so they have no angle
         if isinstance(module, (nn.Linear, _ConvNd)) and not is_grouped:
             weight, sources = _weight_of(module)
             if isinstance(module, _ConvTransposeNd):  # its weight is (in, N, ...)
@@ -160,14 +155,6 @@ SMALLEST = 1e-4  # smaller distances count as this; close neurons are still push
 NEAR = 0.99  # a |cosine| beyond this has lost digits of its angle in fp32: its layer is computed again in float64
 CPU_BLOCK = 512  # rows in a block: 1 MB of cosines, to fit a cache
 GPU_BLOCK = 2048  # for few launches
-
-
-def _energies(weights, s, angular):
-    flattest = min(weights, key=Tensor.dim)
-    if flattest.ndim < 2 or not 0 <= s <= 8:  # at 8 two equal rows have 1e32, which fp32 holds
-        raise ValueError(f"an energy takes weights (N, d, ...), and 0 <= s <= 8, not {[*flattest.shape]}, {s}")
-    with torch.autocast(weights[0].device.type, enabled=False):
-        return _Energies.apply(s, angular, *weights)
 
 
 class _Energies(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """What both judges open: an encoder from the file of a run or of another project, and the data it is judged on."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Literal
@@ -88,7 +88,7 @@ def open_judged(accelerator: Accelerator, ckpt: str, shared: dict, without_class
     columns |= {"dataset": dataset, "split": "test", "precision": accelerator.mixed_precision}
     if flags["labels"] < 1:
         columns["labels"] = flags["labels"]
-        images = data.with_labels(images, flags["labels"])
+        images = with_labels(images, flags["labels"])
     if flags["model"]:
         columns |= {name: settings[name] for name in ("model", "stem", "prefix")}
         columns |= {"mean": list(view["mean"]), "std": list(view["std"])}
@@ -169,6 +169,23 @@ def open_images(
             raise
         flag = "data_dir" if name in IN_DATA_DIR else "dataset"
         raise InputError(f"{e}; the checkpoint was trained on it; --{flag} says where it is now") from e
+
+
+def with_labels(dataset: data.Dataset, part: float) -> data.Dataset:
+    """Keep this part of each class's training images and hold-out, a fixed draw; InputError if a class keeps none.
+
+    A smaller part lies within a larger one.
+    """
+    if not dataset.classes:
+        raise InputError(f"--labels {part:g}: the pictures have no classes")
+    labels = dataset.train.labels
+    counts = labels.bincount()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    kept, _ = data.divided_classes(labels, order, part * counts.double())
+    enough = math.ceil(1e4 / int(counts.min())) / 1e4  # rounded up, so that the number that is printed is enough
+    train = data.rows_to_learn_from(dataset, kept, f"--labels {part:g}", f"{enough:g} keeps one of each class")
+    per_class = dataset.holdout or data.IMAGENET_HOLDOUT / len(dataset.classes)
+    return replace(dataset, train=train, holdout=part * per_class)
 
 
 def place_of(name: str, recorded: str) -> str:

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 import data
 import models
@@ -83,7 +83,7 @@ def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
     with torch.device("meta"):
         encoder = models.build_encoder(flags["model"], "imagenet")
     if "encoder" in (flags["reg_on"] or ()):
-        models.neurons(SimpleNamespace(encoder=encoder), ["encoder"])
+        models.neurons(nn.ModuleDict({"encoder": encoder}), ["encoder"])
     return folder
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -153,13 +153,12 @@ def agree(**facts) -> None:
                 raise InputError(f"{differs}; give all processes the same flags and files")
 
 
-def embed_in_shares(embed: Callable, split, accelerator: Accelerator) -> Tensor:
-    """Return embed(split), features (n, d) of a Split, of which each process makes its share and gets all."""
+def own_share(split):
+    """Return this process's `share` of a Split of n images; the first n rows of what is gathered are the whole."""
     if not are_several():
-        return embed(split)
-    n = len(split.labels)
-    rows = my_rows(torch.arange(n, device=split.labels.device))
-    return accelerator.gather(embed(split.rows(rows)))[:n]
+        return split
+    rows = torch.arange(len(split.labels), device=split.labels.device)
+    return split.rows(my_rows(rows))
 
 
 def own_part(split):

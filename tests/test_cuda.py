@@ -197,7 +197,7 @@ def test_judges_and_measurements_stay_on_the_device():
         split = on_cuda(images(24))
         accelerator = Accelerator()
         for judged in (encoder, nn.Flatten()):
-            scores = nearest_neighbours(judged, split, split, VIEW, accelerator, k=(1, 5))
+            scores = nearest_neighbours(judged, split, split, VIEW, k=(1, 5))
             assert scores[1]["top1"] == 100
         assert measure.representations(encoder, split, VIEW)["rank"] >= 1
         dataset = data.Dataset(("a", "b", "c"), split, split, None, 32, "cifar", 0, VIEW["mean"], VIEW["std"])

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import data
-from data import with_labels
-from harness.judging import accuracy, rank_of
+from harness.judging import accuracy, rank_of, with_labels
 from knn_eval import knn_eval
 from lib.errors import InputError
 from linear_eval import linear_eval

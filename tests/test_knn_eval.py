@@ -12,7 +12,7 @@ import data
 import models
 from harness import checkpoint, judging
 from knn_eval import knn_eval, nearest_neighbours, vote
-from lib import nearest, processes
+from lib import nearest
 from linear_eval import linear_eval
 from tools.logs import read_log
 
@@ -67,7 +67,7 @@ def test_a_bank_that_is_not_the_labels_is_refused():
 
 def test_a_bank_is_embedded_in_parts(photos, monkeypatch):
     bank, queries = photos.train.rows(torch.arange(0, 2000, 4)), photos.test
-    of = nn.Flatten(), bank, queries, photos.view(data.EVAL_CROP), processes.start()
+    of = nn.Flatten(), bank, queries, photos.view(data.EVAL_CROP)
     whole = nearest_neighbours(*of)
     monkeypatch.setattr(nearest, "BATCHES_IN_PART", 2)
     monkeypatch.setattr(data.evaluation_views, "__defaults__", (90,))  # images in a batch

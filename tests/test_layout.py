@@ -75,7 +75,7 @@ def test_pages_are_short_and_their_lines_are():
     for page in PAGES:
         counts = tokens_by_line(path_of(page))
         assert length_of([path_of(page)]) <= 320, page
-        assert statistics.mean(counts) <= 11.9, page
+        assert statistics.mean(counts) <= 11.5, page
         assert sum(count > 25 for count in counts) <= 0.06 * len(counts), page
     assert length_of(map(path_of, PAGES)) <= 1500
     assert length_of([*(ROOT / "lib").glob("*.py"), *(ROOT / "harness").glob("*.py")]) <= 3600

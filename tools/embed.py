@@ -74,12 +74,9 @@ def describe(judged: Judged, ckpt: str, splits: dict[str, data.Split]) -> dict:
 
 def features_of(encoder: nn.Module, split: data.Split, view: dict, accelerator: Accelerator, name: str) -> Tensor:
     """Compute the features (n, d) of the evaluation views of a split in all processes, with a bar of this name."""
-
-    def embed_share(share: data.Split) -> Tensor:
-        views = data.evaluation_views(share, **view)
-        return models.embed(encoder, tqdm(views, desc=name, unit="batch", disable=None if is_main() else True))
-
-    return processes.embed_in_shares(embed_share, split.to(accelerator.device), accelerator)
+    views = data.evaluation_views(processes.own_share(split.to(accelerator.device)), **view)
+    features = models.embed(encoder, tqdm(views, desc=name, unit="batch", disable=None if is_main() else True))
+    return accelerator.gather(features)[: len(split.labels)]
 
 
 if __name__ == "__main__":
