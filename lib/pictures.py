@@ -1,8 +1,4 @@
-"""Pictures in files: which there are, how one is read right, and many of them by worker processes.
-
-`find` lists a folder; `rgb` is one picture, upright; `by_workers` looks at many of them. A large set stays in `Files`:
-`crops` and `centres` read it ahead.
-"""
+"""Pictures in files: which there are, how one is read right, and many of them, ahead, by worker processes."""
 
 import contextlib
 import functools
@@ -230,7 +226,7 @@ def _centre(files: Files, size: int, crop: float, row: int) -> Tensor:
 
 
 def loader(make: Callable, keys: Iterable, n_workers: int, **options) -> Iterator:
-    """Yield make(key) of the keys of each list, as one batch, made ahead by workers; InputError for a broken picture."""
+    """Yield make(key) of the keys of each list, as a batch, made ahead by workers; InputError for a broken picture."""
     batches = DataLoader(
         _Made(make),
         batch_sampler=keys,
