@@ -104,7 +104,7 @@ def flags_of(stage: Callable) -> Flags:
 
 # ---- From words to values --------------------------------------------------------------------------------------------
 def bound_values(words: list[str], flags: Flags) -> inspect.BoundArguments:
-    """Return the values that the words of a command line give to flags, as a stage takes them.
+    """Return the values that words give to flags, as a stage takes them.
 
     InputError for a flag that is unknown, given twice or not of its type, and for a place that is empty.
     """

@@ -24,8 +24,7 @@ def resnet(name: str) -> ResNet:
     except RuntimeError as e:  # an unknown tag after the name
         raise InputError(f"model {name}: timm cannot make it ({e})") from e
     if not isinstance(encoder.bn1, nn.BatchNorm2d):
-        kind = type(encoder.bn1).__name__
-        raise InputError(f"model {name}: is normalised by {kind}; take a ResNet with BatchNorm")
+        raise InputError(f"model {name}: is normalised by {type(encoder.bn1).__name__}; take a ResNet with BatchNorm")
     return encoder
 
 

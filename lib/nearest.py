@@ -24,10 +24,9 @@ def in_parts(batches: Iterable[Tensor]) -> Iterator[Iterator[Tensor]]:
 def nearest(queries: Tensor, bank: Iterable[Tensor], n: int, k: int) -> tuple[Tensor, Tensor]:
     """Cosines (m, k) of each query (m, d) with the k nearest of n rows of a bank, in falling order, and their numbers.
 
-    This is the topk of the cosines of all pairs, k clipped to n, but `bank` yields parts (n_i, d), one after the
-    other, and is never whole. All processes pass the same queries, and each its own parts; rows are numbered through
-    the parts of all, one process after the other, and all get the same result. Of equal cosines any may come first;
-    which one also depends on the parts. ValueError unless all parts together have n rows.
+    k is clipped to n. `bank` yields parts (n_i, d), and is never whole. All processes pass the same queries, and each
+    its own parts; rows are numbered through the parts of all, one process after the other, and all get the same result.
+    Of equal cosines any may come first. ValueError unless all parts together have n rows.
     """
     queries = unit_rows(queries)
     cosines = queries.new_empty(len(queries), 0)

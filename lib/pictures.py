@@ -1,8 +1,4 @@
-"""Pictures in files: which there are, how one is read right, and many of them by worker processes.
-
-`find` lists a folder; `rgb` is one picture, upright; `by_workers` looks at many of them. A large set stays in `Files`:
-`crops` and `centres` read it ahead.
-"""
+"""Pictures in files: which there are, how one is read right, and many of them, ahead, by worker processes."""
 
 import contextlib
 import functools

@@ -1,7 +1,6 @@
 """Where data sets come from: the embedded photographs, torchvision's sets, and folders of pictures.
 
-Each source returns the names of the classes and the parts, of which data.py makes splits: to train on, to judge by and,
-of STL-10, images without labels. FACTS stand in data.py.
+Each source returns the names of the classes and parts: to train on, to judge by and, of STL-10, without labels.
 """
 
 import contextlib
@@ -39,10 +38,7 @@ NO_CLASS = -1  # the label of an image without a class
 
 
 def read_set(name: str, data_dir: str, facts: dict, pretraining: bool, skip_broken: bool, workers: int | None) -> Found:
-    """Read the data set called `name`, of those that have facts, or the folder of pictures at that path.
-
-    Returns its classes, its parts, and its facts. Arguments and InputError are those of `data.load`.
-    """
+    """Return classes, parts and facts of a data set by its name or path; arguments and InputError as of `data.load`."""
     name, root = os.path.expanduser(name), Path(os.path.expanduser(data_dir))
     if name in facts and os.path.isdir(name) and os.path.realpath(name) != os.path.realpath(root):
         processes.say(f"dataset {name}: the set of that name, not the folder; --dataset ./{name} is the folder")
@@ -124,10 +120,8 @@ def _downloaded(name: str, root: Path, options: list[dict]) -> list[datasets.Vis
                 files.lock(file, wait=True)
             return [maker(root, download=True, **part) for part in options]
     except (OSError, RuntimeError) as e:
-        raise InputError(
-            f"dataset {name}: cannot be read from or downloaded to {root} ({e}); put it at "
-            f"{root / maker.base_folder}, or take the embedded set, --dataset photos"
-        ) from e
+        advice = f"put it at {root / maker.base_folder}, or take the embedded set, --dataset photos"
+        raise InputError(f"dataset {name}: cannot be read from or downloaded to {root} ({e}); {advice}") from e
 
 
 # ---- A folder of pictures --------------------------------------------------------------------------------------------
@@ -168,7 +162,7 @@ def folder(
 def _listed(name: str, root: Path, tests: list[str], may_lack_classes: bool) -> tuple[Classes, list[Pairs], str]:
     """Return the classes, the pictures to train on and those to judge by, and what is left out, in words.
 
-    Without classes all pictures are to train on. InputError if they may not lack them, or if those of test are others.
+    Without classes, if it `may_lack_classes`, all are to train on; InputError if not, or if test has other classes.
     """
     left_out = Counter()
     train = root / "train"

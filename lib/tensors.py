@@ -18,7 +18,6 @@ from lib.errors import InputError
 ZIP = b"PK\x03\x04"  # how files of torch.save begin since torch 1.6
 OLD_TORCH = bytes.fromhex("80028a0a6cfc9c46f920")  # how they began before: a pickle of torch's magic number
 OLD_FLAGS = ("argparse.Namespace", "numpy.core.multiarray.scalar", "numpy.dtype")  # torch lists those of a zip alone
-LONGEST_HEADER = 10**8  # bytes, of safetensors
 
 
 class Placeholder(list):
@@ -39,8 +38,8 @@ class DictPlaceholder:
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors of a file, by name, and the texts of its header, none if torch.save wrote it.
 
-    The keys of dicts within dicts are joined by dots. Left out is all else, and tensors that are sparse, quantized,
-    without memory or of a subclass. InputError for a file of neither format, not whole, or without named tensors.
+    Keys of dicts within dicts are joined by dots. Left out is all else, and what is sparse, quantized, without memory
+    or of a subclass. InputError for a file of neither format, not whole, or without named tensors.
     """
     if os.path.isdir(path):
         raise InputError(f"{path}: a folder without ckpt.safetensors or model.safetensors; name a file")
