@@ -38,7 +38,7 @@ def knn_eval(
     train = judged.images.train.to(accelerator.device)
     test = judged.images.test.to(accelerator.device)
     if floors is None:
-        floors = floors_are_cheap(train, test, judged.view["size"])
+        floors = floors_are_cheap(judged.images)
 
     encoders = {"trained": judged.encoder}
     if floors:

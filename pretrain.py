@@ -218,7 +218,7 @@ def train_micro_batch(training: Training, crops: Tensor, u: Tensor, lr: float, t
 
 def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p: Pair, t: Pair) -> Terms:
     """Compute the loss, Eq. 7 or Eq. 4, and its terms, unweighted, of a network's outputs (b, out_dim) a view."""
-    z, p, t = map(processes.gather_views, (z, p, t))
+    z, p, t = ([processes.gather(view) for view in pair] for pair in (z, p, t))
     z1, z2 = z
     terms = {cfg.method: network.loss(z, p, t, cfg.temperature)}
     with torch.set_grad_enabled(cfg.reg == "uniform"):

@@ -125,14 +125,10 @@ def load_file(path: str | Path, is_wanted: Callable = lambda name: True) -> tupl
         with safe_open(path, "pt") as file:
             description = description_in(file.metadata() or {})
             if description is None:
-                raise InputError(
-                    f"{path}: not written by pretrain.py; name its --model and --dataset, if it is another's"
-                )
+                raise InputError(f"{path}: not written by pretrain.py; another's takes --model and --dataset")
             if description.get("format") != FORMAT:
                 theirs, commit = description.get("format"), description.get("git")
-                raise InputError(
-                    f"{path}: of format {theirs}, not {FORMAT}; read it by the commit that wrote it, {commit}"
-                )
+                raise InputError(f"{path}: of format {theirs}, not {FORMAT}; commit {commit}, which wrote it, reads it")
             stored_digest = description.pop("digest")
             sha = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
             tensors = {}
@@ -150,10 +146,7 @@ def load_file(path: str | Path, is_wanted: Callable = lambda name: True) -> tupl
 
 
 def load_encoder(path: str | Path, net: str = "online") -> tuple[nn.Module, dict]:
-    """Load the online or the target encoder of a run's file, in evaluation mode, with the file's description.
-
-    InputError as from `load_file`, or if net is "target" and the file holds none.
-    """
+    """Load the online or the target encoder of a run's file, in evaluation mode, and the file's description."""
     network, description = load_network(path)
     if net == "target":
         if not hasattr(network, "target"):

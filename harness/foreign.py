@@ -29,8 +29,7 @@ Tensors = dict[str, Tensor]
 def adopt(path: str | Path, model: str, stem: str, prefix: str | None = None) -> tuple[nn.Module, str]:
     """Load the encoder in a file of another project, in evaluation mode, and return it with its prefix.
 
-    Prints what matched on standard error. InputError if the file is one of ours, if it holds no such encoder, or if it
-    holds several, unless `prefix`, or a part of it between dots, picks one.
+    InputError if the file is one of ours, holds no such encoder, or several, unless a part of `prefix` picks one.
     """
     tensors, header = read_tensors(path)
     if checkpoint.description_in(header):
@@ -137,10 +136,9 @@ def refuse_other_encoder(path: str | Path, description: dict, of_run: dict) -> N
 
 
 def begin_from(cfg, network: nn.Module) -> str | None:
-    """Copy the weights that --init names to a network's encoder, and to its target's if it has one; return a digest.
+    """Copy the weights that --init names to a network's encoder, and to its target's; return a digest.
 
-    None if their file is gone: a run that goes on has its own. InputError for a file that does not hold an encoder of
-    the run's architecture, or holds several.
+    None if their file is gone: a run that goes on has its own. InputError for a file without such an encoder.
     """
     path = weights_file(os.path.expanduser(cfg.init))
     if not os.path.exists(path):

@@ -128,10 +128,7 @@ def channels(flag: str, text: str) -> Channels:
 
 
 def open_encoder(ckpt: str, net="online", model=None, stem=None, dataset=None, prefix=None) -> tuple[nn.Module, dict]:
-    """Load the encoder of a run's file or, with `model`, of a file of another project, and its description.
-
-    ckpt may be a folder: see `files.weights_file`. The description of another project's file has settings alone.
-    """
+    """Load the encoder of a run's file or folder or, with `model`, of another project's file, and its description."""
     ckpt = weights_file(ckpt)
     if not model:
         return load_encoder(ckpt, net)
@@ -172,10 +169,7 @@ def open_images(
 
 
 def with_labels(dataset: data.Dataset, part: float) -> data.Dataset:
-    """Keep this part of each class's training images and hold-out, a fixed draw; InputError if a class keeps none.
-
-    A smaller part lies within a larger one.
-    """
+    """Keep this part of each class's training images and hold-out, a fixed draw; InputError if a class keeps none."""
     if not dataset.classes:
         raise InputError(f"--labels {part:g}: the pictures have no classes")
     labels = dataset.train.labels

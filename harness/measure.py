@@ -112,10 +112,10 @@ def effective_rank(features: Tensor) -> float:
     return torch.special.entr(shares).sum().exp().item()
 
 
-def floors_are_cheap(bank: data.Split, queries: data.Split, size: int) -> bool:
-    """Whether the k-NN floors of two splits, with views of size x size pixels, take little time and memory."""
-    bytes_of_pixels = 4 * 3 * size**2 * (len(bank.labels) + len(queries.labels))
-    return len(bank.labels) <= FLOORS_UP_TO and bytes_of_pixels <= FLOORS_MEMORY
+def floors_are_cheap(images: data.Dataset) -> bool:
+    """Whether the k-NN floors of a data set, of which one is on raw pixels, take little time and memory."""
+    bank, queries = len(images.train.labels), len(images.test.labels)
+    return bank <= FLOORS_UP_TO and 4 * 3 * images.size**2 * (bank + queries) <= FLOORS_MEMORY
 
 
 def poor_features(top1: float, floors: dict[str, float], rank: float) -> str:

@@ -79,7 +79,7 @@ class Run:
             print(*lines, sep="\n  ", file=sys.stderr)
 
     def __enter__(self) -> "Run":
-        """Show progress, and keep a first SIGTERM or SIGINT for the step to be finished; a second one acts at once."""
+        """Show progress, and keep a first SIGTERM or SIGINT for the step to be finished; a second one ends it."""
         is_silent = self.log_file is None or self.step == self.steps
         self._bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=is_silent)
         is_new = not all((self.folder / name).exists() for name in (CKPT, WEIGHTS))
@@ -142,10 +142,7 @@ class Run:
             self.stop(caught)
 
     def means(self) -> dict[str, float]:
-        """Return the terms' means over the epoch's steps and the processes, and the images of a second.
-
-        InputError if a number is not finite.
-        """
+        """Return the terms' means over steps and processes, and images a second. InputError if one is not finite."""
         # Before judging, whose loaders fork: a child must not inherit locks that the thread holds. And before the row
         # of a second epoch: `stored_state` takes it for a proof that there was a checkpoint.
         self._end_save()
@@ -185,9 +182,7 @@ class Run:
 
     def wants_floors(self) -> bool:
         """Whether the network and the pixels are judged now: before the first step, on a small bank."""
-        images = self.training.images
-        may_judge = self.step == 0 and self.cfg.eval_every > 0
-        return may_judge and measure.floors_are_cheap(images.train, images.test, images.size)
+        return self.step == 0 and self.cfg.eval_every > 0 and measure.floors_are_cheap(self.training.images)
 
     def judges_now(self) -> bool:
         """Whether the encoder is judged after this epoch: each `eval_every` epochs, and after the last."""
@@ -212,10 +207,7 @@ class Run:
             self.stop(caught)
 
     def save(self) -> None:
-        """Copy the state, and have the writer write it while the training goes on.
-
-        InputError, with the last checkpoint as it was, if a number in it is not finite, or if the last save has failed.
-        """
+        """Copy the state, to be written while the training goes on. InputError if it is not finite or cannot be."""
         self._end_save()  # before the copy: there is never more than one
         network, optimizer = self.training.network, self.training.optimizer
         measure.refuse_faults(self.numbers, network, self.folder, self.accelerator)
@@ -284,16 +276,13 @@ class Run:
         if self.log_file is None:
             return
         ckpt = shlex.quote(str(self.folder / CKPT))
-        judges = [f"    python {judge}.py {ckpt}" for judge in ("knn_eval", "linear_eval")]
-        print(f"{ckpt} is complete; judge it by", *judges, sep="\n", file=sys.stderr)
+        judges = ("knn_eval", "linear_eval") if self.training.images.classes else ()
+        print(f"{ckpt} is complete", *(f"python {judge}.py {ckpt}" for judge in judges), sep="\n    ", file=sys.stderr)
 
 
 # ---- The folder ------------------------------------------------------------------------------------------------------
 def stored_state(folder: Path) -> tuple[dict[str, Tensor], dict | None]:
-    """Read the state that a folder holds: no tensors before the first was saved, and no description without a run.
-
-    InputError if the checkpoint is damaged, if there is none where there was one, or if it is not a state.
-    """
+    """Read the state in a folder, and its description, None without one. InputError if it is damaged, or was lost."""
     ckpt = folder / CKPT
     if ckpt.exists():
         tensors, description = checkpoint.load_file(ckpt)

@@ -3,8 +3,7 @@
     folder = check(flags, defaults, recipes)
     cfg, images = resolve(flags, recipes, accelerator)
 
-A flag that is None takes its value from the recipe, from the data set or from other flags. The stage passes its flags,
-their defaults and its recipes as arguments, so that this file does not import it.
+A flag that is None takes its value from the recipe, from the data set or from other flags.
 """
 
 import math
@@ -31,11 +30,12 @@ from lib.log import PLACES, as_json, other_data, same_place
 from lib.sources import WITHOUT_FILES, has_no_data_dir
 
 NOT_SETTINGS = ("out", "save_every", "resume", "tracker", "workers")  # flags that change nothing in what a run computes
+ANNOUNCED = ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "hidden_dim", "out_dim", "jitter")
+ANNOUNCED += ("grey", "blur_p", "init")  # settings that a run prints before its first step
 GROUPS = {"dataset": "data", "method": "method", "reg": "regularizer"}  # titles in --help, by first flags
 GROUPS |= {"temperature": "recipe", "blur_p": "views", "seed": "run"}
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what --weight weighs
 NARROW = 3  # a layer whose neurons have fewer dimensions is regularized only if --reg_on names its network
-LONGEST_NAME = 255  # bytes, of a file
 LONGEST_QUEUE = 65_536  # of MoCo, by default: its authors' for ImageNet
 HEADS = ("projector", "predictor")  # what --reg_on names by default, Appendix B.1
 IDLE = {  # flags that have no effect where another has a value
@@ -48,10 +48,7 @@ FOLDER_RECIPE = "folder"  # of a folder of pictures, unless --recipe names anoth
 
 
 class Settings(SimpleNamespace):
-    """Every setting that decides what a run computes, by the name of its flag, which pretrain.py explains, in force.
-
-    None of them is None, but for `init`, `prefix` and `init_digest`: the digest of the weights that `init` names.
-    """
+    """Every setting that decides what a run computes, in force, by the name of its flag; init_digest is of --init."""
 
     @property
     def term(self) -> str | None:
@@ -74,9 +71,9 @@ def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
     state.Schedule(flags["save_every"], 0, is_new=True)  # InputError for another spelling
     if "predictor" in (flags["reg_on"] or ()) and "predictor" not in trained_parts(flags):
         raise InputError(f"--reg_on predictor: {flags['method']} has none here; take encoder, projector or both")
-    if flags["resume"] == "never" and any((folder / name).exists() for name in RUN_FILES):
+    if flags["resume"] == "never" and any(os.path.exists(folder / name) for name in RUN_FILES):
         raise InputError(f"--out {folder}: already holds a run; name another folder, or take --resume auto")
-    if flags["init"] and not (folder / CKPT).exists():  # a run that goes on has its own weights
+    if flags["init"] and not os.path.exists(folder / CKPT):  # a run that goes on has its own weights
         refuse_unfit_weights(flags)
     if flags["tracker"] != "none":
         refuse_missing(flags["tracker"])
@@ -137,8 +134,6 @@ def refuse_missing(tracker: str) -> None:
 
 def refuse_unwritable(folder: Path) -> None:
     """Raise InputError if a run folder cannot be made."""
-    if any(len(os.fsencode(name)) > LONGEST_NAME for name in folder.parts):
-        raise InputError(f"--out {str(folder)[:40]}...: has a name of more than {LONGEST_NAME} letters")
     place = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not place.is_dir():
         raise InputError(f"--out {folder}: cannot be written ({place} is no folder)")
@@ -176,8 +171,8 @@ def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
     weights = {None: 0.0, "energy": float(recipe.energy_weight), "uniformity": recipe.uniformity_weight}
     own = {"recipe": chosen, "weight": weights[term], "warmup": recipe.warmup * epochs / recipe.epochs, "queue": 0}
     defaults = {**flags, **asdict(recipe), **own, **method.numbers}
-    given = {name: value for name, value in flags.items() if name not in NOT_SETTINGS}
-    values = {name: defaults[name] if value is None else value for name, value in given.items()}
+    given = {name: value for name, value in flags.items() if value is not None}
+    values = {name: given.get(name, defaults[name]) for name in flags if name not in NOT_SETTINGS}
     values["reg_on"] = [part for part in trained_parts(flags) if part in (flags["reg_on"] or HEADS)]
     if flags["reg_on"] is None and min(values["hidden_dim"], values["out_dim"] // 4) < NARROW:  # 4: see predictor_width
         values["reg_on"] = wide_layers(values)
@@ -214,8 +209,7 @@ def wide_layers(values: dict) -> list[str]:
 def batch_size_for(n: int, micro_batches: int) -> int:
     """Return the largest power of two of which n images make 128 batches, but at least 32, or n, and at most 512.
 
-    It is rounded down to equal micro-batches, or up to two images in each. It does not depend on the processes: a run
-    may go on with another number of them.
+    It is rounded down to equal micro-batches, or up to two images in each, whatever the number of processes.
     """
     power = 2 ** int(math.log2(max(1, n / 128)))
     batch_size = min(max(power, 32), 512, n)
@@ -239,7 +233,6 @@ def resolve_images(values: dict, flags: dict, images: data.Dataset) -> Settings:
     batch_size = values["batch_size"] or batch_size_for(n, values["accumulate"])
     blur_p = images.blur_p if flags["blur_p"] is None else (flags["blur_p"], flags["blur_p"])
     values = {**values, "batch_size": batch_size, "stem": flags["stem"] or images.stem, "blur_p": blur_p}
-    values["init_digest"] = None  # until the weights are read
     if batch_size > n:
         source = "" if flags["batch_size"] else f" (recipe {values['recipe']})"
         raise InputError(f"--batch_size {batch_size}{source}: {dataset} has {n} images to train on; take fewer")
@@ -255,7 +248,7 @@ def resolve_images(values: dict, flags: dict, images: data.Dataset) -> Settings:
         values["queue"] = values["queue"] or max(1, min(LONGEST_QUEUE, n // 2))
         if values["queue"] >= n:
             raise InputError(f"--queue {values['queue']}: {dataset} has {n} images to train on; take fewer")
-    return Settings(**values)
+    return Settings(**values, init_digest=None)  # until the weights are read
 
 
 def refuse_other_run(folder: Path, description: dict, stored: dict) -> None:
@@ -293,9 +286,8 @@ def announcement(cfg: Settings, flags: dict, layers: dict[str, Tensor]) -> list[
     if cfg.term == "energy" and flags["reg_on"] is None and cfg.reg_on != trained_parts(vars(cfg))[1:]:
         narrow = f"layers whose neurons have fewer than {NARROW} dimensions"
         lines.append(f"left out: {narrow}; --reg_on projector,predictor takes them in")
-    names = ["epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "hidden_dim", "out_dim"]
-    names += [*models.METHODS[cfg.method].flags, "jitter", "grey", "blur_p", *(["init"] if cfg.init else [])]
-    numbers = ", ".join(f"{name} {getattr(cfg, name)}" for name in names)
+    names = (*ANNOUNCED, *models.METHODS[cfg.method].flags)
+    numbers = ", ".join(f"{name} {getattr(cfg, name)}" for name in names if getattr(cfg, name) is not None)
     lines.append(f"recipe {cfg.recipe} and flags: {numbers}; peak rate {cfg.peak_lr:g} (lr * batch_size / 256)")
     return lines
 

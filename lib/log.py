@@ -89,10 +89,7 @@ def read_rows(folder: Path) -> list[dict]:
 
 
 def rewind(folder: Path, epoch: int) -> list[dict]:
-    """Drop from a log the rows of epochs after `epoch`, and broken lines; return the rows that stay.
-
-    The first row counts as epoch 0, so that -1 drops all of a run.
-    """
+    """Drop from a log the rows after `epoch`, -1 for all of a run, and broken lines; return the rows that stay."""
     log = folder / LOG
     with _alone(log):
         rows = read_rows(folder)
@@ -126,8 +123,7 @@ def _row(line: bytes) -> dict | None:
 def log_of(checkpoint: str, description: dict) -> Path | None:
     """Return the log of the run that a checkpoint, or its folder, belongs to, for a judge to add its rows to.
 
-    None without a log that can be written to, or if it is of other settings or data than `description`, which is the
-    checkpoint's: one that was copied into the folder of another run must not leave its scores there.
+    None without one that can be written to, or if it is of another run than the checkpoint's `description`.
     """
     nowhere = dict.fromkeys(PLACES)
     log = run_folder(weights_file(checkpoint)) / LOG
@@ -148,10 +144,7 @@ def contents(images, holdout: bool = False) -> dict:
 
 
 def other_data(mine: dict, theirs: dict) -> list[str]:
-    """Name what the data of one run hold that those of another did not, of the facts that both descriptions have.
-
-    A description is that of a checkpoint, or the first row of a log: "data" has classes and counts, "view" the rest.
-    """
+    """Name what the data of one run hold that those of another did not, by "data" and "view" of their descriptions."""
     facts, their_facts = (as_json(each.get("view", {}) | each.get("data", {})) for each in (mine, theirs))
     faults = []
     for name, value in facts.items():

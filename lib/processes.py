@@ -37,7 +37,11 @@ def start(accumulate: int | None = None, tracker: str = "none", folder: Path | N
     the folder. InputError if the launcher's processes do not see each other (each would write), if it divides a network
     among them, or if the device lacks its precision.
     """
-    _refuse_division()
+    for flag in DIVISIONS:
+        name = f"ACCELERATE_{flag.upper()}"
+        if os.environ.get(name, "").lower() not in ("", "0", "false"):
+            why = f"--{flag} divides the network or its optimizer, which each process needs whole here"
+            raise InputError(f"accelerate launch: {why}; take plain data parallelism (--multi_gpu), and unset {name}")
     # All processes compute the same buffers, see `norms`, and gradients lie in DDP's buckets, not beside them.
     # Accelerate does not have the name that new versions of torch want.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -58,15 +62,6 @@ def start(accumulate: int | None = None, tracker: str = "none", folder: Path | N
     return accelerator
 
 
-def _refuse_division() -> None:
-    """Raise InputError for a launcher's configuration that divides a network, or its optimizer, among processes."""
-    for flag in DIVISIONS:
-        name = f"ACCELERATE_{flag.upper()}"
-        if os.environ.get(name, "").lower() not in ("", "0", "false"):
-            why = f"--{flag} divides the network or its optimizer, which each process needs whole here"
-            raise InputError(f"accelerate launch: {why}; take plain data parallelism (--multi_gpu), and unset {name}")
-
-
 def _refuse_launch(accelerator: Accelerator) -> None:
     """Raise InputError for a precision not trained in here, and for processes that Accelerate does not join."""
     precision, device = accelerator.mixed_precision, accelerator.device.type
@@ -74,10 +69,9 @@ def _refuse_launch(accelerator: Accelerator) -> None:
     if precision not in known:
         raise InputError(f"accelerate launch: --mixed_precision {precision}: on {device} take {' or '.join(known)}")
     for name, number in (("WORLD_SIZE", accelerator.num_processes), ("RANK", accelerator.process_index)):
-        launched = os.environ.get(name, str(number))
-        if launched != str(number):
+        if os.environ.get(name, str(number)) != str(number):
             several = "start several by a launcher, on a machine without a GPU with ACCELERATE_USE_CPU=true"
-            raise InputError(f"{name} is {launched}, but Accelerate sees {number}; {several}")
+            raise InputError(f"{name} is {os.environ[name]}, but Accelerate sees {number}; {several}")
 
 
 @contextlib.contextmanager
@@ -193,11 +187,6 @@ def gather(x: Tensor) -> Tensor:
     if are_several():
         return _Gather.apply(x)
     return x
-
-
-def gather_views(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the rows of all processes for each view, with gradient."""
-    return gather(pair[0]), gather(pair[1])
 
 
 def are_several() -> bool:
