@@ -6,7 +6,6 @@ for crops, labels, u in batches(dataset.pretraining, dataset.size, 64, seed=0, s
 """
 
 import itertools
-import math
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -83,10 +82,8 @@ class Dataset:
 
     def to(self, device) -> "Dataset":
         """Return the same with its images on another device."""
-        train = self.train.to(device)
-        test = self.test.to(device)
-        unlabeled = self.unlabeled and self.unlabeled.to(device)
-        return replace(self, train=train, test=test, unlabeled=unlabeled)
+        splits = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Split)}
+        return replace(self, **splits)
 
     def view(self, crop: float) -> dict:
         """Return the keyword arguments of `evaluation_views`."""
@@ -175,7 +172,8 @@ def two_views(
     probabilities = torch.tensor([blur_p, solarise_p])
     of_images = probabilities.repeat_interleave(crops.shape[1], 1)
     per_image = (crops.flatten(0, 1), u.flatten(0, 1), *of_images)  # both views pass together
-    return torch.cat([augmented(*parts) for parts in augment.in_chunks(*per_image)]).chunk(2)
+    chunks = [augmented(*parts) for parts in augment.in_chunks(*per_image)]
+    return torch.cat(chunks).chunk(2)
 
 
 def colour_changes(draws: dict, jitter=1.0, grey_p=GREY_P) -> list[Change]:
@@ -202,8 +200,8 @@ def batches(
     steps: Iterable[int],
     micro_batches: int = 1,
     share: tuple[int, int] = (0, 1),
-    views: int = 2,
-    drop_last: bool = True,
+    views=2,
+    drop_last=True,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield crops (views, b, 3, size, size), labels (b,) and u (views, b, DRAWS_PER_IMAGE), which is for `two_views`.
 
@@ -211,7 +209,9 @@ def batches(
     functions of (seed, epoch, place in the epoch) alone. Crops are in [0, 1], of files uint8. InputError if unreadable.
     """
     n = len(split.labels)
-    steps_per_epoch = n // batch_size if drop_last else math.ceil(n / batch_size)
+    steps_per_epoch, rest = divmod(n, batch_size)
+    if rest and not drop_last:
+        steps_per_epoch += 1
 
     def plan() -> Iterator:
         for epoch, steps_of_epoch in itertools.groupby(steps, lambda step: step // steps_per_epoch):

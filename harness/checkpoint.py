@@ -125,7 +125,7 @@ def load_file(path: str | Path, is_wanted: Callable = lambda name: True) -> tupl
         with safe_open(path, "pt") as file:
             description = description_in(file.metadata() or {})
             if description is None:
-                raise InputError(f"{path}: not written by pretrain.py; another's takes --model and --dataset")
+                raise InputError(f"{path}: not written by pretrain.py; name its --model and --dataset")
             if description.get("format") != FORMAT:
                 theirs, commit = description.get("format"), description.get("git")
                 raise InputError(f"{path}: of format {theirs}, not {FORMAT}; commit {commit}, which wrote it, reads it")

@@ -236,10 +236,10 @@ def resolve_images(values: dict, flags: dict, images: data.Dataset) -> Settings:
     if batch_size > n:
         source = "" if flags["batch_size"] else f" (recipe {values['recipe']})"
         raise InputError(f"--batch_size {batch_size}{source}: {dataset} has {n} images to train on; take fewer")
-    if not images.classes and flags["eval_every"]:
-        reason = f"{dataset} has fewer than two classes, so nothing can be judged; leave it out"
-        raise InputError(f"--eval_every {flags['eval_every']}: {reason}")
     if not images.classes:
+        if flags["eval_every"]:
+            reason = f"{dataset} has fewer than two classes, so nothing can be judged; leave it out"
+            raise InputError(f"--eval_every {flags['eval_every']}: {reason}")
         values["eval_every"] = 0
     if flags["blur_p"] and images.size < augment.SMALLEST_BLURRED:
         least = f"views of {images.size} pixels; they must have {augment.SMALLEST_BLURRED}"

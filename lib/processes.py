@@ -125,10 +125,10 @@ def hardware(accelerator: Accelerator) -> dict:
 
     processor is the GPU, or the vector instructions of a CPU: another one rounds in other places.
     """
-    on_gpu = accelerator.device.type == "cuda"
-    processor = torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
-    row = {"device": accelerator.device.type, "precision": accelerator.mixed_precision}
-    return {**row, "processes": accelerator.num_processes, "threads": torch.get_num_threads(), "processor": processor}
+    device, precision = accelerator.device.type, accelerator.mixed_precision
+    processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    row = {"device": device, "precision": precision, "processes": accelerator.num_processes}
+    return {**row, "threads": torch.get_num_threads(), "processor": processor}
 
 
 def processes_here() -> int:

@@ -78,9 +78,8 @@ def photos() -> tuple[Classes, list[Part]]:
         image = torch.from_numpy(pixels).permute(2, 0, 1).expand(3, -1, -1)  # grey ones have one channel
         border = int(0.7 * image.shape[2])
         for patches, side, n in ((train, image[:, :, :border], 200), (test, image[:, :, border:], 50)):
-            _, height, width = side.shape
-            top = torch.randint(height - 63, (n,), generator=generator)
-            left = torch.randint(width - 63, (n,), generator=generator)
+            top = torch.randint(side.shape[1] - 63, (n,), generator=generator)
+            left = torch.randint(side.shape[2] - 63, (n,), generator=generator)
             windows = torch.stack([side[:, y : y + 64, x : x + 64] for y, x in zip(top.tolist(), left.tolist())])
             patches.append(F.resize(windows, [32, 32], InterpolationMode.BICUBIC, antialias=True))
     labels = torch.arange(len(PHOTOGRAPHS))
