@@ -91,8 +91,7 @@ class Method(nn.Module):
             self.predictor = mlp(out_dim, self.predictor_width(hidden_dim, out_dim), out_dim, norm)
         if self.has_target:
             online = OrderedDict(encoder=self.encoder, projector=self.projector)
-            self.target = copy.deepcopy(nn.Sequential(online))
-            self.target.requires_grad_(False)
+            self.target = copy.deepcopy(nn.Sequential(online)).requires_grad_(False)
 
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[Pair, Pair, Pair]:
         """Compute projections z, predictions p and what these predict, t, (b, out_dim) each, of views (b, 3, h, w)."""

@@ -102,6 +102,8 @@ def layers_of(network: nn.Module) -> Layers:
         is_grouped = getattr(module, "groups", 1) > 1  # its rows see different inputs, so they have no angle
         if isinstance(module, (nn.Linear, _ConvNd)) and not is_grouped:
             weight, sources = _weight_of(module)
+            if hasattr(weight, "full_tensor"):  # of fully_shard: the whole, made anew at each call
+                weight = weight.full_tensor()
             if isinstance(module, _ConvTransposeNd):  # its weight is (in, N, ...)
                 weight = weight.transpose(0, 1)
             found.setdefault(sources, (name.replace("_orig_mod.", ""), weight))

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import normalize
 
 from regularizers import (
@@ -210,7 +212,12 @@ def test_wrapped_networks_have_the_same_layers(tmp_path):
         parallel = nn.parallel.DistributedDataParallel(plain)
         assert list(layers_of(parallel)) == names
         assert list(layers_of(torch.compile(parallel))) == names
-        assert energy_of(parallel)["2"] == amhe(plain[2].weight)
+        energy = amhe(plain[2].weight)
+        assert energy_of(parallel)["2"] == energy
+        sharded = fully_shard(plain, mesh=init_device_mesh("cpu", (1,)))
+        found = energy_of(sharded)
+        found["2"].backward()
+        assert [*found] == names and found["2"] == energy and plain[2].weight.grad.full_tensor().any()
     finally:
         dist.destroy_process_group()
 
