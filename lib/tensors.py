@@ -3,6 +3,7 @@
 tensors, header = read_tensors("moco_v2_800ep_pretrain.pth.tar")
 """
 
+import json
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from lib.errors import InputError
 
+INDEX = "model.safetensors.index.json"
 ZIP = b"PK\x03\x04"  # how files of torch.save begin since torch 1.6
 OLD_TORCH = bytes.fromhex("80028a0a6cfc9c46f920")  # how they began before: a pickle of torch's magic number
 OLD_FLAGS = ("argparse.Namespace", "numpy.core.multiarray.scalar", "numpy.dtype")  # torch lists those of a zip alone
@@ -39,8 +41,13 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors of a file, by name, and the texts of its header, none if torch.save wrote it.
 
     Keys of dicts within dicts are joined by dots. Left out is all else, and what is sparse, quantized, without memory
-    or of a subclass. InputError for a file of neither format, not whole, or without named tensors.
+    or of a subclass. A folder of shards, as the Hub has large models, is one file. InputError for a file of neither
+    format, not whole, or without named tensors.
     """
+    index = os.path.join(path, INDEX)
+    if os.path.isfile(index):
+        shards = [_read_safetensors(os.path.join(path, name)) for name in _shards(index)]
+        return {name: tensor for tensors, _ in shards for name, tensor in tensors.items()}, {}
     if os.path.isdir(path):
         raise InputError(f"{path}: a folder without ckpt.safetensors or model.safetensors; name a file")
     if not os.path.isfile(path):
@@ -52,6 +59,14 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
     is_safetensors = start[8:9] == b"{"  # the header's length, then the header
     return _read_safetensors(path) if is_safetensors else (_read_torch(path, start), {})
+
+
+def _shards(index: str) -> list[str]:
+    """Return the names of the files that an index lists."""
+    try:
+        return sorted({*json.loads(Path(index).read_bytes())["weight_map"].values()})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise InputError(f"{index}: not an index of safetensors files; download it again") from e
 
 
 def _read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,5 +1,6 @@
 """The energy of the layers of any file: known minima, the uniform sphere, what keeps and what changes it."""
 
+import json
 import math
 
 import numpy as np
@@ -159,6 +160,20 @@ def test_a_run_is_its_checkpoint_without_its_state_and_encoder_its_weights(comma
         assert (code, err) == (0, "") and settings["s"] == 2 and settings["angular"] is True
         assert rows == command(energy, place / file, "--json")[1][1:]
         assert not any("/" in row["layer"] for row in rows)
+
+
+def test_a_folder_of_shards_is_one_file(rows, shell, tmp_path):
+    layers = {"a.weight": random(9, 8), "b.weight": random(9, 8, seed=1)}
+    whole, _ = rows(layers)
+    places = {name: f"model-0000{i}-of-00002.safetensors" for i, name in enumerate(layers, 1)}
+    for name, file in places.items():
+        save_file({name: layers[name]}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    code, lines, _ = shell(energy, tmp_path, "--json")
+    assert code == 0 and {row.pop("layer"): row for row in map(json.loads, lines[1:])} == whole
+    (tmp_path / file).unlink()
+    code, lines, err = shell(energy, tmp_path)
+    assert (code, lines) == (2, []) and f"{file}: not a whole safetensors file" in err and err.count("\n") == 1
 
 
 def test_prefix_chooses_layers(rows):
