@@ -11,6 +11,7 @@ from torch import nn
 import data
 import models
 from harness import measure, state
+from harness.settings import TERMS
 from knn_eval import nearest_neighbours
 from lib import augment, norms
 from linear_eval import feature_batches
@@ -18,7 +19,6 @@ from pretrain import Lars, Training, parameter_groups, train_micro_batch
 from regularizers import mhe
 
 VIEW = {"size": 32, "crop": 0.875, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
-TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}
 CASES = [(method, "mhe", 1) for method in models.METHODS]  # with the micro-batches of a step
 CASES += [("byol", "none", 1), ("byol", "uniform", 1), ("byol", "amhe", 2)]
 BATCH = 4

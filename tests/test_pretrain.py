@@ -207,17 +207,20 @@ def test_the_first_step_of_a_method_is_the_one_written_by_hand(command, folder, 
         assert tensors["oldest"] == 0
 
 
+OBJECTIVES = [("none", 2), ("uniform", 2), ("mhe", 0), ("mhe", 1.5), ("amhe", 0), ("amhe", 3)]  # --reg, --s
+
+
 @pytest.mark.parametrize("method", models.METHODS)
 def test_objective_is_the_one_written_by_hand(method):
     """In float64: the method's loss, Eq. 2 or Eq. 7 with its lambda, and what is for the log alone."""
-    for reg, s in (("none", 2), ("uniform", 2), ("mhe", 0), ("mhe", 1.5), ("amhe", 0), ("amhe", 3)):
+    for reg, s in OBJECTIVES:
         assert_objective(method, reg, s)
 
 
 def assert_objective(method, reg, s, temperature=0.2):
     """Compare `objective` with the sums written out here."""
     values = {"method": method, "temperature": temperature, "reg": reg, "s": s, "weight": 3.0, "accumulate": 1}
-    cfg = SimpleNamespace(**values, term={"none": None, "uniform": "uniformity"}.get(reg, "energy"))
+    cfg = SimpleNamespace(**values, term=settings.TERMS[reg])
     network = models.METHODS[method].network("test_resnet", "imagenet", "bn", 8, 5, queue=9).double()
     generator = torch.Generator().manual_seed(0)
     z, p, t = torch.randn(3, 2, 12, 5, generator=generator, dtype=torch.float64)
@@ -228,7 +231,7 @@ def assert_objective(method, reg, s, temperature=0.2):
     z = z / z.norm(dim=2, keepdim=True)
     uniform = sum(torch.pdist(view).square().mul(-2).exp().mean().log() for view in z) / 2
     energies = [energy_by_definition(w, s, angular=reg == "amhe") for w in layers.values()]
-    term = {"none": 0, "uniform": uniform}.get(reg, sum(energies))
+    term = {None: 0, "uniformity": uniform, "energy": sum(energies)}[cfg.term]
     spread = (z.square().mean(1) - z.mean(1).square()).mul(12 / 11).sqrt().mean()
     expected = {method: loss, "loss": loss + 3 * term, "uniformity": uniform, "std": spread}
     expected |= {"alignment": (z[0] - z[1]).square().sum(1).mean()}

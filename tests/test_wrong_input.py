@@ -20,7 +20,7 @@ from tools.figures import figures
 PRETRAIN = {
     "--regg amhe": "--regg: no such flag; did you mean --reg?",
     "--device cpu": "--device: no such flag; did you mean --gpu_ids 0 of accelerate launch, before",
-    "--reg amh": "--reg amh: expected none, mhe, amhe, uniform (did you mean amhe?)",
+    "--reg amh": "--reg amh: expected none, mhe, amhe, uniform",
     "--lr 1e9": "--lr 1e9: expected a number > 0 and < 1e6",
     "--reg amhe --reg_on target": "--reg_on target: expected values separated by commas, each once: encoder, projector",
     "--method simclr --reg_on predictor --reg mhe": "--reg_on predictor: simclr has none",
