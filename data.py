@@ -153,7 +153,7 @@ NEUTRAL = torch.tensor([1.0, 1.0, 1.0, 0.0])  # the factor of each that changes 
 def two_views(
     crops: Tensor, u: Tensor, mean, std, blur_p=(0, 0), solarise_p=(0, 0), jitter=1.0, grey_p=GREY_P
 ) -> tuple[Tensor, Tensor]:
-    """Make the two views (b, 3, size, size) of crops (2, b, 3, size, size), uint8 or floats in [0, 1], not kept.
+    """Make the two views (b, 3, size, size) of crops (2, b, 3, size, size), uint8, or floats in [0, 1], which change.
 
     u: (2, b, DRAWS_PER_IMAGE), uniform on [0, 1), on the CPU. jitter: part of BYOL's. blur_p, solarise_p: of each view.
     """

@@ -29,7 +29,7 @@ def knn_eval(
     *,
     k: Annotated[tuple[Annotated[int, ">= 1"], ...], "numbers of neighbours, of the bank at most"] = (10, 20, 100, 200),
     temperature: Annotated[float, "> 0", "of the votes' weights exp(cosine / temperature); DINO's 0.07"] = 0.07,
-    floors: Annotated[bool, "judge an untrained network and pixels, too; None = up to 10,000 images"] | None = None,
+    floors: Annotated[bool, "judge an untrained network and pixels, too; None = on small data sets"] | None = None,
     **shared: judging.shared_flags,
 ):
     """Print the accuracy (%) of a weighted k-NN vote on the features of a checkpoint, and where they lie."""

@@ -91,7 +91,7 @@ def features_of(judged: Judged, split: data.Split) -> Features:
     """Compute the features of a split's evaluation views."""
     split = split.to(judged.accelerator.device)
     views = data.evaluation_views(processes.own_share(split), **judged.view)
-    features = judged.accelerator.gather(models.embed(judged.encoder, views))
+    features = processes.gather(models.embed(judged.encoder, views))
     return Features(features[: len(split.labels)], split.labels)
 
 
@@ -169,7 +169,7 @@ def feature_batches(
         with torch.no_grad():
             views = normalise(x[0], view["mean"], view["std"])
             features = judged.encoder(views).float()
-        features, labels = accelerator.gather((features, labels))
+        features, labels = map(processes.gather, (features, labels))
         yield features[:length], labels[:length]  # shares are equal in length: rows past the end repeat
 
 

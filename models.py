@@ -158,7 +158,7 @@ class MoCo(Method):
         both_ways = self.one_way(z[0], t[1], temperature) + self.one_way(z[1], t[0], temperature)
         return both_ways / 2
 
-    def one_way(self, z: Tensor, t: Tensor, temperature: float) -> Tensor:
+    def one_way(self, z, t, temperature):
         """InfoNCE of projections z, their keys t, (b, out_dim), and the queue's; He et al. (2020), Eq. 1."""
         z = unit(z)
         cosine = (z * unit(t)).sum(1, keepdim=True)

@@ -117,7 +117,7 @@ def pretrain(
 ):
     """Pre-train an encoder by BYOL or another method. None = the value of the recipe, printed before the first step."""
     flags = dict(locals())
-    folder = settings.check(flags, pretrain.__kwdefaults__, RECIPES)  # before anything is read
+    folder = settings.check(flags, pretrain.__kwdefaults__, RECIPES)  # before the data are read
     accelerator = processes.start(accumulate, tracker, folder)
     cfg, images = settings.resolve(flags, RECIPES, accelerator)
     images = images.to(accelerator.device)
@@ -129,8 +129,8 @@ def pretrain(
     run = Run(folder, training, steps, flags)  # goes on with the run in the folder, if there is one
     run.announce(settings.announcement(cfg, flags, training.layers))
     share = (accelerator.process_index, accelerator.num_processes)
-    order = (cfg.batch_size, cfg.seed, range(run.step, steps))
-    micro_batches = data.batches(images.pretraining, images.size, *order, cfg.accumulate, share)
+    rest = range(run.step, steps)
+    micro_batches = data.batches(images.pretraining, images.size, cfg.batch_size, cfg.seed, rest, cfg.accumulate, share)
     warmup_steps = round(steps // cfg.epochs * cfg.warmup)
     rates = [lr_at(step, steps, warmup_steps, cfg.peak_lr) for step in range(steps)]
     taus = [tau_at(step, steps, cfg.tau, cfg.tau_end) for step in range(steps)]
@@ -148,7 +148,7 @@ def pretrain(
                 run.after(terms)  # sums for the log; counts the step; saves or stops if that is due
             last = run.step - 1
             row = epoch_row(training, run.means(), rates[last], taus[last])
-            run.log(**row)
+            run.log(**row, images_per_s=run.images_per_s)
             if run.judges_now():
                 run.log_scores("online", nearest_neighbours(encoder, *judged_on))
                 run.log(of="representations", **representations(encoder, images.test, view))
@@ -217,7 +217,7 @@ def train_micro_batch(training: Training, crops: Tensor, u: Tensor, lr: float, t
 
 
 def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p: Pair, t: Pair) -> Terms:
-    """Compute the loss, Eq. 7 or Eq. 4, and its terms, unweighted, of a network's outputs (b, out_dim) a view."""
+    """Compute the loss, Eq. 7 or Eq. 4, and its terms without lambda, of a network's outputs (b, out_dim) a view."""
     z, p, t = ([processes.gather(view) for view in pair] for pair in (z, p, t))
     z1, z2 = z
     terms = {cfg.method: network.loss(z, p, t, cfg.temperature)}
@@ -268,7 +268,7 @@ def lr_at(step: int, steps: int, warmup_steps: int, peak: float) -> float:
     return peak * (1 + cosine) / 2
 
 
-def tau_at(step: int, steps: int, tau: float, end: float = 1) -> float:
+def tau_at(step: int, steps: int, tau: float, end=1) -> float:
     """end - (end - tau) (cos(pi k / K) + 1) / 2 at step k of K: from tau to end, which is 1 in the paper."""
     cosine = math.cos(math.pi * step / steps)
     return end - (end - tau) * (cosine + 1) / 2

@@ -194,7 +194,7 @@ def _sweep(weight, s, angular, want_grad, exact=False):
     w = x * inverse_norm
     lowest, highest = -NEAR, NEAR
     if exact:
-        lowest, highest = -1 + 2e-16, 1 - SMALLEST**2 / 2
+        lowest, highest = -1 + 2e-16, 1 - SMALLEST**2 / 2  # at -1 the slope's divisor is 0
         w = unit(x)
         norm = (w * x).sum(1, keepdim=True)
         inverse_norm = torch.where(norm > 0, 1 / norm, 0)
@@ -237,20 +237,20 @@ def _sweep(weight, s, angular, want_grad, exact=False):
 
 
 def _potential(cosine, s, angular, want_slope):
-    """f_s(z) and f'(c) = s f / bend, or 1 / bend for s = 0, where bend = z |dc / dz|; cosines c are overwritten."""
+    """f_s(z) and f'(c) = s f / divisor, or 1 / divisor for s = 0; divisor = z |dc / dz|; cosines c are overwritten."""
     if angular:
         angle = cosine.arccos()
         value = riesz(angle, s)
     else:
-        bend = cosine.mul_(-2).add_(2)  # z^2 = |w_i - w_j|^2
-        value = riesz(bend, s / 2)
+        divisor = cosine.mul_(-2).add_(2)  # z^2 = |w_i - w_j|^2
+        value = riesz(divisor, s / 2)
         if s == 0:
             value.div_(2)
     if not want_slope:
         return value, None
     if angular:
         square_of_sine = torch.addcmul(cosine.new_ones(()), cosine, cosine, value=-1, out=cosine)
-        bend = angle.mul_(square_of_sine.sqrt_())
+        divisor = angle.mul_(square_of_sine.sqrt_())
     if s > 0:
-        return value, torch.div(value, bend, out=bend).mul_(s)
-    return value, bend.reciprocal_()
+        return value, torch.div(value, divisor, out=divisor).mul_(s)
+    return value, divisor.reciprocal_()

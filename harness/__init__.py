@@ -6,7 +6,7 @@ Each file imports only those above it, and no judge or pretrain.py.
     foreign     encoders in the files of other projects, and the weights that a run begins from
     state       how the state of a run is copied and restored, and when it is saved
     settings    flags checked, recipes applied: every setting with the value in force
-    measure     what is measured while a network trains
+    measure     what is measured beside loss and accuracy
     run         a run's folder, and how a run that was stopped goes on
     judging     what both judges open
 """

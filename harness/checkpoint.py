@@ -4,9 +4,9 @@
     tensors, description = load_file("ckpt.safetensors")
     encoder, description = load_encoder("ckpt.safetensors")
 
-A file holds tensors and, under one key of its header, a description as JSON: the settings of the run, the view that its
-network was trained on, and a digest of all. In a run's ckpt.safetensors, names with a slash belong to the state of the
-run, all others to the network.
+A file holds tensors and, under one key of its header, a description as JSON: the settings of the run, the evaluation
+view, and a digest of tensors and description. In a run's ckpt.safetensors, names with a slash belong to the state of
+the run, all others to the network.
 """
 
 import hashlib
@@ -105,13 +105,22 @@ def is_timms(settings: dict) -> bool:
 
 
 # ---- Files read back -------------------------------------------------------------------------------------------------
-def description_in(header: dict[str, str]) -> dict | None:
-    """Return the description in a safetensors header; None for a file that `save` did not write."""
+def description_of(path: str | Path) -> dict | None:
+    """Read the description in a file's header; None for a file that `save` did not write.
+
+    InputError for one of another format.
+    """
     try:
-        description = json.loads(header["description"])
-        return description if "digest" in description else None
-    except (KeyError, ValueError, TypeError, RecursionError):
+        with safe_open(path, "pt") as file:
+            description = {**json.loads(file.metadata()["description"])}
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError):
         return None
+    if "digest" not in description:
+        return None
+    if description.get("format") != FORMAT:
+        wrote = f"commit {description.get('git')} wrote it, and reads it"
+        raise InputError(f"{path}: of format {description.get('format')}, not {FORMAT}; {wrote}")
+    return description
 
 
 def load_file(path: str | Path, is_wanted: Callable = lambda name: True) -> tuple[dict[str, Tensor], dict]:
@@ -123,12 +132,9 @@ def load_file(path: str | Path, is_wanted: Callable = lambda name: True) -> tupl
         raise InputError(f"{path}: no such file; name a run's folder, its ckpt.safetensors, or its encoder")
     try:
         with safe_open(path, "pt") as file:
-            description = description_in(file.metadata() or {})
+            description = description_of(path)
             if description is None:
                 raise InputError(f"{path}: not written by pretrain.py; name its --model and --dataset")
-            if description.get("format") != FORMAT:
-                theirs, commit = description.get("format"), description.get("git")
-                raise InputError(f"{path}: of format {theirs}, not {FORMAT}; commit {commit}, which wrote it, reads it")
             stored_digest = description.pop("digest")
             sha = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
             tensors = {}

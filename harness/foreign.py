@@ -31,9 +31,9 @@ def adopt(path: str | Path, model: str, stem: str, prefix: str | None = None) ->
 
     InputError if the file is one of ours, holds no such encoder, or several, unless a part of `prefix` picks one.
     """
-    tensors, header = read_tensors(path)
-    if checkpoint.description_in(header):
+    if checkpoint.description_of(path):
         raise InputError(f"{path}: --model {model} has no effect, the file says what it is")
+    tensors = read_tensors(path)
     copies = find_copies(tensors, model, [stem], path)
     prefix = choose(copies, prefix, f"{path}: holds {model}")
     copy = copies[prefix]
@@ -63,7 +63,7 @@ def find_copies(tensors: Tensors, model: str, stems: Iterable[str], path: str | 
 
 
 def by_prefix(tensors: Tensors, wanted: Tensors) -> dict[str, Tensors]:
-    """Return what has the name of an encoder's child, or a number in its place, by prefix and the encoder's names."""
+    """Return, by prefix, the tensors whose names go on with a child of the encoder, or with a number in its place."""
     children = list(dict.fromkeys(name.partition(".")[0] for name in wanted))
     parts = defaultdict(dict)
     for name, x in tensors.items():
@@ -74,7 +74,7 @@ def by_prefix(tensors: Tensors, wanted: Tensors) -> dict[str, Tensors]:
                 parts[prefix][word, ".".join(words[i + 1 :])] = x
     for prefix, part in parts.items():
         numbers = sorted({word for word, _ in part if word.isdecimal()}, key=int)
-        child_of = dict(zip([*children, *numbers], [*children, *children]))
+        child_of = dict(zip(children, children)) | dict(zip(numbers, children))
         parts[prefix] = {f"{child_of[word]}.{rest}": x for (word, rest), x in part.items() if word in child_of}
     return parts
 
@@ -100,7 +100,8 @@ def choose(copies: dict[str, Tensors], prefix: str | None, holds: str) -> str:
     found = whole or [copy for copy in copies if prefix is None or f".{asked}." in f".{copy}"]
     if len(found) != 1:
         listed = ", ".join(copy or "." for copy in copies)
-        raise InputError(f"--prefix {prefix}: {holds} under {listed}; take one of these")
+        typed = f"--prefix {prefix}: " if prefix else ""
+        raise InputError(f"{typed}{holds} under {listed}; --prefix takes one of these")
     return found[0]
 
 
@@ -113,13 +114,13 @@ def refuse_unfit_weights(flags: dict) -> None:
     path = weights_file(os.path.expanduser(flags["init"]))
     if not os.path.exists(path):
         raise InputError(f"--init {flags['init']}: no such file")
-    tensors, header = read_tensors(path)
-    if checkpoint.description_in(header):
-        refuse_other_encoder(path, checkpoint.description_in(header), flags)
+    description = checkpoint.description_of(path)
+    if description:
+        refuse_other_encoder(path, description, flags)
     elif flags["norm"] == "none":
         raise InputError(f"--norm none: {path} is of another project, whose encoders have BatchNorm; take --norm bn")
     else:
-        find_copies(tensors, flags["model"], [flags["stem"]] if flags["stem"] else models.STEMS, path)
+        find_copies(read_tensors(path), flags["model"], [flags["stem"]] if flags["stem"] else models.STEMS, path)
 
 
 def refuse_other_encoder(path: str | Path, description: dict, of_run: dict) -> None:
@@ -143,8 +144,7 @@ def begin_from(cfg, network: nn.Module) -> str | None:
     path = weights_file(os.path.expanduser(cfg.init))
     if not os.path.exists(path):
         return None
-    _, header = read_tensors(path)
-    if checkpoint.description_in(header):
+    if checkpoint.description_of(path):
         encoder, description = checkpoint.load_encoder(path)
         refuse_other_encoder(path, description, vars(cfg))
     else:

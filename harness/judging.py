@@ -65,15 +65,15 @@ def open_judged(accelerator: Accelerator, ckpt: str, shared: dict, without_class
     flags = shared_flags(**shared)
     refuse_unjudged_flags(flags)
     own_view = {name: channels(name, flags[name]) for name in ("mean", "std") if flags[name] is not None}
-    of_encoder = [flags[name] for name in ("net", "model", "stem", "dataset", "prefix")]
-    encoder, description = open_encoder(ckpt, *of_encoder)
+    of_encoder = {name: flags[name] for name in ("net", "model", "stem", "dataset", "prefix")}
+    encoder, description = open_encoder(ckpt, **of_encoder)
     encoder.to(accelerator.device).requires_grad_(False)
     encoder.forward = accelerator.autocast()(encoder.forward)  # the launcher's --mixed_precision
     settings = description["settings"]
     dataset = flags["dataset"] or settings["dataset"]
     with processes.first_alone(accelerator):  # it downloads a set, the others find it
-        of_images = [flags[name] for name in ("dataset", "data_dir", "skip_broken", "workers")]
-        images = open_images(description, *of_images, without_classes)
+        of_images = {name: flags[name] for name in ("dataset", "data_dir", "skip_broken", "workers")}
+        images = open_images(description, **of_images, without_classes=without_classes)
 
     view = images.view(data.EVAL_CROP)
     differences = other_data({"view": view, "data": contents(images)}, description)

@@ -1,4 +1,4 @@
-"""What is measured while a network trains, beside its loss: representations, floors, and numbers that went wrong."""
+"""What is measured beside loss and accuracy: representations, floors, and numbers that went wrong."""
 
 import math
 from collections.abc import Iterable
@@ -35,8 +35,7 @@ def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[st
     encoder's normalised features, Appendix A.2: its logarithm is Eq. 2. The rest is that of `sphere_statistics`.
     """
     sample = probed(test)
-    blocks = embed_blocks(encoder, data.evaluation_views(sample, **view))
-    features = models.embed(encoder, data.evaluation_views(sample, **view))
+    features, blocks = embed_blocks(encoder, data.evaluation_views(sample, **view))
     row = {"g2": uniformity(features).exp().item(), **sphere_statistics(features)}
     for name, outputs in blocks.items():
         row[f"block/{name}"] = mhe(outputs, s=0).item()
@@ -87,8 +86,8 @@ def uniform_floor(d: int) -> float:
     return math.log(hyp0f1(d / 2, 4)) - 4
 
 
-def embed_blocks(encoder: nn.Module, views: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Compute the outputs of the encoder's residual blocks, averaged over their maps: (n, c) by the block's name."""
+def embed_blocks(encoder: nn.Module, views: Iterable[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute features, and the outputs of residual blocks, averaged over their maps: (n, c) by the block's name."""
     blocks = {block: name for name, block in encoder.named_modules() if isinstance(block, (BasicBlock, Bottleneck))}
     outputs = {name: [] for name in blocks.values()}
 
@@ -96,10 +95,10 @@ def embed_blocks(encoder: nn.Module, views: Iterable[Tensor]) -> dict[str, Tenso
         outputs[blocks[block]].append(output.mean((2, 3)).float())
 
     hooks = [block.register_forward_hook(keep) for block in blocks]
-    models.embed(encoder, views)
+    features = models.embed(encoder, views)
     for hook in hooks:
         hook.remove()
-    return {name: torch.cat(batches) for name, batches in outputs.items()}
+    return features, {name: torch.cat(batches) for name, batches in outputs.items()}
 
 
 def effective_rank(features: Tensor) -> float:

@@ -55,16 +55,15 @@ class Run:
             facts = {name: self.description[name] for name in ("settings", "view", "steps")}
             processes.agree(**facts, step=self.step, save_every=flags["save_every"])
         self.numbers = {}  # of the latest micro-batch, or of the first that was not finite
-        self.log_file, self.signals, self.warned = None, [], set()
+        self.log_file, self.signals, self.warned = folder / LOG if self.lock else None, [], set()
         self._writer = ThreadPoolExecutor(1)  # hashes and writes: on a fast GPU that takes as long as many steps
         self._saving = None  # the last piece of its work, a Future
 
     # ---- Before the first step ---------------------------------------------------------------------------------------
     def announce(self, lines: list[str]) -> None:
         """Begin the log, or go on with it, and print what the run is about to do, unless it is finished."""
-        if self.lock is None:
+        if self.log_file is None:
             return
-        self.log_file = self.folder / LOG
         hardware = processes.hardware(self.accelerator)
         rows = rewind(self.folder, self.whole_epochs if self.step else -1) if self.log_file.exists() else []
         if rows:
@@ -137,20 +136,24 @@ class Run:
         caught, is_due = self._look()
         at_epoch_end = self.step == self.epoch * self.steps_per_epoch
         if caught or (is_due and not at_epoch_end):
-            self.save()
+            self._save()
         if caught:
-            self.stop(caught)
+            self._stop(caught)
+
+    @property
+    def images_per_s(self) -> float:
+        """Return how many images a second the epoch took, over all processes, since it began or the run went on."""
+        images = (self.step - self._first_step) * self.cfg.batch_size
+        return round(images / (time.perf_counter() - self._began), 1)
 
     def means(self) -> dict[str, float]:
-        """Return the terms' means over steps and processes, and images a second. InputError if one is not finite."""
+        """Return the terms' means over steps and processes. InputError if one is not finite."""
         # Before judging, whose loaders fork: a child must not inherit locks that the thread holds. And before the row
         # of a second epoch: `stored_state` takes it for a proof that there was a checkpoint.
         self._end_save()
         row = {}
         for name, total in self.sums.items():
             row[name] = self.accelerator.reduce(total, "mean").item() / self.steps_per_epoch
-        images = (self.step - self._first_step) * self.cfg.batch_size
-        row["images_per_s"] = round(images / (time.perf_counter() - self._began), 1)
         measure.refuse_faults(self.numbers, self.training.network, self.folder, self.accelerator)
         return row
 
@@ -164,7 +167,7 @@ class Run:
         numbers = {prefix + name: x for name, x in row.items() if isinstance(x, float)}
         self.accelerator.log(numbers, step=self.step)
         if row.get("dead"):
-            self.warn("dead", measure.DEAD_NETWORK)
+            self._warn("dead", measure.DEAD_NETWORK)
 
     def log_scores(self, of: str, scores_by_k: dict[int, dict[str, float]]) -> None:
         """Log the accuracy of a k-NN vote, for each k."""
@@ -172,7 +175,7 @@ class Run:
         for k, scores in scores_by_k.items():
             self.log(of=of, split=split, k=k, **scores)
 
-    def warn(self, about: str, text: str) -> None:
+    def _warn(self, about: str, text: str) -> None:
         """Warn of a thing once in a run, and log it."""
         if self.log_file is None or about in self.warned:
             return
@@ -196,17 +199,17 @@ class Run:
             floors = {of: latest[of]["top1"] for of in ("untrained", "init", "pixels") if of in latest}
             fault = measure.poor_features(latest["online"]["top1"], floors, latest["representations"]["rank"])
             if fault:
-                self.warn("features", fault)
+                self._warn("features", fault)
         self.sums = {}
         self.whole_epochs = self.epoch
         caught, is_due = self._look(at_epoch_end=True)
         is_last = self.step == self.steps
         if caught or is_due or is_last:
-            self.save()
+            self._save()
         if caught and not is_last:
-            self.stop(caught)
+            self._stop(caught)
 
-    def save(self) -> None:
+    def _save(self) -> None:
         """Copy the state, to be written while the training goes on. InputError if it is not finite or cannot be."""
         self._end_save()  # before the copy: there is never more than one
         network, optimizer = self.training.network, self.training.optimizer
@@ -215,9 +218,8 @@ class Run:
         self._schedule.saved_at, self._schedule.is_new = self._schedule.now(self.step), False
         if self.log_file is None:
             return
-        scaler = self.accelerator.scaler
-        description = {**self.description, "epoch": self.whole_epochs, "step": self.step}
-        description["scaler"] = scaler.state_dict() if scaler else None
+        scaler = self.accelerator.scaler and self.accelerator.scaler.state_dict()
+        description = {**self.description, "epoch": self.whole_epochs, "step": self.step, "scaler": scaler}
         at_epoch_end = self.step == self.whole_epochs * self.steps_per_epoch
         self._saving = self._writer.submit(self._write, tensors, description, at_epoch_end)
 
@@ -238,7 +240,7 @@ class Run:
         if self._saving:
             self._saving.result()
 
-    def stop(self, caught: signal.Signals) -> None:
+    def _stop(self, caught: signal.Signals) -> None:
         """Raise Stopped, once the first process has written: the launcher ends all after the first that leaves."""
         self._end_save()
         processes.wait_for_all(self.accelerator)
@@ -290,8 +292,9 @@ def stored_state(folder: Path) -> tuple[dict[str, Tensor], dict | None]:
             raise InputError(f"{ckpt}: holds {description['holds']}, not the state of a run; name another --out")
         return tensors, description
     rows = read_rows(folder) if (folder / LOG).exists() else []
-    is_begun = any("settings" not in rows[0] or row["stage"] != "pretrain" or row.get("epoch", 0) > 1 for row in rows)
-    if is_begun or (not rows and (folder / WEIGHTS).exists()):
+    is_begun = any(row["stage"] != "pretrain" or row.get("epoch", 0) > 1 for row in rows)
+    is_cut = "settings" not in rows[0] if rows else (folder / WEIGHTS).exists()
+    if is_begun or is_cut:
         raise InputError(f"--out {folder}: holds a run whose {CKPT} is gone; name another folder, or remove this one")
     return {}, None
 

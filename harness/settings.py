@@ -61,9 +61,9 @@ class Settings(SimpleNamespace):
         return self.lr * self.batch_size / 256
 
 
-# ---- Before anything is read -----------------------------------------------------------------------------------------
+# ---- Before the data are read ----------------------------------------------------------------------------------------
 def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
-    """Return the run folder. InputError for whatever can be seen to be wrong before a file is read."""
+    """Return the run folder. InputError for whatever can be seen to be wrong before the data are read."""
     folder = Path(flags["out"] or Path("runs", run_name(flags, defaults))).expanduser()
     refuse_unwritable(folder)
     refuse_idle_flags(flags, defaults)
@@ -165,12 +165,12 @@ def resolve(flags: dict, recipes: Mapping, accelerator: Accelerator) -> tuple[Se
 
 def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
     """Return every setting that flags and recipe decide. InputError for settings that do not go together."""
-    chosen, method, term = recipe_name(flags, recipes), models.METHODS[flags["method"]], TERMS[flags["reg"]]
-    recipe = recipes[chosen]
+    chosen = recipe_name(flags, recipes)
+    recipe, term = recipes[chosen], TERMS[flags["reg"]]
     epochs = flags["epochs"] or recipe.epochs
     weights = {None: 0.0, "energy": float(recipe.energy_weight), "uniformity": recipe.uniformity_weight}
     own = {"recipe": chosen, "weight": weights[term], "warmup": recipe.warmup * epochs / recipe.epochs, "queue": 0}
-    defaults = {**flags, **asdict(recipe), **own, **method.numbers}
+    defaults = {**flags, **asdict(recipe), **own, **models.METHODS[flags["method"]].numbers}
     given = {name: value for name, value in flags.items() if value is not None}
     values = {name: given.get(name, defaults[name]) for name in flags if name not in NOT_SETTINGS}
     values["reg_on"] = [part for part in trained_parts(flags) if part in (flags["reg_on"] or HEADS)]
@@ -221,8 +221,7 @@ def refuse_uneven_batch(batch_size: int, accumulate: int, world: int) -> None:
     shares = accumulate * world
     if batch_size % shares == 0 and batch_size >= 2 * shares:
         return
-    below = batch_size // shares
-    suggestions = sorted({max(2, images) * shares for images in (below, below + 1)})
+    suggestions = sorted({max(2, batch_size // shares + more) * shares for more in (0, 1)})
     rule = f"must be a multiple of {shares}, and at least twice that: {accumulate} micro-batches, {world} processes"
     raise InputError(f"--batch_size {batch_size}: {rule}; take {' or '.join(map(str, suggestions))}")
 

@@ -31,8 +31,7 @@ def captured(network: nn.Module, optimizer: Optimizer, sums: dict[str, Tensor], 
         momentum = optimizer.state[parameter].get("momentum_buffer")
         if momentum is not None:
             tensors[f"momentum/{name}"] = momentum
-    layout = torch.contiguous_format
-    return {name: x.detach().to("cpu", copy=True, memory_format=layout) for name, x in tensors.items()}
+    return {name: x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, x in tensors.items()}
 
 
 def restore(
@@ -59,9 +58,6 @@ def restore(
             total = x[rank] if same_world else x.mean(0)
             sums[name.removeprefix("sums/")] = total.to(accelerator.device)
     return sums
-
-
-# ---- When a state is saved -------------------------------------------------------------------------------------------
 
 
 class Schedule:

@@ -15,5 +15,5 @@ Each file imports only those above it.
     pictures    pictures in files: which there are, how one is read, many of them read ahead by workers
     sources     the embedded photographs, torchvision's data sets, folders of pictures
 
-`augment` and `norms` need torch and torchvision alone, so that you can copy them, after `regularizers.py`.
+You can copy `augment` (torch, torchvision, numpy) and `norms` (torch) alone, as `regularizers.py`.
 """

@@ -28,6 +28,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import fire
 
+from lib import processes
 from lib.errors import InputError, Stopped
 from lib.log import is_main
 
@@ -274,8 +275,6 @@ def leave(exit_code: int) -> None:
             worker.kill()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         if exit_code == 0:
-            from lib import processes  # here, because it imports torch, which a wrong flag need not wait for
-
             processes.end()
         with contextlib.suppress(OSError):
             sys.stdout.flush()

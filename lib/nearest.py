@@ -53,7 +53,7 @@ def nearest(queries: Tensor, bank: Iterable[Tensor], n: int, k: int) -> tuple[Te
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Rows of x (n, d) of any length, projected to the unit sphere; a zero row stays zero."""
+    """Rows of x (n, d), projected to the unit sphere; those below a length of 1e-12 stay shorter, a zero row zero."""
     largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
     return normalize(x / (largest.clamp_min(1e15) / 1e15))  # by 1, unless squares would overflow
 

@@ -37,7 +37,7 @@ BYTES_A_WORKER = 2**29  # room there: two batches of 512 pairs of 224 x 224 pixe
 class Files:
     """Pictures of any size that stay in files; `files[rows]` are some of them, as rows of a tensor are.
 
-    `white` is the value that is white in those of 16 bits; `workers` processes read them, or none, but this one.
+    `white` is the value that is white in those of 16 bits; `workers` processes read them; 0: this one does.
     """
 
     def __init__(self, paths: Sequence[str], white: int = WHITE, workers: int = 0):

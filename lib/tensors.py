@@ -1,6 +1,6 @@
 """Tensors out of a file of any project: the first bytes tell its format, its name does not, and nothing in it is run.
 
-tensors, header = read_tensors("moco_v2_800ep_pretrain.pth.tar")
+tensors = read_tensors("moco_v2_800ep_pretrain.pth.tar")
 """
 
 import json
@@ -37,8 +37,8 @@ class DictPlaceholder:
         return OrderedDict()
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors of a file, by name, and the texts of its header, none if torch.save wrote it.
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a file, by name.
 
     Keys of dicts within dicts are joined by dots. Left out is all else, and what is sparse, quantized, without memory
     or of a subclass. A folder of shards, as the Hub has large models, is one file. InputError for a file of neither
@@ -47,7 +47,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     index = os.path.join(path, INDEX)
     if os.path.isfile(index):
         shards = [_read_safetensors(os.path.join(path, name)) for name in _shards(index)]
-        return {name: tensor for tensors, _ in shards for name, tensor in tensors.items()}, {}
+        return {name: x for shard in shards for name, x in shard.items()}
     if os.path.isdir(path):
         raise InputError(f"{path}: a folder without ckpt.safetensors or model.safetensors; name a file")
     if not os.path.isfile(path):
@@ -58,7 +58,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
     is_safetensors = start[8:9] == b"{"  # the header's length, then the header
-    return _read_safetensors(path) if is_safetensors else (_read_torch(path, start), {})
+    return _read_safetensors(path) if is_safetensors else _read_torch(path, start)
 
 
 def _shards(index: str) -> list[str]:
@@ -69,12 +69,11 @@ def _shards(index: str) -> list[str]:
         raise InputError(f"{index}: not an index of safetensors files; download it again") from e
 
 
-def _read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             # clone: a tensor that maps the file would keep its space on the disk after a newer file takes its name
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
         raise InputError(f"{path}: not a whole safetensors file ({e}); download it again") from e
 

@@ -100,8 +100,10 @@ def test_weights_that_do_not_fit_are_refused_before_the_data_are_read(
 ):
     monkeypatch.setattr(data, "load", None)
     checkpoint.save(tmp_path / "features.safetensors", {"features": torch.ones(3, 4)}, {"holds": "features"})
+    checkpoint.save(tmp_path / "later.safetensors", {}, {"holds": "encoder", "format": 2})
     reasons = {
         "nowhere": "--init nowhere: no such file",
+        "later.safetensors": "later.safetensors: of format 2, not 1",
         f"{trained} --model resnet18 --stem cifar": "its encoder needs --model test_resnet --stem imagenet",
         f"{trained} --model test_resnet --prefix x": "--prefix x: has no effect on",
         "features.safetensors": "--init features.safetensors: holds features, not an encoder",

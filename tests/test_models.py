@@ -216,7 +216,7 @@ def test_embed_is_in_evaluation_mode_and_puts_the_mode_back():
 def test_outputs_of_blocks_are_those_of_timms_stages(byol):
     """The last block of a stage gives what timm says the stage gives; the last of all, pooled, is the embedding."""
     views = torch.randn(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    blocks, x = embed_blocks(byol.encoder, views), views.flatten(0, 1)
+    (_, blocks), x = embed_blocks(byol.encoder, views), views.flatten(0, 1)
     assert list(blocks) == [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
     with torch.no_grad():
         stages = byol.encoder.eval().forward_intermediates(x, intermediates_only=True)[1:]

@@ -18,7 +18,7 @@ from scipy.special import digamma, poch
 from torch import Tensor
 from tqdm import tqdm
 
-from harness.checkpoint import description_in
+from harness.checkpoint import description_of
 from lib import cli, processes
 from lib.errors import InputError
 from lib.files import weights_file
@@ -87,8 +87,9 @@ def energy(
 
 def read_weights(path: str, prefix: str | None) -> tuple[Weights, LeftOut]:
     """Return the weights of a file, and the names of what else has two dimensions or more. InputError for no weight."""
-    tensors, header = read_tensors(weights_file(path))
-    is_of_a_run = description_in(header)  # where a slash in a name says that it is state, such as momentum
+    file = weights_file(path)
+    tensors = read_tensors(file)
+    is_of_a_run = description_of(file) is not None  # where a slash in a name says that it is state, such as momentum
     weights, left_out = {}, {}
     for name, tensor in with_weight_norm(tensors).items():
         is_state = is_of_a_run and "/" in name
