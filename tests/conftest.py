@@ -13,17 +13,48 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
 import data
+from harness import checkpoint
 from lib import cli
 from pretrain import pretrain
 
 ROOT = Path(__file__).parent.parent
-TINY = "--recipe cifar10-300 --model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 16".split()
-SMALL = [*TINY, *"--epochs 2 --eval_every 1 --lr 8".split()]
+TINY = {"recipe": "cifar10-300", "model": "test_resnet", "stem": "imagenet", "hidden_dim": 32, "out_dim": 16}
+TINY |= {"batch_size": 16}
 REPRODUCE = (ROOT / "docs" / "reproduce.md").read_text()
 ROWS = re.findall(r"^\| (\S+, [^|]+) \| `(--dataset [^`]+)` \| ([\d.]+)", REPRODUCE, re.M)  # name, flags and top-1
+
+
+class Killed(BaseException):
+    """Ends a stage where it stands, as SIGKILL does."""
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return (open, ("ran", "w"))
+
+
+def words_of(flags):
+    """The words of a command line that has these flags."""
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def tiny(**changes):
+    """The words of a short training of a tiny network."""
+    return words_of(TINY | changes)
+
+
+SMALL = tiny(epochs=2, eval_every=1, lr=8)
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    """Normal numbers, the same in each type."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +114,22 @@ def files_of(run):
     return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
 
+def timeless_rows(run):
+    """The log without what depends on the clock, and on how the command was typed."""
+    return [{k: x for k, x in row.items() if k not in ("images_per_s", "command")} for row in rows_of(run)]
+
+
+def assert_same_run(run, whole):
+    """Two runs have the same rows, files and bits."""
+    assert timeless_rows(run) == timeless_rows(whole)
+    for file in ("ckpt.safetensors", "encoder/model.safetensors"):
+        (ours, told), (theirs, meant) = checkpoint.load_file(run / file), checkpoint.load_file(whole / file)
+        assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
+        assert {**told, "command": None} == {**meant, "command": None}
+    assert files_of(run).keys() == files_of(whole).keys()
+    assert (run / "encoder" / "config.json").read_bytes() == (whole / "encoder" / "config.json").read_bytes()
+
+
 @pytest.fixture(scope="module")
 def trained(finished, tmp_path_factory):
     """A finished run on the small folder, a copy for each test file: judges add rows to its log."""
@@ -104,8 +151,3 @@ def call(stage, *words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{stage.__name__}.py", *words])
         stage(*checkpoint, **flags)
-
-
-def words_of(flags):
-    """The words of a command line that has these flags."""
-    return [word for name, value in flags.items() for word in (f"--{name}", value)]

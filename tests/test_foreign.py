@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torchvision
+from conftest import Evil
 from safetensors.torch import save_file
 from torch import nn
 
@@ -29,13 +30,6 @@ def both(other, own, tensors):
 
 class AttributeDict(dict):
     """As the flags of a training are saved by some."""
-
-
-class Evil:
-    """Runs code when it is unpickled."""
-
-    def __reduce__(self):
-        return (open, ("ran", "w"))
 
 
 MOMENTUM = {"state": {0: {"momentum_buffer": torch.ones(2)}}}

@@ -4,17 +4,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL, rows_of
+from conftest import SMALL, Killed, rows_of
 from safetensors.torch import save_file
 
 import data
 from harness import checkpoint, settings
 from knn_eval import knn_eval
 from pretrain import pretrain
-
-
-class Enough(BaseException):
-    """Ends a run before its first step."""
 
 
 @pytest.fixture
@@ -24,10 +20,10 @@ def first_state(command, folder, monkeypatch):
     def run(*flags):
         def stop(training, *_):
             states.append({name: x.clone() for name, x in training.network.state_dict().items()})
-            raise Enough
+            raise Killed
 
         states = []
-        with monkeypatch.context() as patch, pytest.raises(Enough):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr("pretrain.train_micro_batch", stop)
             command(pretrain, "--dataset", folder, *SMALL, *flags)
         return states[0]

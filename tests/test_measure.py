@@ -7,7 +7,7 @@ import math
 import pytest
 import scipy.special
 import torch
-from conftest import rows_of
+from conftest import rows_of, tiny
 from torch import nn
 
 import data
@@ -119,8 +119,7 @@ def poor_run(command, folder, monkeypatch):
             return {20: {"top1": 60.0 if isinstance(encoder, nn.Flatten) else 30.0, "top5": 90.0}}
 
         monkeypatch.setattr("pretrain.nearest_neighbours", vote)
-        flags = "--model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 16 --lr 0.1".split()
-        flags += "--epochs 6 --eval_every 1 --save_every 1steps --out run".split()
+        flags = tiny(lr=0.1, epochs=6, eval_every=1, save_every="1steps", out="run")
         return command(pretrain, "--dataset", folder, *flags)
 
     return run

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import random
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -22,10 +23,6 @@ from regularizers import (
 )
 
 ENERGIES = [(mhe, False), (amhe, True)]
-
-
-def random(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def with_gradient(f, x, *args):

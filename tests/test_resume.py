@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call, files_of, rows_of, words_of
+from conftest import ROOT, TINY, Killed, assert_same_run, call, files_of, rows_of, timeless_rows, words_of
 
 import models
 from harness import checkpoint
@@ -31,8 +31,7 @@ from linear_eval import linear_eval
 from pretrain import Lars, pretrain
 from tools.logs import read_log
 
-FLAGS = {"recipe": "cifar10-300", "model": "test_resnet", "stem": "imagenet", "hidden_dim": 16, "out_dim": 8, "lr": 8}
-FLAGS |= {"reg": "mhe", "batch_size": 16, "epochs": 3, "eval_every": 2, "save_every": "2steps"}
+FLAGS = TINY | {"reg": "mhe", "lr": 8, "epochs": 3, "eval_every": 2, "save_every": "2steps"}
 RUN = Path("run")  # in the empty folder of each test
 CKPT = RUN / "ckpt.safetensors"
 
@@ -64,10 +63,6 @@ def saves(monkeypatch):
     return futures
 
 
-class Killed(BaseException):
-    """Ends the stage where it stands, as SIGKILL does."""
-
-
 @contextlib.contextmanager
 def acting_after(at, act):
     """Call a function after a step of the run in the block; yields the list that steps are counted in."""
@@ -94,21 +89,6 @@ def killed_after(at, last_act=lambda: None):
 
     with pytest.raises(Killed), acting_after(at, die):
         yield
-
-
-def timeless_rows(run):
-    """The log without what depends on the clock, and on how the command was typed."""
-    return [{k: x for k, x in row.items() if k not in ("images_per_s", "command")} for row in rows_of(run)]
-
-
-def assert_same_run(run, whole):
-    assert timeless_rows(run) == timeless_rows(whole)
-    for file in ("ckpt.safetensors", "encoder/model.safetensors"):
-        (ours, told), (theirs, meant) = checkpoint.load_file(run / file), checkpoint.load_file(whole / file)
-        assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
-        assert {**told, "command": None} == {**meant, "command": None}
-    assert files_of(run).keys() == files_of(whole).keys()
-    assert (run / "encoder" / "config.json").read_bytes() == (whole / "encoder" / "config.json").read_bytes()
 
 
 def assert_goes_on(train, whole, since, **changes):
@@ -148,7 +128,7 @@ def test_a_run_with_a_queue_of_pictures_in_files_goes_on_to_the_same_bits(train,
         train(**changes)
     assert_goes_on(train, tmp_path / "whole", 3, **changes)
     tensors, description = checkpoint.load_file(CKPT)
-    assert tensors["queue"].shape == (40, 8) and tensors["oldest"] == 9 * 32 % 40
+    assert tensors["queue"].shape == (40, 16) and tensors["oldest"] == 9 * 32 % 40
     assert description["settings"]["queue"] == 40
 
 
@@ -216,7 +196,7 @@ def test_a_checkpoint_may_be_older_than_the_log(train, command, whole):
 def begun(folder, run, **changes):
     """A process that trains, once it has printed the row of its second epoch."""
     flags = words_of({"dataset": folder, **FLAGS, "out": run, **changes})
-    command = [sys.executable, ROOT / "pretrain.py", *map(str, flags)]
+    command = [sys.executable, ROOT / "pretrain.py", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if '"epoch": 2' in line:

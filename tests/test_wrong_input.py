@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import Evil
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -75,13 +76,6 @@ FIGURES = {
 }
 TABLE = [(pretrain, *x) for x in PRETRAIN.items()] + [(knn_eval, *x) for x in KNN.items()]
 TABLE += [(linear_eval, *x) for x in LINEAR.items()] + [(figures, *x) for x in FIGURES.items()]
-
-
-class Evil:
-    """Runs code when it is unpickled."""
-
-    def __reduce__(self):
-        return (open, ("ran", "w"))
 
 
 @pytest.fixture(scope="module")
