@@ -17,6 +17,7 @@ import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
 import data
+import models
 from harness import checkpoint
 from lib import cli
 from pretrain import pretrain
@@ -80,11 +81,11 @@ def shell(monkeypatch, capsys, tmp_path):
     """Run a stage as its command line does, in an empty folder: exit code, lines of standard output, standard error."""
     monkeypatch.chdir(tmp_path)
 
-    def run(stage, *words):
+    def run(stage, *words, groups=None):
         monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, words)])
         code = 0
         try:
-            cli.run(stage)
+            cli.run(stage, groups)
         except SystemExit as e:
             code = e.code
         out, err = capsys.readouterr()
@@ -102,6 +103,20 @@ def command(shell):
         return code, [json.loads(line) for line in lines if line.startswith("{")], err
 
     return run
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """The calls of `models.embed` from now on: encoder, views and features of each."""
+    calls, embed = [], models.embed
+
+    def noting(encoder, views):
+        views = list(views)
+        calls.append((encoder, torch.cat(views), embed(encoder, views)))
+        return calls[-1][2]
+
+    monkeypatch.setattr(models, "embed", noting)
+    return calls
 
 
 def rows_of(run):

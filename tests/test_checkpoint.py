@@ -78,7 +78,7 @@ def rewrite(path, tensors=None, **changes):
     "damage, message",
     [
         (lambda p: p.write_bytes(p.read_bytes()[:-1000]), "cannot be read as a safetensors file"),
-        (lambda p: p.write_bytes(p.read_bytes()[:-9] + b"\x01" + p.read_bytes()[-8:]), "damaged"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-9] + b"\x01" + p.read_bytes()[-8:]), "damaged: its content is not"),
         (lambda p: save_file({"x": torch.ones(2)}, p), "not written by pretrain.py"),
         (lambda p: save_file({"x": torch.ones(2)}, p, {"description": "[" * 200_000}), "not written by pretrain.py"),
         (lambda p: rewrite(p, format=0), "of format 0, not 1"),
@@ -181,8 +181,6 @@ def test_what_timm_has_no_name_for_gets_no_config(encoder_folder, flags):
     _, folder = encoder_folder("test_resnet")
     _, folder = encoder_folder(*flags)  # in place of another run, which had no checkpoint yet
     assert [p.name for p in folder.iterdir()] == ["model.safetensors"]
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 
 def test_a_process_that_is_killed_between_the_two_files_leaves_no_wrong_pair(encoder_folder, monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, assert_same_run, random, rows_of, tiny
+from conftest import ROOT, SMALL, TINY, assert_same_run, random, rows_of, tiny, words_of
 
 import data
 import models
@@ -259,11 +259,10 @@ TRAINED = [
 
 @pytest.mark.parametrize("flags, term", TRAINED)
 def test_every_method_and_regularizer_trains(command, folder, tmp_path, flags, term):
-    small = {"--model": "test_resnet", "--stem": "imagenet", "--hidden_dim": 32, "--out_dim": 16, "--batch_size": 16}
-    small |= {"--recipe": "cifar10-300", "--epochs": 1, "--lr": 8, "--out": "run"}
+    others = TINY | {"epochs": 1, "lr": 8, "out": "run"}
     if "alexnet" in flags:
-        small.pop("--stem")
-    kept = [word for flag, value in small.items() if flag not in flags.split() for word in (flag, value)]
+        others.pop("stem")
+    kept = words_of({name: x for name, x in others.items() if f"--{name}" not in flags.split()})
     code, rows, prose = command(pretrain, "--dataset", folder, *flags.split(), *kept)
     assert code == 0 and term in prose, prose
     settings, row, online = rows[0]["settings"], rows[3], rows[4]
