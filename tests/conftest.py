@@ -6,6 +6,7 @@ import os
 # thread. A GPU may round otherwise each time.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
 
+import contextlib
 import json
 import re
 import shutil
@@ -20,12 +21,15 @@ import data
 import models
 from harness import checkpoint
 from lib import cli
-from pretrain import pretrain
+from pretrain import Lars, pretrain
 
 ROOT = Path(__file__).parent.parent
 TINY = {"recipe": "cifar10-300", "model": "test_resnet", "stem": "imagenet", "hidden_dim": 32, "out_dim": 16}
 TINY |= {"batch_size": 16}
 REPRODUCE = (ROOT / "docs" / "reproduce.md").read_text()
+SETTINGS = {"method": "byol", "model": "test_resnet", "stem": "imagenet", "norm": "bn", "hidden_dim": 16, "out_dim": 8}
+SETTINGS |= {"dataset": "photos", "data_dir": "data", "seed": 0, "predictor": "mlp", "queue": 0, "skip_broken": False}
+VIEW = {"size": 32, "crop": 0.875, "mean": [0.5] * 3, "std": [0.2] * 3}  # both as the description of a file has them
 ROWS = re.findall(r"^\| (\S+, [^|]+) \| `(--dataset [^`]+)` \| ([\d.]+)", REPRODUCE, re.M)  # name, flags and top-1
 
 
@@ -156,6 +160,34 @@ def finished(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     call(pretrain, "--dataset", folder, "--reg", "mhe", "--out", out, *SMALL)
     return out
+
+
+@contextlib.contextmanager
+def acting_after(at, act):
+    """Call a function after a step of the run in the block; yields the list that steps are counted in."""
+    step, steps = Lars.step, []
+
+    def stepping(optimizer, closure=None):
+        step(optimizer, closure)
+        steps.append(1)
+        if len(steps) == at:
+            act()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lars, "step", stepping)
+        yield steps
+
+
+@contextlib.contextmanager
+def killed_after(at, last_act=lambda: None):
+    """Kill the run in the block after so many steps."""
+
+    def die():
+        last_act()
+        raise Killed
+
+    with pytest.raises(Killed), acting_after(at, die):
+        yield
 
 
 def call(stage, *words):

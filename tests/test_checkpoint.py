@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import SETTINGS, VIEW
 from safetensors.torch import save_file
 from torchvision.transforms.v2 import functional as F
 
@@ -15,10 +16,6 @@ import models
 from harness import checkpoint, judging
 from lib import pictures
 from lib.errors import InputError
-
-SETTINGS = {"method": "byol", "model": "test_resnet", "stem": "imagenet", "norm": "bn", "hidden_dim": 16, "out_dim": 8}
-SETTINGS |= {"dataset": "photos", "data_dir": "data", "seed": 0, "predictor": "mlp", "queue": 0}
-VIEW = {"size": 32, "crop": 0.875, "mean": [0.5] * 3, "std": [0.2] * 3}
 
 
 @pytest.fixture(scope="module")

@@ -99,9 +99,8 @@ def test_what_other_projects_call_a_flag_leads_to_ours():
 def test_help_is_80_columns_wide_and_grouped(shell):
     _, lines, _ = shell(stage, "x", "--help", groups={"file": "input", "reg": "energies"})
     text = "\n".join([*lines, ""])
-    assert text.startswith(
-        "stage.py: Print what it was called with, as a row.\n\ninput\n  FILE        a text: a file: of"
-    )
+    purpose, first = "stage.py: Print what it was called with, as a row.", "  FILE        a text: a file: of"
+    assert text.startswith(f"{purpose}\n\ninput\n{first}")
     for part in (
         "\n\nenergies\n  --reg       none, mhe, amhe: energy of the weights, by chord or angle [none]\n",
         "\n  --s         a number >= 0 and < 9: power of the energy; 0 is logarithmic [2.0]\n",

@@ -128,10 +128,8 @@ def test_table_is_numpys_mean_and_sample_standard_deviation(shell, tmp_path):
     scores = [(50, 61.0), (50, 64.5), (50, 63.2)]
     for seed, pair in enumerate(scores):
         write_run(tmp_path / f"byol{seed}", seed, pair, linear=80.0 + seed if seed else None)
-    recipe = dataclasses.asdict(RECIPES["cifar10-300"]) | dict(
-        stem="cifar", blur_p=[0.0, 0.0], holdout=False, model="resnet18"
-    )
-    amhe = recipe | dict(reg="amhe", weight=10.0, dataset="cifar10", recipe="cifar10-300")
+    amhe = dataclasses.asdict(RECIPES["cifar10-300"]) | dict(recipe="cifar10-300", dataset="cifar10", model="resnet18")
+    amhe |= dict(stem="cifar", blur_p=[0.0, 0.0], holdout=False, reg="amhe", weight=10.0)
     write_run(tmp_path / "amhe", **amhe)
     code, lines, _ = shell(figures, "table", "byol0", "byol1", "byol2", "amhe")
     assert code == 0 and lines[-2:] == ["figures/table.md", "figures/table.csv"]

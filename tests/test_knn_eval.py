@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import rows_of
+from conftest import random, rows_of
 from torch import nn
 
 import data
@@ -17,9 +17,8 @@ from tools.logs import read_log
 
 
 def test_vote_is_the_one_written_by_hand():
-    generator = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(300, 8, generator=generator), torch.randn(40, 8, generator=generator)
-    bank_labels, labels = (torch.randint(7, (n,), generator=generator) for n in (300, 40))
+    bank, queries = random(300, 8), random(40, 8, seed=1)
+    bank_labels, labels = torch.arange(300) % 7, torch.arange(40) % 7
     for temperature in (0.07, 1.0, 1e-5):
         scores = vote([bank], bank_labels, queries, labels, (1, 20, 500), temperature)
         assert list(scores) == [1, 20, 300]
@@ -46,8 +45,7 @@ def test_vote_is_the_one_written_by_hand():
 @pytest.mark.parametrize("tile, part", [((7, 9), 13), ((512, 30), 40), ((1, 1), 1)])
 def test_vote_by_parts_and_tiles_is_the_vote(monkeypatch, tile, part):
     """Parts and tiles that divide neither the bank nor the queries, smaller and larger than k and than each other."""
-    generator = torch.Generator().manual_seed(0)
-    bank, queries = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (40, 25))
+    bank, queries = random(40, 6, dtype=torch.float64), random(25, 6, dtype=torch.float64, seed=1)
     there = [bank], torch.arange(40) % 4, queries, torch.arange(25) % 4
     whole = vote(*there, (1, 15, 40), 0.07)
     monkeypatch.setattr(nearest, "QUERIES_IN_TILE", tile[0])

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT, Killed, assert_same_run, call, rows_of, tiny
+from conftest import ROOT, assert_same_run, call, killed_after, random, rows_of, tiny
 from tqdm import tqdm
 
 import data
@@ -77,7 +77,7 @@ def one_of_two(rank, ports, folder, place):
     seen["loads"] = [[each.begun, each.ended] for each in loads]
 
     call(pretrain, "--dataset", folder, *NORMED, "--out", "whole")
-    with killed_in_step_6(), contextlib.suppress(Killed):
+    with killed_after(6):
         call(pretrain, "--dataset", folder, *NORMED, "--out", "resumed")
     dist.barrier()
     if rank == 0:
@@ -130,25 +130,9 @@ def noted(owner, name):
     return calls
 
 
-@contextlib.contextmanager
-def killed_in_step_6():
-    update, taus = models.BYOL.update_target, []
-
-    def killing(network, tau):
-        update(network, tau)
-        taus.append(tau)
-        if len(taus) == 6:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models.BYOL, "update_target", killing)
-        yield
-
-
 def nearest_of_random_rows(n, rows_in_part, m, k):
     """The k rows of a bank of n that are nearest to m queries; of several processes each has a part of the bank."""
-    generator = torch.Generator().manual_seed(0)
-    bank, queries = (torch.randn(rows, 6, generator=generator, dtype=torch.float64) for rows in (n, m))
+    bank, queries = random(n, 6, dtype=torch.float64), random(m, 6, dtype=torch.float64, seed=1)
     mine = processes.own_part(data.Split(bank, torch.zeros(n)))
     return nearest.nearest(queries, mine.images.split(rows_in_part), n, k)
 

@@ -1,6 +1,5 @@
 """A run that is stopped, killed, or cannot write goes on and ends in the bits of one that never stopped."""
 
-import contextlib
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Killed, assert_same_run, call, files_of, rows_of, timeless_rows, words_of
+from conftest import ROOT, Killed, acting_after, assert_same_run, call, files_of, killed_after, rows_of, tiny
 
 import models
 from harness import checkpoint
@@ -28,10 +27,10 @@ from lib.errors import InputError
 from lib.files import claim
 from lib.log import commit_of, emit, rewind
 from linear_eval import linear_eval
-from pretrain import Lars, pretrain
+from pretrain import pretrain
 from tools.logs import read_log
 
-FLAGS = TINY | {"reg": "mhe", "lr": 8, "epochs": 3, "eval_every": 2, "save_every": "2steps"}
+FLAGS = {"reg": "mhe", "lr": 8, "epochs": 3, "eval_every": 2, "save_every": "2steps"}
 RUN = Path("run")  # in the empty folder of each test
 CKPT = RUN / "ckpt.safetensors"
 
@@ -40,14 +39,14 @@ CKPT = RUN / "ckpt.safetensors"
 def whole(folder, tmp_path_factory):
     """A run of three epochs of three steps that nothing stopped."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    call(pretrain, *words_of({"dataset": folder, **FLAGS, "out": out}))
+    call(pretrain, *tiny(dataset=folder, out=out, **FLAGS))
     return out
 
 
 @pytest.fixture
 def train(command, folder):
     """Run the command of `whole`, some flags changed, in the folder `run`: exit code, rows, standard error."""
-    return lambda **changes: command(pretrain, *words_of({"dataset": folder, **FLAGS, "out": "run", **changes}))
+    return lambda **changes: command(pretrain, *tiny(**{"dataset": folder, "out": "run", **FLAGS, **changes}))
 
 
 @pytest.fixture(autouse=True)
@@ -61,34 +60,6 @@ def saves(monkeypatch):
 
     monkeypatch.setattr(ThreadPoolExecutor, "submit", noting)
     return futures
-
-
-@contextlib.contextmanager
-def acting_after(at, act):
-    """Call a function after a step of the run in the block; yields the list that steps are counted in."""
-    step, steps = Lars.step, []
-
-    def stepping(optimizer, closure=None):
-        step(optimizer, closure)
-        steps.append(1)
-        if len(steps) == at:
-            act()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Lars, "step", stepping)
-        yield steps
-
-
-@contextlib.contextmanager
-def killed_after(at, last_act=lambda: None):
-    """Kill the run in the block after so many steps."""
-
-    def die():
-        last_act()
-        raise Killed
-
-    with pytest.raises(Killed), acting_after(at, die):
-        yield
 
 
 def assert_goes_on(train, whole, since, **changes):
@@ -181,13 +152,13 @@ def test_a_checkpoint_may_be_older_than_the_log(train, command, whole):
     with killed_after(8):
         train(save_every="10min")
     assert checkpoint.load_file(CKPT)[1]["step"] == 3
-    assert [row["epoch"] for row in timeless_rows(RUN) if "loss" in row] == [1, 2]
+    assert [row["epoch"] for row in rows_of(RUN) if "loss" in row] == [1, 2]
     assert command(knn_eval, CKPT, "--k", 20, "--nofloors")[0] == 0
-    knn = timeless_rows(RUN)[-1]
+    knn = rows_of(RUN)[-1]
     assert knn["stage"] == "knn_eval" and knn["trained_epochs"] == 1 and read_log(RUN).score("knn_eval") is None
     code, _, err = train(save_every="10min")
     assert code == 0 and "run: goes on after step 3" in err
-    rows = timeless_rows(RUN)
+    rows = rows_of(RUN)
     rows.remove(knn)
     (RUN / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert_same_run(RUN, whole)
@@ -195,8 +166,7 @@ def test_a_checkpoint_may_be_older_than_the_log(train, command, whole):
 
 def begun(folder, run, **changes):
     """A process that trains, once it has printed the row of its second epoch."""
-    flags = words_of({"dataset": folder, **FLAGS, "out": run, **changes})
-    command = [sys.executable, ROOT / "pretrain.py", *flags]
+    command = [sys.executable, ROOT / "pretrain.py", *tiny(**{"dataset": folder, "out": run, **FLAGS, **changes})]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if '"epoch": 2' in line:

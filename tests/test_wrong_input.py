@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import Evil
+from conftest import SETTINGS, VIEW, Evil
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -64,10 +64,8 @@ def traps(tmp_path_factory):
     """Files and folders that the table names."""
     root = tmp_path_factory.mktemp("traps")
     encoder = models.build_encoder("resnet18", "imagenet")
-    settings = {"model": "resnet18", "stem": "imagenet", "norm": "bn", "dataset": "photos", "data_dir": "data"}
-    settings |= {"seed": 0, "skip_broken": False, "method": "byol", "hidden_dim": 65536, "out_dim": 65536}
-    view = {"size": 32, "crop": 0.875, "mean": [0.5] * 3, "std": [0.2] * 3}
-    description = {"settings": settings, "view": view, "holds": "encoder"}
+    settings = SETTINGS | {"model": "resnet18", "hidden_dim": 65536, "out_dim": 65536}
+    description = {"settings": settings, "view": VIEW, "holds": "encoder"}
     checkpoint.save(root / "good.safetensors", encoder.state_dict(), description)
     heads = {f"encoder.{name}": x for name, x in encoder.state_dict().items()}
     checkpoint.save(root / "huge.safetensors", heads, {**description, "holds": "checkpoint"})
