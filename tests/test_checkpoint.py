@@ -75,7 +75,7 @@ def rewrite(path, tensors=None, **changes):
     "damage, message",
     [
         (lambda p: p.write_bytes(p.read_bytes()[:-1000]), "cannot be read as a safetensors file"),
-        (lambda p: p.write_bytes(p.read_bytes()[:-9] + b"\x01" + p.read_bytes()[-8:]), "damaged: its content is not"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-9] + b"\x01" * 9), "damaged: its content is not what was written"),
         (lambda p: save_file({"x": torch.ones(2)}, p), "not written by pretrain.py"),
         (lambda p: save_file({"x": torch.ones(2)}, p, {"description": "[" * 200_000}), "not written by pretrain.py"),
         (lambda p: rewrite(p, format=0), "of format 0, not 1"),
