@@ -1,14 +1,13 @@
 """The command line against a stage's signature, what --help prints, streams, and the log that rows go to."""
 
-import json
 import os
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+from conftest import ROOT
 
 from knn_eval import knn_eval
 from lib import cli
@@ -20,8 +19,6 @@ from tools.energy import energy
 from tools.export import export
 from tools.figures import figures
 from tools.reproduce import reproduce
-
-ROOT = Path(__file__).parent.parent
 
 
 def stage(
@@ -42,12 +39,6 @@ def stage(
     emit(locals())
 
 
-def call(monkeypatch, capsys, text, groups=None):
-    monkeypatch.setattr(sys, "argv", ["stage.py", *text.split()])
-    cli.run(stage, groups)
-    return capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     "text, values",
     [
@@ -61,8 +52,9 @@ def call(monkeypatch, capsys, text, groups=None):
         ("--no-floors x", {"floors": False, "file": "x"}),
     ],
 )
-def test_values_arrive_as_the_signature_types_them(monkeypatch, capsys, text, values):
-    assert json.loads(call(monkeypatch, capsys, text)).items() >= values.items()
+def test_values_arrive_as_the_signature_types_them(command, text, values):
+    _, (row,), _ = command(stage, *text.split())
+    assert row.items() >= values.items()
 
 
 @pytest.mark.parametrize(
@@ -83,11 +75,8 @@ def test_values_arrive_as_the_signature_types_them(monkeypatch, capsys, text, va
         ("x --nofloors=true", "--nofloors: no such flag; did you mean --floors?"),
     ],
 )
-def test_wrong_usage_is_one_line_and_nothing_runs(monkeypatch, capsys, text, line):
-    with pytest.raises(SystemExit) as e:
-        call(monkeypatch, capsys, text)
-    out, err = capsys.readouterr()
-    assert e.value.code == 2 and out == "" and err == f"stage.py: {line}\n"
+def test_wrong_usage_is_one_line_and_nothing_runs(shell, text, line):
+    assert shell(stage, *text.split()) == (2, [], f"stage.py: {line}\n")
 
 
 def test_what_other_projects_call_a_flag_leads_to_ours():
@@ -107,11 +96,11 @@ def test_what_other_projects_call_a_flag_leads_to_ours():
             cli.values_of([word, "1"], knn_eval)
 
 
-def test_help_is_80_columns_wide_and_grouped(monkeypatch, capsys):
-    text = call(monkeypatch, capsys, "x --help", {"file": "input", "reg": "energies"})
-    assert text.startswith(
-        "stage.py: Print what it was called with, as a row.\n\ninput\n  FILE        a text: a file: of"
-    )
+def test_help_is_80_columns_wide_and_grouped(shell):
+    _, lines, _ = shell(stage, "x", "--help", groups={"file": "input", "reg": "energies"})
+    text = "\n".join([*lines, ""])
+    purpose, first = "stage.py: Print what it was called with, as a row.", "  FILE        a text: a file: of"
+    assert text.startswith(f"{purpose}\n\ninput\n{first}")
     for part in (
         "\n\nenergies\n  --reg       none, mhe, amhe: energy of the weights, by chord or angle [none]\n",
         "\n  --s         a number >= 0 and < 9: power of the energy; 0 is logarithmic [2.0]\n",

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import random
 from pretend_cuda import CUDA, OnCuda, PretendCuda
 from torch import nn
 
@@ -122,7 +123,7 @@ def test_a_step_waits_for_its_energies_alone(method, reg, micro_batches):
 @pytest.mark.parametrize("shape", [(8, 4), (8, 4, 5, 5)])
 def test_the_norm_of_several_processes_waits_for_nothing(shape, monkeypatch):
     """Two with the same images have the numbers of one. CUDA's backward wants statistics that the CPU's does not."""
-    x, grad = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    x, grad = (random(*shape, seed=seed) for seed in (0, 1))
     results = {}
     for world in (1, 2):
         norm = models.ViewNorm(4)
@@ -184,7 +185,7 @@ def test_a_step_of_resnet18_has_few_launches():
 
 def test_the_energy_of_a_wide_layer_takes_few_products():
     """The 4,096 neurons of Section 3.6 in blocks of a GPU, with the value that a CPU gets from smaller ones."""
-    weight = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    weight = random(4096, 64)
     with PretendCuda() as seen:
         energy = mhe(weight.to("cuda:0"))
         assert 0 < seen.launches["mm"] <= 10, seen.launches

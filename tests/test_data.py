@@ -200,14 +200,6 @@ def test_hold_out_is_of_the_training_set(photos):
         data.hold_out(dataclasses.replace(photos, holdout=200))
 
 
-def test_hold_out_of_unequal_classes_is_a_tenth_of_each(folder):
-    labels = torch.tensor([0] * 3000 + [1] * 100 + [2] * 4)
-    split = data.Split(torch.arange(len(labels)), labels)
-    dataset = data.Dataset(("a", "b", "c"), split, split, None, 32, "cifar", (0,), (1,), holdout=len(labels) / 3 / 10)
-    assert data.hold_out(dataset).test.labels.bincount().tolist() == [300, 10, 1]
-    assert data.load(str(folder)).holdout == 16 / 10
-
-
 def test_a_place_is_read_as_typed(folder, imagenet, monkeypatch, capsys):
     """~ is the home folder, and a folder may have the name of a set."""
     monkeypatch.setenv("HOME", str(folder.parent))
@@ -221,9 +213,10 @@ def test_a_place_is_read_as_typed(folder, imagenet, monkeypatch, capsys):
     assert "dataset photos: the set of that name, not the folder; --dataset ./photos is" in capsys.readouterr().err
 
 
-def test_the_hold_out_of_other_sets():
+def test_the_hold_out_of_other_sets(folder):
     """A tenth of each class of a folder; of ImageNet 10,009 images, Appendix B.4; of the others what FACTS says."""
     assert [facts["holdout"] for facts in data.FACTS.values()] == [20, 500, 50, 50, None]
+    assert data.load(str(folder)).holdout == 16 / 10
     unequal = torch.tensor([0] * 3000 + [1] * 100 + [2] * 4)
     for labels, holdout, counts in ((unequal, 3104 / 3 / 10, [300, 10, 1]), (torch.arange(20_000) % 10, None, 10_009)):
         split = data.Split(torch.arange(len(labels)), labels)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import random
 from safetensors.torch import save_file
 from scipy.special import sici
 from torch import nn
@@ -30,10 +31,6 @@ def rows(command, tmp_path):
         return {row.pop("layer"): row for row in found}, err
 
     return run
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_minimum_of_thomsons_problem(rows):

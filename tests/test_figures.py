@@ -37,11 +37,11 @@ SETTINGS |= {"weight": 0.0, "reg_on": ["projector", "predictor"], "batch_size": 
 SETTINGS |= {"eval_crop": 0.875, "epochs": 2}
 
 
-def write_run(folder, seed=0, scores=(60.0, 70.0), linear=None, **changes):
+def write_run(folder, seed=0, scores=(60.0, 70.0), linear=None, images=None, **changes):
     """A log as pretrain.py and its judges write it."""
     folder.mkdir()
     settings = {**SETTINGS, "seed": seed, **changes}
-    rows = [{"stage": "pretrain", "settings": settings, "data": {"classes": [settings["dataset"]]}}]
+    rows = [{"stage": "pretrain", "settings": settings, "data": images or {"classes": [settings["dataset"]]}}]
     for epoch, top1 in enumerate(scores, 1):
         where = {"stage": "pretrain", "epoch": epoch, "step": 10 * epoch}
         means = {"loss": 1.0, "uniformity": -2.0 - seed, "alignment": 0.5, "energy": 1.6 / epoch, "images_per_s": 100.0}
@@ -62,11 +62,6 @@ def write_run(folder, seed=0, scores=(60.0, 70.0), linear=None, **changes):
     return folder
 
 
-@pytest.fixture
-def drawn(shell):
-    return lambda *words: shell(figures, *words)
-
-
 def test_a_run_that_is_under_way_has_no_part_in_the_table(tmp_path):
     finished = read(write_run(tmp_path / "finished", 0, [50, 60]))
     early = read(write_run(tmp_path / "early", 1, [50]))
@@ -77,10 +72,8 @@ def test_a_run_that_is_under_way_has_no_part_in_the_table(tmp_path):
 def test_seeds_on_one_set_are_one_setting_wherever_it_lies(tmp_path):
     """pics, its absolute path and a copy elsewhere; not another set that took its place."""
     for seed, place in enumerate(["pics", str(tmp_path / "pics"), "/scratch/17/data", "pics"]):
-        log = write_run(tmp_path / f"run{seed}", seed, dataset=place) / "metrics.jsonl"
-        first, *others = log.read_text().splitlines()
-        contents = {"classes": ["cat", "dog"], "train": 8, "test": 4 + seed // 3}
-        log.write_text("\n".join([json.dumps(json.loads(first) | {"data": contents}), *others, ""]))
+        images = {"classes": ["cat", "dog"], "train": 8, "test": 4 + seed // 3}
+        write_run(tmp_path / f"run{seed}", seed, images=images, dataset=place)
     found = groups([read(tmp_path / f"run{seed}") for seed in range(4)])
     assert sorted(len(group) for group in found.values()) == [1, 3]
 
@@ -131,16 +124,14 @@ def test_the_table_calls_a_dead_network_dead(tmp_path, kind, change):
     assert alone.startswith("| BYOL (dead) | photos | 1 | 70.0 |  | dead | dead | 0.800 |")
 
 
-def test_table_is_numpys_mean_and_sample_standard_deviation(drawn, tmp_path):
+def test_table_is_numpys_mean_and_sample_standard_deviation(shell, tmp_path):
     scores = [(50, 61.0), (50, 64.5), (50, 63.2)]
     for seed, pair in enumerate(scores):
         write_run(tmp_path / f"byol{seed}", seed, pair, linear=80.0 + seed if seed else None)
-    recipe = dataclasses.asdict(RECIPES["cifar10-300"]) | dict(
-        stem="cifar", blur_p=[0.0, 0.0], holdout=False, model="resnet18"
-    )
-    amhe = recipe | dict(reg="amhe", weight=10.0, dataset="cifar10", recipe="cifar10-300")
+    amhe = dataclasses.asdict(RECIPES["cifar10-300"]) | dict(recipe="cifar10-300", dataset="cifar10", model="resnet18")
+    amhe |= dict(stem="cifar", blur_p=[0.0, 0.0], holdout=False, reg="amhe", weight=10.0)
     write_run(tmp_path / "amhe", **amhe)
-    code, lines, _ = drawn("table", "byol0", "byol1", "byol2", "amhe")
+    code, lines, _ = shell(figures, "table", "byol0", "byol1", "byol2", "amhe")
     assert code == 0 and lines[-2:] == ["figures/table.md", "figures/table.csv"]
     assert lines[:-2] == (tmp_path / "figures" / "table.md").read_text().splitlines()
     with open(tmp_path / "figures" / "table.csv") as file:
@@ -166,8 +157,8 @@ def several(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["energy", "dynamics", "knn", "rank", "batch"])
-def test_curves_are_drawn(drawn, tmp_path, several, name):
-    code, lines, err = drawn(name, *several, "--out", "drawn")
+def test_curves_are_drawn(shell, tmp_path, several, name):
+    code, lines, err = shell(figures, name, *several, "--out", "drawn")
     assert (code, err) == (0, "") and lines == [f"drawn/{name}.png", f"drawn/{name}.svg"]
     assert "BYOL-aMHE, s = 2" in (tmp_path / lines[1]).read_text()
 
@@ -190,16 +181,16 @@ def test_curves_hold_the_numbers_of_the_logs(tmp_path, several):
     assert byol.get_xydata().tolist() == [[64, 0], [16, 45 - 60.5]] and amhe.get_xydata().tolist() == [[64, 0]]
 
 
-def test_circle_from_real_runs(command, drawn, folder):
+def test_circle_from_real_runs(command, shell, folder):
     flags = "--model test_resnet --hidden_dim 32 --out_dim 2 --batch_size 16 --epochs 1".split()
     for out, method in (("simclr", ["--method", "simclr"]), ("byol", ["--norm", "none"])):
         assert command(pretrain, "--dataset", folder, *flags, *method, "--out", out)[0] == 0
-    code, lines, err = drawn("circle", "simclr", "byol")
+    code, lines, err = shell(figures, "circle", "simclr", "byol")
     assert code == 0 and lines == ["figures/circle.png", "figures/circle.svg"], err
 
 
-def test_views_of_a_data_set(drawn, folder):
-    code, lines, err = drawn("views", "--dataset", folder)
+def test_views_of_a_data_set(shell, folder):
+    code, lines, err = shell(figures, "views", "--dataset", folder)
     assert code == 0 and lines == [f"figures/views-{folder.name}.{x}" for x in ("png", "svg")], err
 
 
@@ -232,11 +223,11 @@ def test_queries_are_spread_over_the_classes_and_always_the_same():
     assert 0 < draw_queries(torch.arange(1000), 10).min() < 500  # not the first ten
 
 
-def test_neighbours_of_pictures_in_files_and_without_classes(drawn, trained, folder, monkeypatch):
+def test_neighbours_of_pictures_in_files_and_without_classes(shell, trained, folder, monkeypatch):
     monkeypatch.setattr("lib.sources.MEMORY", 0)  # so that the pictures stay in their files
-    code, lines, err = drawn("neighbours", trained)
+    code, lines, err = shell(figures, "neighbours", trained)
     assert code == 0 and lines == [f"figures/neighbours-run.{x}" for x in ("png", "svg")], err
-    code, lines, err = drawn("neighbours", trained, "--dataset", next((folder / "train").iterdir()))
+    code, lines, err = shell(figures, "neighbours", trained, "--dataset", next((folder / "train").iterdir()))
     assert code == 2 and lines == [] and "is no folder of two or more classes" in err and err.count("\n") == 1
 
 
@@ -244,6 +235,8 @@ def test_neighbours_of_pictures_in_files_and_without_classes(drawn, trained, fol
     "words, line",
     [
         ("nice runs", "NAME nice: expected circle, energy, dynamics"),
+        ("knn gone", "gone: not a run folder, its metrics.jsonl cannot be read (No such file or directory)"),
+        ("table --runs x", "--runs: no such flag; known: --name, --dataset"),
         ("views run", "views: takes --dataset and no runs"),
         ("circle run", "run: projects to 256 dimensions; a circle takes pretrain.py --out_dim 2"),
         ("knn empty", "empty/metrics.jsonl: its first row does not hold the settings of a run"),
@@ -258,7 +251,7 @@ def test_neighbours_of_pictures_in_files_and_without_classes(drawn, trained, fol
         ("views --dataset photos --data_dir x", "--data_dir x: has no effect on views photos"),
     ],
 )
-def test_wrong_input_to_figures(drawn, tmp_path, words, line):
+def test_wrong_input_to_figures(shell, tmp_path, words, line):
     write_run(tmp_path / "run")
     write_run(tmp_path / "other", dataset="cifar10")
     write_run(tmp_path / "silent", seed=1)
@@ -268,7 +261,7 @@ def test_wrong_input_to_figures(drawn, tmp_path, words, line):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "metrics.jsonl").touch()
     before = sorted(p for p in tmp_path.rglob("*"))
-    code, lines, err = drawn(*words.split())
+    code, lines, err = shell(figures, *words.split())
     assert code == 2 and lines == [] and line in err and err.count("\n") == 1
     assert sorted(p for p in tmp_path.rglob("*")) == before
 

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torchvision
+from conftest import Evil
 from safetensors.torch import save_file
 from torch import nn
 
@@ -29,13 +30,6 @@ def both(other, own, tensors):
 
 class AttributeDict(dict):
     """As the flags of a training are saved by some."""
-
-
-class Evil:
-    """Runs code when it is unpickled."""
-
-    def __reduce__(self):
-        return (open, ("ran", "w"))
 
 
 MOMENTUM = {"state": {0: {"momentum_buffer": torch.ones(2)}}}
@@ -166,28 +160,19 @@ def test_a_file_without_tensors_is_told_with_its_cure(tmp_path, kind):
 # ---- Judged ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_timm_is_judged_like_ours(command, encoder, folder, tmp_path, monkeypatch):
+def test_a_folder_of_timm_is_judged_like_ours(command, encoder, folder, tmp_path, embedded):
     """The floor is the same network, of seed 0. --mean and --std change the encoder's input, and what is assumed."""
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "config.json").write_text('{"architecture": "test_resnet"}')
     tensors = {name: x.contiguous() for name, x in encoder.state_dict().items()}
     save_file(tensors, "hub/model.safetensors", {"description": '{"a": 1}', "format": "pt"})
-    embed = models.embed
-
-    def spy(network, views):
-        views = list(views)
-        inputs.append(views[0])
-        return embed(network, views)
-
-    inputs = []
-    monkeypatch.setattr(models, "embed", spy)
     flags = ["hub", "--model", "test_resnet", "--dataset", folder, "--k", 5]
     code, (row, untrained, _), err = command(knn_eval, *flags)
     assert code == 0 and row["top1"] == untrained["top1"] and row["prefix"] == "", err
     assert f"the strides of --stem imagenet, and mean {tuple(row['mean'])} and std {tuple(row['std'])}" in err
-    own = inputs[0]
-    inputs.clear()
+    own = embedded[0][1]
+    embedded.clear()
     code, (given,), err = command(knn_eval, *flags, "--nofloors", "--mean", "0.5,0.5,0.5", "--std", "0.25")
     assert code == 0 and "and mean (0.5, 0.5, 0.5) and std (0.25, 0.25, 0.25)" in err and given["mean"] == [0.5] * 3
     pixels = own * torch.tensor(row["std"])[:, None, None] + torch.tensor(row["mean"])[:, None, None]
-    torch.testing.assert_close(inputs[0], (pixels - 0.5) / 0.25, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(embedded[0][1], (pixels - 0.5) / 0.25, rtol=1e-4, atol=1e-5)

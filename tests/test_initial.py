@@ -4,17 +4,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL, rows_of
+from conftest import SMALL, Killed, rows_of
 from safetensors.torch import save_file
 
 import data
 from harness import checkpoint, settings
 from knn_eval import knn_eval
 from pretrain import pretrain
-
-
-class Enough(BaseException):
-    """Ends a run before its first step."""
 
 
 @pytest.fixture
@@ -24,10 +20,10 @@ def first_state(command, folder, monkeypatch):
     def run(*flags):
         def stop(training, *_):
             states.append({name: x.clone() for name, x in training.network.state_dict().items()})
-            raise Enough
+            raise Killed
 
         states = []
-        with monkeypatch.context() as patch, pytest.raises(Enough):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr("pretrain.train_micro_batch", stop)
             command(pretrain, "--dataset", folder, *SMALL, *flags)
         return states[0]
@@ -95,9 +91,7 @@ def test_a_run_goes_on_without_its_file_but_not_from_another(command, folder, re
     assert code == 2 and rows == [] and f"--init None [None] (it was {weights} [{digest}])" in err
 
 
-def test_weights_that_do_not_fit_are_refused_before_the_data_are_read(
-    command, released, trained, tmp_path, monkeypatch
-):
+def test_weights_that_do_not_fit_are_refused_before_data_are_read(command, released, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load", None)
     checkpoint.save(tmp_path / "features.safetensors", {"features": torch.ones(3, 4)}, {"holds": "features"})
     checkpoint.save(tmp_path / "later.safetensors", {}, {"holds": "encoder", "format": 2})
@@ -107,7 +101,6 @@ def test_weights_that_do_not_fit_are_refused_before_the_data_are_read(
         f"{trained} --model resnet18 --stem cifar": "its encoder needs --model test_resnet --stem imagenet",
         f"{trained} --model test_resnet --prefix x": "--prefix x: has no effect on",
         "features.safetensors": "--init features.safetensors: holds features, not an encoder",
-        "theirs.safetensors --model resnet18": "theirs.safetensors: does not hold resnet18 with the imagenet stem, ",
         "theirs.safetensors --model test_resnet --norm none": "--norm none: theirs.safetensors is of another project",
         "theirs.safetensors --model test_resnet --stem cifar": "does not hold test_resnet with the cifar stem, conv1",
     }
@@ -120,9 +113,8 @@ def test_the_name_of_a_run_has_the_name_of_its_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "photos-s1.5" / "encoder").mkdir(parents=True)
     flags = pretrain.__kwdefaults__
-    names = {
-        f"runs/photos-s1.5/{file}": "photos-s1.5" for file in ("", "encoder/model.safetensors", "ckpt.safetensors")
-    }
+    files = ("", "encoder/model.safetensors", "ckpt.safetensors")
+    names = {f"runs/photos-s1.5/{file}": "photos-s1.5" for file in files}
     names |= {"path/to/moco_v2_800ep.pth.tar": "moco_v2_800ep", "hub/dinov2/model.safetensors": "dinov2"}
     for path, name in names.items():
         assert settings.run_name(flags | {"init": path}, flags) == f"photos-byol-init{name}", path

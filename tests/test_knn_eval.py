@@ -5,11 +5,10 @@ import shutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import rows_of
+from conftest import random, rows_of
 from torch import nn
 
 import data
-import models
 from harness import checkpoint, judging
 from knn_eval import knn_eval, nearest_neighbours, vote
 from lib import nearest
@@ -18,9 +17,8 @@ from tools.logs import read_log
 
 
 def test_vote_is_the_one_written_by_hand():
-    generator = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(300, 8, generator=generator), torch.randn(40, 8, generator=generator)
-    bank_labels, labels = (torch.randint(7, (n,), generator=generator) for n in (300, 40))
+    bank, queries = random(300, 8), random(40, 8, seed=1)
+    bank_labels, labels = torch.arange(300) % 7, torch.arange(40) % 7
     for temperature in (0.07, 1.0, 1e-5):
         scores = vote([bank], bank_labels, queries, labels, (1, 20, 500), temperature)
         assert list(scores) == [1, 20, 300]
@@ -47,8 +45,7 @@ def test_vote_is_the_one_written_by_hand():
 @pytest.mark.parametrize("tile, part", [((7, 9), 13), ((512, 30), 40), ((1, 1), 1)])
 def test_vote_by_parts_and_tiles_is_the_vote(monkeypatch, tile, part):
     """Parts and tiles that divide neither the bank nor the queries, smaller and larger than k and than each other."""
-    generator = torch.Generator().manual_seed(0)
-    bank, queries = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (40, 25))
+    bank, queries = random(40, 6, dtype=torch.float64), random(25, 6, dtype=torch.float64, seed=1)
     there = [bank], torch.arange(40) % 4, queries, torch.arange(25) % 4
     whole = vote(*there, (1, 15, 40), 0.07)
     monkeypatch.setattr(nearest, "QUERIES_IN_TILE", tile[0])
@@ -65,22 +62,16 @@ def test_a_bank_that_is_not_the_labels_is_refused():
             vote(iter(parts), labels, bank, labels, (1,), 0.07)
 
 
-def test_a_bank_is_embedded_in_parts(photos, monkeypatch):
+def test_a_bank_is_embedded_in_parts(photos, monkeypatch, embedded):
     bank, queries = photos.train.rows(torch.arange(0, 2000, 4)), photos.test
     of = nn.Flatten(), bank, queries, photos.view(data.EVAL_CROP)
     whole = nearest_neighbours(*of)
     assert whole == nearest_neighbours(*of, (20,), 0.07)  # DINO's, as the judge takes them
     monkeypatch.setattr(nearest, "BATCHES_IN_PART", 2)
     monkeypatch.setattr(data.evaluation_views, "__defaults__", (90,))  # images in a batch
-    embedded, embed = [], models.embed
-
-    def spy(encoder, views):
-        embedded.append(embed(encoder, views))
-        return embedded[-1]
-
-    monkeypatch.setattr(models, "embed", spy)
+    embedded.clear()
     assert nearest_neighbours(*of) == whole
-    assert [len(features) for features in embedded] == [500, 180, 180, 140]  # the queries, then the bank
+    assert [len(features) for _, _, features in embedded] == [500, 180, 180, 140]  # the queries, then the bank
 
 
 def test_a_class_without_a_vote_is_a_miss_also_of_two():
@@ -137,22 +128,13 @@ def test_the_target_and_another_crop_are_judged(command, trained):
     assert code == 2 and "encoder/model.safetensors: holds no target network" in err
 
 
-def test_the_judges_compute_in_the_launchers_precision(command, trained, monkeypatch):
+def test_the_judges_compute_in_the_launchers_precision(command, trained, monkeypatch, embedded):
     """As --mixed_precision bf16: the encoder alone is under autocast, its features are fp32, and the row says so."""
-    judged = []
-    embed = models.embed
-
-    def spy(encoder, views):
-        views = list(views)
-        judged.append((encoder, torch.cat(views), embed(encoder, views)))
-        return judged[-1][2]
-
-    monkeypatch.setattr(models, "embed", spy)
     before = read_log(trained).score("knn_eval")
     monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "bf16")
     code, rows, err = command(knn_eval, trained / "ckpt.safetensors", "--k", 5, "--floors")
     assert code == 0 and {row["precision"] for row in rows} == {"bf16"}, err
-    for encoder, views, features in judged:
+    for encoder, views, features in embedded:
         assert views.dtype == features.dtype == torch.float32
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             right = type(encoder).forward(encoder.eval(), views).float()

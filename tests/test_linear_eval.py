@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import random
 from torch import nn
 from torchvision.transforms.v2 import functional as F
 
@@ -27,9 +28,7 @@ def judged(photos):
 
 def test_an_epoch_is_the_one_written_by_hand(judged, capsys):
     """Nesterov's momentum, the decay, and a cosine to 0 over three batches of 20, 20 and 8 rows, for two rates."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(48, 6, generator=generator)
-    labels = torch.randint(10, (48,), generator=generator)
+    x, labels = random(48, 6), torch.arange(48) % 10
     rows = {rate: {"sweep": rate} for rate in (4.0, 1.0)}
     fitted = fit(judged, Features(x, labels), rows, epochs=1, batch_size=20, weight_decay=0.1, seed=3)
     logged = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

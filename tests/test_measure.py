@@ -7,12 +7,11 @@ import math
 import pytest
 import scipy.special
 import torch
-from conftest import rows_of
+from conftest import random, rows_of, tiny
 from torch import nn
 
 import data
 from harness import measure, settings
-from knn_eval import knn_eval
 from lib import processes
 from lib.errors import InputError
 from pretrain import pretrain
@@ -38,7 +37,7 @@ def test_the_floor_of_uniformity_has_its_closed_forms():
 
 
 def test_the_share_of_uniform_points_is_one_and_of_one_point_zero():
-    x = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
+    x = random(2000, 16)
     row = measure.sphere_statistics(7 * x)
     assert row["uniformity"] == pytest.approx(uniformity(x).item(), rel=1e-5)
     assert row["uniformity_share"] == pytest.approx(1, abs=5e-3)
@@ -87,23 +86,12 @@ def test_the_first_step_with_a_fault_is_kept(tmp_path):
     for step, loss in enumerate((1.0, math.inf, 2.0)):
         stored = measure.first_fault(stored, {"step": torch.tensor(step), "loss": torch.tensor(loss)})
     network, accelerator = nn.Linear(2, 2), processes.start()
-    with pytest.raises(
-        InputError, match=r"^step 2: not finite: loss inf; no checkpoint is written; try a smaller --lr"
-    ):
+    fault = "^step 2: not finite: loss inf; no checkpoint is written; try a smaller --lr"
+    with pytest.raises(InputError, match=fault):
         measure.refuse_faults(stored, network, tmp_path, accelerator)
     network.weight.data[0, 0] = math.nan
     with pytest.raises(InputError, match=r"^step 1: not finite: weights nan; "):
         measure.refuse_faults({"step": torch.tensor(0)}, network, tmp_path, accelerator)
-
-
-def test_floors_of_a_run_are_those_of_knn_eval(command, trained):
-    """Once, before the first step, and equal to the floors that the judge makes afterwards."""
-    rows = rows_of(trained)
-    floors = [row for row in rows if row.get("of") in ("untrained", "pixels") and row["stage"] == "pretrain"]
-    assert [(row["of"], row["epoch"], row["step"]) for row in floors] == [("untrained", 0, 0), ("pixels", 0, 0)]
-    code, judged, _ = command(knn_eval, trained / "ckpt.safetensors", "--k", 20)
-    top1 = {row["of"]: row["top1"] for row in judged}
-    assert code == 0 and all(row["top1"] == top1[row["of"]] for row in floors)
 
 
 @pytest.fixture
@@ -119,8 +107,7 @@ def poor_run(command, folder, monkeypatch):
             return {20: {"top1": 60.0 if isinstance(encoder, nn.Flatten) else 30.0, "top5": 90.0}}
 
         monkeypatch.setattr("pretrain.nearest_neighbours", vote)
-        flags = "--model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 16 --lr 0.1".split()
-        flags += "--epochs 6 --eval_every 1 --save_every 1steps --out run".split()
+        flags = tiny(lr=0.1, epochs=6, eval_every=1, save_every="1steps", out="run")
         return command(pretrain, "--dataset", folder, *flags)
 
     return run

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import random
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
@@ -45,7 +46,7 @@ def test_alexnet_is_the_one_written_by_hand():
     widths = [(3, 96), (96, 192), (192, 384), (384, 384), (384, 192)]
     linear = [(192 * 9, 4096), (4096, 4096)]
     assert count(alexnet) == sum(9 * i * o + 2 * o for i, o in widths) + sum(i * o + 2 * o for i, o in linear)
-    x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    x = random(2, 3, 40, 40)
     ours = alexnet.eval()(x)
     for i in range(1, 8):
         layer = getattr(alexnet, f"conv{i}" if i < 6 else f"linear{i}")
@@ -71,7 +72,7 @@ def test_methods_differ_in_their_parts_alone(byol, method):
     network = models.METHODS[method].network("resnet18", "imagenet", "bn", 16, 8, queue=4)
     missing, _ = network.load_state_dict(byol.state_dict(), strict=False) if method != "simsiam" else ([], [])
     assert set(missing) <= {"queue", "oldest"}
-    views = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    views = random(2, 4, 3, 32, 32)
     (z, p, t), (z_byol, p_byol, t_byol) = network(*views), byol(*views)
     if method != "simsiam":
         torch.testing.assert_close(z, z_byol)
@@ -85,7 +86,7 @@ def test_simsiams_heads():
     """Its projector ends in BatchNorm without weights, its predictor narrows to a quarter; its gradient stops at z."""
     network = models.SimSiam("test_resnet", "imagenet", "bn", 64, 16)
     assert network.predictor.hidden.weight.shape == (4, 16)
-    z, p, t = network(*torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    z, p, t = network(*random(2, 8, 3, 32, 32))
     for view in z:
         torch.testing.assert_close(view.mean(0), torch.zeros(16), rtol=0, atol=1e-5)
         torch.testing.assert_close(view.std(0, correction=0), torch.ones(16), rtol=0, atol=1e-2)
@@ -97,7 +98,7 @@ def test_simsiams_heads():
 def test_mocos_queue_holds_the_latest_keys_in_their_order():
     network = models.MoCo("test_resnet", "imagenet", "bn", 8, 3, queue=5)
     torch.testing.assert_close(network.queue.norm(dim=1), torch.ones(5))
-    start, t = network.queue.clone(), torch.randn(3, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+    start, t = network.queue.clone(), random(3, 2, 2, 3)
     keys = torch.nn.functional.normalize(t.reshape(12, 3))
     network.loss(*[tuple(torch.randn(2, 2, 3))] * 2, tuple(t[0]))
     assert torch.equal(network.queue, start)  # until the step is done
@@ -131,7 +132,7 @@ def norms_of_five(dtype=torch.float32, affine=True):
 )
 def test_norm_is_torchs_on_each_view(shape, dtype, affine):
     """Bit for bit: outputs, gradients and running statistics; bf16 has fp32 weights and statistics, as in autocast."""
-    x = torch.randn((8, 5, 3, 3) if shape == "channels_last" else shape, generator=torch.Generator().manual_seed(0))
+    x = random(*(8, 5, 3, 3) if shape == "channels_last" else shape)
     x[4:] = 3 * x[4:] + 2  # the second view has another mean and spread
     x = x.to(dtype)
     if shape == "channels_last":
@@ -165,7 +166,7 @@ def test_norm_is_compiled_whole():
 def test_norms_count_their_batches():
     """As nn.BatchNorm does, for a batch of each view; not in evaluation mode."""
     network = models.BYOL("test_resnet", "imagenet", "bn", 8, 4)
-    views = torch.randn(2, 4, 3, 32, 32)
+    views = random(2, 4, 3, 32, 32)
     network(*views)
     network(*views)
     network.eval()(*views)
@@ -215,7 +216,7 @@ def test_embed_is_in_evaluation_mode_and_puts_the_mode_back():
 
 def test_outputs_of_blocks_are_those_of_timms_stages(byol):
     """The last block of a stage gives what timm says the stage gives; the last of all, pooled, is the embedding."""
-    views = torch.randn(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    views = random(2, 3, 3, 64, 64)
     (_, blocks), x = embed_blocks(byol.encoder, views), views.flatten(0, 1)
     assert list(blocks) == [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
     with torch.no_grad():
@@ -246,7 +247,7 @@ def test_a_parametrized_weight_that_layers_share_counts_once_and_stays_as_it_is(
 @pytest.mark.parametrize("constant", [0.1, 3.7])
 def test_a_feature_without_variance_correlates_with_nothing(constant):
     """Rounding makes 0.1 vary about its mean by 1e-8; the gradient stays that of the other features."""
-    z = torch.randn(2, 96, 4, generator=torch.Generator().manual_seed(0))
+    z = random(2, 96, 4)
     twins = models.BarlowTwins
     rest = twins.loss(twins, z, z, z)
     dead = torch.cat([z, torch.full((2, 96, 1), constant)], 2).requires_grad_()

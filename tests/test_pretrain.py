@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, rows_of, words_of
+from conftest import ROOT, SMALL, TINY, assert_same_run, random, rows_of, tiny, words_of
 
 import data
 import models
@@ -17,16 +17,9 @@ from regularizers import alignment, energy_by_definition, mhe, uniformity
 
 
 def test_the_same_seed_makes_the_same_run(command, folder, trained, tmp_path):
-    code, rows, _ = command(pretrain, "--dataset", folder, "--reg", "mhe", "--out", tmp_path / "again", *SMALL)
-    assert code == 0
-    for name in ("ckpt", "encoder/model"):
-        first, again = (checkpoint.load_file(run / f"{name}.safetensors") for run in (trained, tmp_path / "again"))
-        assert all(torch.equal(x, again[0][key]) for key, x in first[0].items())
-        assert {**first[1], "command": None} == {**again[1], "command": None}
-    timeless = [{k: v for k, v in row.items() if k not in ("images_per_s", "command")} for row in rows]
-    assert timeless == [
-        {k: v for k, v in row.items() if k not in ("images_per_s", "command")} for row in rows_of(trained)
-    ]
+    code, rows, _ = command(pretrain, "--dataset", folder, "--reg", "mhe", "--out", "again", *SMALL)
+    assert code == 0 and rows == rows_of(tmp_path / "again")
+    assert_same_run(tmp_path / "again", trained)
 
 
 def test_what_a_run_leaves(folder, trained):
@@ -55,9 +48,7 @@ def sgd_direction(w, grad, weight_decay):
 
 def test_four_steps_are_those_written_by_hand(command, folder, tmp_path):
     """Two epochs of two steps: momentum, warm-up, cosine, and the target after each step by the tau of that step."""
-    flags = "--model test_resnet --stem imagenet --hidden_dim 32 --out_dim 16 --batch_size 24 --epochs 2".split()
-    flags += "--recipe cifar10-300 --lr 2 --warmup 1 --weight_decay 0.1 --tau 0.7 --seed 5 --eval_every 0".split()
-    flags += ["--out", "run"]
+    flags = tiny(batch_size=24, epochs=2, lr=2, warmup=1, weight_decay=0.1, tau=0.7, seed=5, eval_every=0, out="run")
     code, rows, _ = command(pretrain, "--dataset", folder, *flags)
     rates = (0.09375, 0.1875, 0.1875, 0.09375)  # 2 * 24 / 256 at the top; two steps up, two of a cosine down
     taus = [1 - 0.3 * (1 + cosine) / 2 for cosine in (1, 0.5**0.5, 0, -(0.5**0.5))]
@@ -90,8 +81,7 @@ def test_four_steps_are_those_written_by_hand(command, folder, tmp_path):
 @pytest.mark.parametrize("reg", ["mhe", "uniform"])
 def test_accumulation_averages_gradients_over_micro_batches(command, folder, tmp_path, reg):
     """One step on 48 images in 8 parts: the large batch's for BYOL and energies, an average of parts for uniformity."""
-    flags = "--model test_resnet --stem imagenet --norm none --hidden_dim 32 --out_dim 16 --batch_size 48".split()
-    flags += f"--recipe cifar10-300 --epochs 1 --lr 8 --weight 3 --eval_every 0 --reg {reg}".split()
+    flags = tiny(norm="none", batch_size=48, epochs=1, lr=8, weight=3, eval_every=0, reg=reg)
     one = command(pretrain, "--dataset", folder, *flags, "--out", "one")[1][1]
     eight = command(pretrain, "--dataset", folder, *flags, "--accumulate", 8, "--out", "eight")[1][1]
     assert eight["step"] == one["step"] == 1 and eight["byol"] == pytest.approx(one["byol"], rel=1e-5)
@@ -169,9 +159,8 @@ FIRST_STEPS = (  # method, further flags, how the optimizer goes down
 def test_the_first_step_of_a_method_is_the_one_written_by_hand(command, folder, tmp_path, method, flags, direction):
     """One batch of all images: seed, views, networks, loss, optimizer, target, and MoCo's queue of the last keys."""
     flags = {"out_dim": 16, "method": method, **flags}
-    small = "--recipe cifar10-300 --model test_resnet --stem imagenet --hidden_dim 32 --batch_size 48".split()
-    small += "--epochs 1 --lr 2 --warmup 0 --weight_decay 0.1 --eval_every 0 --seed 5 --out run".split()
-    code, rows, prose = command(pretrain, "--dataset", folder, *small, *words_of(flags))
+    words = tiny(batch_size=48, epochs=1, lr=2, warmup=0, weight_decay=0.1, eval_every=0, seed=5, out="run", **flags)
+    code, rows, prose = command(pretrain, "--dataset", folder, *words)
     assert code == 0 and "peak rate 0.375 (lr * batch_size / 256)" in prose
     tensors, _ = checkpoint.load_file(tmp_path / "run" / "ckpt.safetensors")
 
@@ -211,23 +200,17 @@ OBJECTIVES = [("none", 2), ("uniform", 2), ("mhe", 0), ("mhe", 1.5), ("amhe", 0)
 
 
 @pytest.mark.parametrize("method", models.METHODS)
-def test_objective_is_the_one_written_by_hand(method):
+@pytest.mark.parametrize("reg, s", OBJECTIVES)
+def test_objective_is_the_one_written_by_hand(method, reg, s):
     """In float64: the method's loss, Eq. 2 or Eq. 7 with its lambda, and what is for the log alone."""
-    for reg, s in OBJECTIVES:
-        assert_objective(method, reg, s)
-
-
-def assert_objective(method, reg, s, temperature=0.2):
-    """Compare `objective` with the sums written out here."""
-    values = {"method": method, "temperature": temperature, "reg": reg, "s": s, "weight": 3.0, "accumulate": 1}
+    values = {"method": method, "temperature": 0.2, "reg": reg, "s": s, "weight": 3.0, "accumulate": 1}
     cfg = SimpleNamespace(**values, term=settings.TERMS[reg])
     network = models.METHODS[method].network("test_resnet", "imagenet", "bn", 8, 5, queue=9).double()
-    generator = torch.Generator().manual_seed(0)
-    z, p, t = torch.randn(3, 2, 12, 5, generator=generator, dtype=torch.float64)
-    layers = {name: torch.randn(7, 4, generator=generator, dtype=torch.float64) for name in ("first", "second")}
+    z, p, t = random(3, 2, 12, 5, dtype=torch.float64)
+    layers = {name: random(7, 4, dtype=torch.float64, seed=seed) for seed, name in enumerate(("first", "second"))}
     terms = objective(cfg, network, layers, z, p, t)
 
-    loss = loss_by_hand(method, z, p, t, temperature, getattr(network, "queue", None))
+    loss = loss_by_hand(method, z, p, t, 0.2, getattr(network, "queue", None))
     z = z / z.norm(dim=2, keepdim=True)
     uniform = sum(torch.pdist(view).square().mul(-2).exp().mean().log() for view in z) / 2
     energies = [energy_by_definition(w, s, angular=reg == "amhe") for w in layers.values()]
@@ -274,11 +257,10 @@ TRAINED = [
 
 @pytest.mark.parametrize("flags, term", TRAINED)
 def test_every_method_and_regularizer_trains(command, folder, tmp_path, flags, term):
-    small = {"--model": "test_resnet", "--stem": "imagenet", "--hidden_dim": 32, "--out_dim": 16, "--batch_size": 16}
-    small |= {"--recipe": "cifar10-300", "--epochs": 1, "--lr": 8, "--out": "run"}
+    others = TINY | {"epochs": 1, "lr": 8, "out": "run"}
     if "alexnet" in flags:
-        small.pop("--stem")
-    kept = [word for flag, value in small.items() if flag not in flags.split() for word in (flag, value)]
+        others.pop("stem")
+    kept = words_of({name: x for name, x in others.items() if f"--{name}" not in flags.split()})
     code, rows, prose = command(pretrain, "--dataset", folder, *flags.split(), *kept)
     assert code == 0 and term in prose, prose
     settings, row, online = rows[0]["settings"], rows[3], rows[4]
@@ -366,8 +348,7 @@ def test_weights_that_are_no_numbers_are_not_saved(command, folder, tmp_path, mo
         optimizer.param_groups[0]["params"][0].data.fill_(math.nan)
 
     monkeypatch.setattr("pretrain.Lars.step", spoil)
-    flags = "--recipe cifar10-300 --model test_resnet --stem imagenet --batch_size 48 --epochs 1 --out run".split()
-    code, _, err = command(pretrain, "--dataset", folder, *flags)
+    code, _, err = command(pretrain, "--dataset", folder, *tiny(batch_size=48, epochs=1, out="run"))
     assert code == 2 and "weights nan; no checkpoint is written" in err
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", ".log.lock", "metrics.jsonl"]
 

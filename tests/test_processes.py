@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT, TINY, call, rows_of
+from conftest import ROOT, assert_same_run, call, killed_after, random, rows_of, tiny
 from tqdm import tqdm
 
 import data
@@ -36,23 +36,19 @@ from linear_eval import linear_eval
 from pretrain import pretrain
 
 pytestmark = pytest.mark.xdist_group("processes")  # all by one worker: the fixture `two` takes long
-IN_FLOAT64 = ["--lr", "0.1", "--eval_every", "0", "--epochs", "1"]  # 3 steps; a judge would embed float32 views
-IN_FLOAT32 = ["--lr", "0.1", "--eval_every", "2", "--epochs", "2", "--norm", "none"]  # 6 steps
+IN_FLOAT64 = tiny(lr=0.1, eval_every=0, epochs=1)  # 3 steps; a judge would embed float32 views
+IN_FLOAT32 = tiny(lr=0.1, eval_every=2, epochs=2, norm="none")  # 6 steps
 METHODS = (
     *("--reg amhe", "--predictor none --reg uniform --weight 1", "--method simclr"),
     *("--method simsiam", "--method moco --queue 20", "--method barlow"),
 )
-NORMED = ["--epochs", "3", "--lr", "8", "--eval_every", "3", "--save_every", "2steps"]  # 9 steps
+NORMED = tiny(epochs=3, lr=8, eval_every=3, save_every="2steps")  # 9 steps
 SEARCHES = (  # rows of a bank, rows in a part of it, queries, k
     (41, 7, 30, 5),  # 21 and 20 rows
     (41, 100, 5, 30),  # k is beyond the rows of a process
     (1, 1, 3, 1),  # the second process has none
     (5, 2, 700, 9),  # k is beyond all rows
 )
-
-
-class Lost(BaseException):
-    """Ends a stage where it stands, as SIGKILL does."""
 
 
 def one_of_two(rank, ports, folder, place):
@@ -68,11 +64,11 @@ def one_of_two(rank, ports, folder, place):
     seen = {}
     with float64():
         for i, method in enumerate(METHODS):
-            call(pretrain, "--dataset", folder, *method.split(), *TINY, *IN_FLOAT64, "--out", f"two{i}")
+            call(pretrain, "--dataset", folder, *method.split(), *IN_FLOAT64, "--out", f"two{i}")
             training = built[-1].result
             seen[f"buffers{i}"] = dict(training.network.named_buffers())
     seen["ddp"] = [training.parallel.gradient_as_bucket_view, training.parallel.will_sync_module_buffers()]
-    call(pretrain, "--dataset", folder, *TINY, *IN_FLOAT32, "--out", "judged")
+    call(pretrain, "--dataset", folder, *IN_FLOAT32, "--out", "judged")
     embedded.clear()
     call(knn_eval, "judged/ckpt.safetensors", "--k", 5)
     seen["embedded"] = [len(each.result) for each in embedded]
@@ -80,14 +76,14 @@ def one_of_two(rank, ports, folder, place):
     call(linear_eval, "judged/ckpt.safetensors", "--epochs", 3, "--batch_size", 19)
     seen["loads"] = [[each.begun, each.ended] for each in loads]
 
-    call(pretrain, "--dataset", folder, *TINY, *NORMED, "--out", "whole")
-    with lost_in_step_6(), contextlib.suppress(Lost):
-        call(pretrain, "--dataset", folder, *TINY, *NORMED, "--out", "resumed")
+    call(pretrain, "--dataset", folder, *NORMED, "--out", "whole")
+    with killed_after(6):
+        call(pretrain, "--dataset", folder, *NORMED, "--out", "resumed")
     dist.barrier()
     if rank == 0:
         shutil.copytree("resumed", "alone")
     dist.barrier()
-    call(pretrain, "--dataset", folder, *TINY, *NORMED, "--out", "resumed")
+    call(pretrain, "--dataset", folder, *NORMED, "--out", "resumed")
 
     network = torch.nn.Linear(1, 1)
     network.weight.data += torch.nan if rank else 0
@@ -134,25 +130,9 @@ def noted(owner, name):
     return calls
 
 
-@contextlib.contextmanager
-def lost_in_step_6():
-    update, taus = models.BYOL.update_target, []
-
-    def losing(network, tau):
-        update(network, tau)
-        taus.append(tau)
-        if len(taus) == 6:
-            raise Lost
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models.BYOL, "update_target", losing)
-        yield
-
-
 def nearest_of_random_rows(n, rows_in_part, m, k):
     """The k rows of a bank of n that are nearest to m queries; of several processes each has a part of the bank."""
-    generator = torch.Generator().manual_seed(0)
-    bank, queries = (torch.randn(rows, 6, generator=generator, dtype=torch.float64) for rows in (n, m))
+    bank, queries = random(n, 6, dtype=torch.float64), random(m, 6, dtype=torch.float64, seed=1)
     mine = processes.own_part(data.Split(bank, torch.zeros(n)))
     return nearest.nearest(queries, mine.images.split(rows_in_part), n, k)
 
@@ -218,7 +198,7 @@ def assert_equal_runs(mine, theirs, tolerance):
 def test_every_method_takes_the_steps_of_one_process(two, seen, command, folder, tmp_path, i):
     """With BatchNorm, whose statistics are those of the whole batch. Both have the same buffers, as MoCo's queue."""
     with float64():
-        flags = ["--dataset", folder, *METHODS[i].split(), *TINY, *IN_FLOAT64]
+        flags = ["--dataset", folder, *METHODS[i].split(), *IN_FLOAT64]
         assert command(pretrain, *flags, "--out", "one")[0] == 0
     assert_equal_runs(two / f"two{i}", tmp_path / "one", 1e-10)
     mine, theirs = (of_rank[f"buffers{i}"] for of_rank in seen)
@@ -228,7 +208,7 @@ def test_every_method_takes_the_steps_of_one_process(two, seen, command, folder,
 
 def test_training_in_float32_and_evaluations_are_those_of_one_process(two, command, folder, tmp_path):
     """48 and 18 images, batches of 19: shares that do not divide, and not one image twice."""
-    code, rows, _ = command(pretrain, "--dataset", folder, *TINY, *IN_FLOAT32, "--out", "one")
+    code, rows, _ = command(pretrain, "--dataset", folder, *IN_FLOAT32, "--out", "one")
     assert code == 0
     assert_equal_runs(two / "judged", tmp_path / "one", 1e-5)
     ours = [row for row in rows_of(two / "judged") if row["stage"] == "pretrain"]
@@ -272,14 +252,8 @@ def test_the_first_process_alone_downloads_and_speaks(two, seen):
 
 
 def test_a_run_of_two_processes_goes_on_to_the_same_bits_and_with_one(two, command, folder):
-    runs = [two / run for run in ("resumed", "whole")]
-    (ours, told), (theirs, meant) = (checkpoint.load_file(run / CKPT) for run in runs)
-    assert told | {"command": None} == meant | {"command": None}
-    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
-    mine, whole = ([row | {"images_per_s": 0, "command": None} for row in rows_of(run)] for run in runs)
-    assert mine == whole
-
-    code, rows, err = command(pretrain, "--dataset", folder, *TINY, *NORMED, "--out", two / "alone")
+    assert_same_run(two / "resumed", two / "whole")
+    code, rows, err = command(pretrain, "--dataset", folder, *NORMED, "--out", two / "alone")
     assert code == 0 and "goes on after step 5" in err and "processes: 1 (it was 2)" in err
     assert [row["epoch"] for row in rows if "loss" in row] == [2, 3]
 
@@ -322,7 +296,7 @@ def test_a_launch_that_cannot_be_is_refused(
     monkeypatch.setenv(name, value)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     monkeypatch.setattr(cli, "leave", sys.exit)
-    what = ["--dataset", folder, *TINY, "--out", "run"] if stage is pretrain else [trained / "ckpt.safetensors"]
+    what = ["--dataset", folder, *tiny(out="run")] if stage is pretrain else [trained / "ckpt.safetensors"]
     code, rows, err = command(stage, *what)
     assert code == 2 and rows == [] and err.count("\n") == 1 and line in err, err
     assert not any(tmp_path.iterdir())
@@ -331,7 +305,7 @@ def test_a_launch_that_cannot_be_is_refused(
 def test_the_launchers_micro_batches_do_not_replace_those_of_the_flag(command, folder, monkeypatch):
     """Accelerate takes its variable before its argument: a run of 6 steps would take 2."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
-    flags = ["--dataset", folder, *TINY, "--epochs", 2, "--accumulate", 2, "--eval_every", 0]
+    flags = ["--dataset", folder, *tiny(epochs=2, accumulate=2, eval_every=0)]
     code, rows, err = command(pretrain, *flags)
     assert code == 0 and [row["step"] for row in rows if "loss" in row] == [3, 6], err
 
@@ -367,7 +341,7 @@ def test_what_is_said_beside_a_bar_has_a_line_of_its_own(capsys):
 def test_two_processes_are_launched_and_leave_cleanly(folder, tmp_path):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     launch = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", str(ROOT / "pretrain.py")]
-    flags = ["--dataset", str(folder), *TINY, "--epochs", "1", "--out", "run"]
+    flags = ["--dataset", str(folder), *tiny(epochs=1, out="run")]
     done = subprocess.run([*launch, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == rows_of(tmp_path / "run")

@@ -26,9 +26,8 @@ from tools.trial import trial
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STAGES = {f"{stage.__name__}.py": stage for stage in (pretrain, knn_eval, linear_eval)}
-STAGES |= {
-    f"tools.{stage.__name__}": stage for stage in (export, figures, bench, reproduce, trial, fingerprint, energy, embed)
-}
+TOOLS = (export, figures, bench, reproduce, trial, fingerprint, energy, embed)
+STAGES |= {f"tools.{tool.__name__}": tool for tool in TOOLS}
 
 
 def commands_of(page):

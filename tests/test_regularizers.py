@@ -5,29 +5,15 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import random
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import normalize
 
-from regularizers import (
-    SMALLEST,
-    alignment,
-    amhe,
-    energy_by_definition,
-    energy_of,
-    info_nce,
-    layers_of,
-    mhe,
-    riesz,
-    uniformity,
-)
+from regularizers import SMALLEST, alignment, amhe, energy_by_definition, energy_of, info_nce, mhe, riesz, uniformity
 
 ENERGIES = [(mhe, False), (amhe, True)]
-
-
-def random(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def with_gradient(f, x, *args):
@@ -204,20 +190,18 @@ def test_energy_of_a_network_is_that_of_its_neurons():
 def test_wrapped_networks_have_the_same_layers(tmp_path):
     plain = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     plain.add_module("module", nn.Sequential(nn.Linear(3, 4)))
-    names = list(layers_of(plain))
+    names = list(energy_of(plain))
     assert names == ["0", "2", "module.0"]
-    assert list(layers_of(torch.compile(plain))) == names
+    assert list(energy_of(torch.compile(plain))) == names
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         parallel = nn.parallel.DistributedDataParallel(plain)
-        assert list(layers_of(parallel)) == names
-        assert list(layers_of(torch.compile(parallel))) == names
         energy = amhe(plain[2].weight)
-        assert energy_of(parallel)["2"] == energy
-        sharded = fully_shard(plain, mesh=init_device_mesh("cpu", (1,)))
-        found = energy_of(sharded)
-        found["2"].backward()
-        assert [*found] == names and found["2"] == energy and plain[2].weight.grad.full_tensor().any()
+        assert list(energy_of(parallel)) == names and energy_of(parallel)["2"] == energy
+        assert list(energy_of(torch.compile(parallel))) == names
+        sharded = energy_of(fully_shard(plain, mesh=init_device_mesh("cpu", (1,))))
+        sharded["2"].backward()
+        assert [*sharded] == names and sharded["2"] == energy and plain[2].weight.grad.full_tensor().any()
     finally:
         dist.destroy_process_group()
 
@@ -255,19 +239,13 @@ def test_a_network_without_neurons_is_refused():
         energy_of({"bias": torch.ones(3)})
 
 
-def crowd(n, d, distance):
-    """Rows around one direction and around its opposite."""
-    centre = normalize(random(1, d, dtype=torch.float64, seed=1))
-    rows = centre + distance / math.sqrt(2 * d) * random(n, d, dtype=torch.float64)
-    rows[::3] *= -1
-    return rows.float()
-
-
 @pytest.mark.parametrize("f, angular", ENERGIES)
 @pytest.mark.parametrize("distance", [1e-1, 1e-3, 3e-4])
 def test_crowds_keep_their_digits(f, angular, distance):
-    """Value and gradient against all distances from differences in float64, over two blocks."""
-    weight = crowd(600, 12, distance)
+    """Around one direction and its opposite: against all distances from differences in float64, over two blocks."""
+    centre = normalize(random(1, 12, dtype=torch.float64, seed=1))
+    weight = (centre + distance / math.sqrt(24) * random(600, 12, dtype=torch.float64)).float()
+    weight[::3] *= -1
     value, gradient = with_gradient(f, weight, 2)
     wide = weight.double().requires_grad_()
     w = normalize(wide)

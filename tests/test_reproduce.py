@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from harness.settings import check
 from knn_eval import knn_eval
@@ -18,7 +19,6 @@ from pretrain import RECIPES, pretrain
 from tools import reproduce
 from tools.figures import figures
 
-ROOT = Path(__file__).parent.parent
 STAGES = {stage.__name__: stage for stage in (pretrain, knn_eval, linear_eval, figures)}
 
 

@@ -1,6 +1,5 @@
 """A run that is stopped, killed, or cannot write goes on and ends in the bits of one that never stopped."""
 
-import contextlib
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call, files_of, rows_of, words_of
+from conftest import ROOT, Killed, acting_after, assert_same_run, call, files_of, killed_after, rows_of, tiny
 
 import models
 from harness import checkpoint
@@ -28,11 +27,10 @@ from lib.errors import InputError
 from lib.files import claim
 from lib.log import commit_of, emit, rewind
 from linear_eval import linear_eval
-from pretrain import Lars, pretrain
+from pretrain import pretrain
 from tools.logs import read_log
 
-FLAGS = {"recipe": "cifar10-300", "model": "test_resnet", "stem": "imagenet", "hidden_dim": 16, "out_dim": 8, "lr": 8}
-FLAGS |= {"reg": "mhe", "batch_size": 16, "epochs": 3, "eval_every": 2, "save_every": "2steps"}
+FLAGS = {"reg": "mhe", "lr": 8, "epochs": 3, "eval_every": 2, "save_every": "2steps"}
 RUN = Path("run")  # in the empty folder of each test
 CKPT = RUN / "ckpt.safetensors"
 
@@ -41,14 +39,14 @@ CKPT = RUN / "ckpt.safetensors"
 def whole(folder, tmp_path_factory):
     """A run of three epochs of three steps that nothing stopped."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    call(pretrain, *words_of({"dataset": folder, **FLAGS, "out": out}))
+    call(pretrain, *tiny(dataset=folder, out=out, **FLAGS))
     return out
 
 
 @pytest.fixture
 def train(command, folder):
     """Run the command of `whole`, some flags changed, in the folder `run`: exit code, rows, standard error."""
-    return lambda **changes: command(pretrain, *words_of({"dataset": folder, **FLAGS, "out": "run", **changes}))
+    return lambda **changes: command(pretrain, *tiny(**{"dataset": folder, "out": "run", **FLAGS, **changes}))
 
 
 @pytest.fixture(autouse=True)
@@ -62,53 +60,6 @@ def saves(monkeypatch):
 
     monkeypatch.setattr(ThreadPoolExecutor, "submit", noting)
     return futures
-
-
-class Killed(BaseException):
-    """Ends the stage where it stands, as SIGKILL does."""
-
-
-@contextlib.contextmanager
-def acting_after(at, act):
-    """Call a function after a step of the run in the block; yields the list that steps are counted in."""
-    step, steps = Lars.step, []
-
-    def stepping(optimizer, closure=None):
-        step(optimizer, closure)
-        steps.append(1)
-        if len(steps) == at:
-            act()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Lars, "step", stepping)
-        yield steps
-
-
-@contextlib.contextmanager
-def killed_after(at, last_act=lambda: None):
-    """Kill the run in the block after so many steps."""
-
-    def die():
-        last_act()
-        raise Killed
-
-    with pytest.raises(Killed), acting_after(at, die):
-        yield
-
-
-def timeless_rows(run):
-    """The log without what depends on the clock, and on how the command was typed."""
-    return [{k: x for k, x in row.items() if k not in ("images_per_s", "command")} for row in rows_of(run)]
-
-
-def assert_same_run(run, whole):
-    assert timeless_rows(run) == timeless_rows(whole)
-    for file in ("ckpt.safetensors", "encoder/model.safetensors"):
-        (ours, told), (theirs, meant) = checkpoint.load_file(run / file), checkpoint.load_file(whole / file)
-        assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
-        assert {**told, "command": None} == {**meant, "command": None}
-    assert files_of(run).keys() == files_of(whole).keys()
-    assert (run / "encoder" / "config.json").read_bytes() == (whole / "encoder" / "config.json").read_bytes()
 
 
 def assert_goes_on(train, whole, since, **changes):
@@ -148,7 +99,7 @@ def test_a_run_with_a_queue_of_pictures_in_files_goes_on_to_the_same_bits(train,
         train(**changes)
     assert_goes_on(train, tmp_path / "whole", 3, **changes)
     tensors, description = checkpoint.load_file(CKPT)
-    assert tensors["queue"].shape == (40, 8) and tensors["oldest"] == 9 * 32 % 40
+    assert tensors["queue"].shape == (40, 16) and tensors["oldest"] == 9 * 32 % 40
     assert description["settings"]["queue"] == 40
 
 
@@ -201,13 +152,13 @@ def test_a_checkpoint_may_be_older_than_the_log(train, command, whole):
     with killed_after(8):
         train(save_every="10min")
     assert checkpoint.load_file(CKPT)[1]["step"] == 3
-    assert [row["epoch"] for row in timeless_rows(RUN) if "loss" in row] == [1, 2]
+    assert [row["epoch"] for row in rows_of(RUN) if "loss" in row] == [1, 2]
     assert command(knn_eval, CKPT, "--k", 20, "--nofloors")[0] == 0
-    knn = timeless_rows(RUN)[-1]
+    knn = rows_of(RUN)[-1]
     assert knn["stage"] == "knn_eval" and knn["trained_epochs"] == 1 and read_log(RUN).score("knn_eval") is None
     code, _, err = train(save_every="10min")
     assert code == 0 and "run: goes on after step 3" in err
-    rows = timeless_rows(RUN)
+    rows = rows_of(RUN)
     rows.remove(knn)
     (RUN / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert_same_run(RUN, whole)
@@ -215,8 +166,7 @@ def test_a_checkpoint_may_be_older_than_the_log(train, command, whole):
 
 def begun(folder, run, **changes):
     """A process that trains, once it has printed the row of its second epoch."""
-    flags = words_of({"dataset": folder, **FLAGS, "out": run, **changes})
-    command = [sys.executable, ROOT / "pretrain.py", *map(str, flags)]
+    command = [sys.executable, ROOT / "pretrain.py", *tiny(**{"dataset": folder, "out": run, **FLAGS, **changes})]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if '"epoch": 2' in line:

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from conftest import TINY
 
 from harness import checkpoint
 from harness.run import Run
@@ -12,8 +13,7 @@ from harness.state import Schedule
 from lib.errors import InputError
 from pretrain import pretrain
 
-RUN = {"recipe": "cifar10-300", "model": "test_resnet", "stem": "imagenet", "hidden_dim": 16, "out_dim": 8}
-RUN |= {"lr": 8.0, "batch_size": 16, "epochs": 3, "eval_every": 0}
+RUN = TINY | {"lr": 8.0, "epochs": 3, "eval_every": 0}
 
 
 def test_an_interval_has_its_unit():

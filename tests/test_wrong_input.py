@@ -1,11 +1,11 @@
 """Every wrong turn ends in one line that names the culprit, with nothing written: all stages, one table."""
 
-import json
 import os
 import pickle
 
 import pytest
 import torch
+from conftest import SETTINGS, VIEW, Evil
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -15,12 +15,9 @@ from harness import checkpoint
 from knn_eval import knn_eval
 from linear_eval import linear_eval
 from pretrain import pretrain
-from tools.figures import figures
 
 PRETRAIN = {
-    "--regg amhe": "--regg: no such flag; did you mean --reg?",
     "--device cpu": "--device: no such flag; did you mean --gpu_ids 0 of accelerate launch, before",
-    "--reg amh": "--reg amh: expected none, mhe, amhe, uniform",
     "--lr 1e9": "--lr 1e9: expected a number > 0 and < 1e6",
     "--reg amhe --reg_on target": "--reg_on target: expected values separated by commas, each once: encoder, projector",
     "--method simclr --reg_on predictor --reg mhe": "--reg_on predictor: simclr has none",
@@ -30,31 +27,21 @@ PRETRAIN = {
     "--init bare": "bare: a folder without ckpt.safetensors or model.safetensors; name a file",
     "--init evil.pth": "evil.pth: not a file of tensors alone (nothing in it was run)",
     "--init weights.pth --prefix nope": "--prefix nope: weights.pth: holds resnet18 under state_dict.module.; take one",
-    "--save_every 500": "--save_every 500: expected a whole number with its unit, as 10min or 500steps",
-    "--dataset photo": "neither photos, cifar10, cifar100, stl10, imagenet nor a folder (did you mean photos?)",
     "--dataset bare": "dataset bare: no picture that can be read",
     "--dataset imagenet --data_dir nowhere": "--data_dir nowhere: nowhere/train is no folder of two or more classes",
-    "--dataset broken": "broken/train/a/1.png: not a picture that can be read",
     "--model resnet19": "model resnet19: not a name timm knows (did you mean resnet18?)",
     "--model resnext50_32x4d --reg amhe --reg_on encoder": "encoder.layer1.0.conv2 is a grouped convolution",
     "--out occupied/run": "--out occupied/run: cannot be written (occupied is no folder)",
     "--out foreign": "foreign/metrics.jsonl: line 1 was not written by a command of this project",
-    "--out orphan": "--out orphan: holds a run whose ckpt.safetensors is gone",
     "--out pickled": "pickled/ckpt.safetensors: cannot be read as a safetensors file",
 }
 KNN = {
-    "": "CKPT is missing; flags are given as --name value, see --help",
-    "good.safetensors other.safetensors": "other.safetensors: a stray word",
     "good.safetensors --k 5,5": "--k 5,5: expected values separated by commas, each once: a whole number >= 1",
     "nowhere.safetensors": "nowhere.safetensors: no such file",
     "bare": "bare: no such file; name a run's folder, its ckpt.safetensors, or its encoder",
-    "cut.safetensors": "cut.safetensors: cannot be read as a safetensors file",
-    "flipped.safetensors": "flipped.safetensors: damaged: its content is not what was written",
-    "lying.safetensors": "lying.safetensors: its tensors are not those of its description",
     "huge.safetensors": "huge.safetensors: its tensors are not those of its description",
     "plain.safetensors": "plain.safetensors: not written by pretrain.py; name its --model and --dataset",
     "list.pth --model resnet18 --dataset photos": "list.pth: holds no tensors with names",
-    "weights.pth --model resnet50 --dataset photos": "does not hold resnet50 with the imagenet stem, layer1.0.conv1.we",
     "good.safetensors --model resnet18 --dataset photos": "--model resnet18 has no effect, the file says what it is",
     "weights.pth --model resnet18 --dataset photos --mean 0.5": "--mean 0.5 --std None: give both, or neither",
     "weights.pth --model resnet18 --dataset photos --mean 123 --std 1": "--mean 123: expected three numbers",
@@ -68,20 +55,8 @@ LINEAR = {
     "good.safetensors --batch_size 2001 --dataset photos": "--batch_size 2001: photos has 2000 images to train on",
     "good.safetensors --sweep --lr 1": "--lr 1.0: has no effect with --sweep",
 }
-FIGURES = {
-    "nice good": "NAME nice: expected circle, energy, dynamics, knn, rank, batch, table, views",
-    "knn bare": "bare: not a run folder, its metrics.jsonl cannot be read (No such file or directory)",
-    "table --runs x": "--runs: no such flag; known: --name, --dataset",
-}
-TABLE = [(pretrain, *x) for x in PRETRAIN.items()] + [(knn_eval, *x) for x in KNN.items()]
-TABLE += [(linear_eval, *x) for x in LINEAR.items()] + [(figures, *x) for x in FIGURES.items()]
-
-
-class Evil:
-    """Runs code when it is unpickled."""
-
-    def __reduce__(self):
-        return (open, ("ran", "w"))
+STAGES = {pretrain: PRETRAIN, knn_eval: KNN, linear_eval: LINEAR}
+TABLE = [(stage, words, line) for stage, lines in STAGES.items() for words, line in lines.items()]
 
 
 @pytest.fixture(scope="module")
@@ -89,32 +64,19 @@ def traps(tmp_path_factory):
     """Files and folders that the table names."""
     root = tmp_path_factory.mktemp("traps")
     encoder = models.build_encoder("resnet18", "imagenet")
-    settings = {"model": "resnet18", "stem": "imagenet", "norm": "bn", "dataset": "photos", "data_dir": "data"}
-    settings |= {"seed": 0, "skip_broken": False, "method": "byol", "hidden_dim": 65536, "out_dim": 65536}
-    view = {"size": 32, "crop": 0.875, "mean": [0.5] * 3, "std": [0.2] * 3}
-    description = {"settings": settings, "view": view, "holds": "encoder"}
+    settings = SETTINGS | {"model": "resnet18", "hidden_dim": 65536, "out_dim": 65536}
+    description = {"settings": settings, "view": VIEW, "holds": "encoder"}
     checkpoint.save(root / "good.safetensors", encoder.state_dict(), description)
-    lie = {**description, "settings": {**settings, "stem": "cifar"}}
-    checkpoint.save(root / "lying.safetensors", encoder.state_dict(), lie)
     heads = {f"encoder.{name}": x for name, x in encoder.state_dict().items()}
     checkpoint.save(root / "huge.safetensors", heads, {**description, "holds": "checkpoint"})
-    whole = (root / "good.safetensors").read_bytes()
-    (root / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    (root / "flipped.safetensors").write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
     (root / "occupied").write_text("a file")
     save_file({"x": torch.ones(2)}, root / "plain.safetensors")
     torch.save({"state_dict": {f"module.{name}": x for name, x in encoder.state_dict().items()}}, root / "weights.pth")
     torch.save([torch.ones(2)], root / "list.pth")
     (root / "evil.pth").write_bytes(pickle.dumps(Evil()))
-    for folder in "bare foreign orphan pickled broken/train/a broken/train/b broken/test/a broken/test/b".split():
-        (root / folder).mkdir(parents=True)
-    for place in ("train/a", "train/b", "test/a", "test/b"):
-        (root / "broken" / place / "1.png").write_bytes(b"no picture")
+    for folder in ("bare", "foreign", "pickled"):
+        (root / folder).mkdir()
     (root / "foreign" / "metrics.jsonl").write_text("epoch,loss\n1,2\n")
-    first = json.dumps(
-        {"stage": "pretrain", "settings": {"dataset": "photos", "method": "byol", "reg": "none", "accumulate": 1}}
-    )
-    (root / "orphan" / "metrics.jsonl").write_text(first + "\n" + json.dumps({"stage": "pretrain", "epoch": 2}) + "\n")
     (root / "pickled" / "ckpt.safetensors").write_bytes(pickle.dumps(Evil()))
     return root
 

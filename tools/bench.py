@@ -312,8 +312,7 @@ def features(accelerator: Accelerator) -> tuple[linear_eval.Features, linear_eva
     def of_crops(split: data.Split, steps: int) -> linear_eval.Features:
         rows, labels = [], []
         for crops, y, _ in data.batches(split.to(accelerator.device), images.size, 500, 0, range(steps), views=1):
-            x = normalise(crops[0], images.mean, images.std)
-            rows.append(models.embed(encoder, [x]))
+            rows.append(models.embed(encoder, [normalise(crops[0], images.mean, images.std)]))
             labels.append(y)
         return linear_eval.Features(torch.cat(rows), torch.cat(labels))
 

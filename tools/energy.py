@@ -58,8 +58,7 @@ def energy(
     accelerator = processes.start()
     if accelerator.num_processes > 1:
         raise InputError(f"{accelerator.num_processes} processes would do the same; launch one")
-    has_float64 = finest(accelerator.device) == torch.float64
-    device = accelerator.device if has_float64 else torch.device("cpu")
+    device = accelerator.device if finest(accelerator.device) == torch.float64 else torch.device("cpu")
     contents = [read_weights(path, prefix) for path in files]
     rows = []
     for name in tqdm(common_layers(files, contents), unit="layer", disable=None):

@@ -99,12 +99,10 @@ def export(
 
 def without_paths(description: dict) -> dict:
     """Cut the paths in a description to their last names: those of a machine are nobody else's matter."""
-    settings = dict(description["settings"])
-    for name in PLACES:
-        if settings[name]:
-            settings[name] = Path(settings[name]).name
+    settings = description["settings"]
+    shown = settings | {name: Path(settings[name]).name for name in PLACES if settings[name]}
     words = [re.sub(r"^(--[\w-]+=)?.*/(?=[^/])", r"\1", word) for word in shlex.split(description["command"])]
-    return {**description, "settings": settings, "command": shlex.join(words)}
+    return {**description, "settings": shown, "command": shlex.join(words)}
 
 
 def write_folder(folder: Path, tensors: dict[str, Tensor], description: dict, config: Path, text: str) -> None:

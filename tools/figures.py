@@ -146,8 +146,7 @@ def draw_lines(axis, runs: list[RunLog], key: str, of: str | None, name: str, pe
         axis.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
     if not axis.lines:
         raise InputError(f"no run has a row with {key}; pretrain.py writes it every --eval_every epochs")
-    axis.set_xlabel("epoch" if per_epoch else "iteration")
-    axis.set_ylabel(name)
+    axis.set(xlabel="epoch" if per_epoch else "iteration", ylabel=name)
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -207,8 +206,7 @@ def batch(runs: list[RunLog]):
         raise InputError("batch: takes runs that differ in --accumulate; these have one micro-batch size")
     axis.set_xscale("log", base=2)
     axis.invert_xaxis()
-    axis.set_xlabel("images in a micro-batch")
-    axis.set_ylabel(f"change of {judges[0]} top-1 (points)")
+    axis.set(xlabel="images in a micro-batch", ylabel=f"change of {judges[0]} top-1 (points)")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=7, frameon=False)
     return figure
@@ -226,8 +224,7 @@ def circle(runs: list[RunLog], data_dir: str | None = None):
     images = open_images(description, None, data_dir, skip_broken=False)
     settings = runs[0].settings
     torch.manual_seed(settings["seed"])
-    untrained = build_described("checkpoint", settings)
-    columns.insert(0, ("untrained\n", untrained, columns[0][2]))
+    columns.insert(0, ("untrained\n", build_described("checkpoint", settings), columns[0][2]))
     classes = images.test.labels.unique()[:3].tolist()
     rows = ["all classes", "density of the angle", *(images.classes[label] for label in classes)]
     figure, axes = plt.subplots(len(rows), len(columns), figsize=(2.2 * len(columns), 10))
@@ -262,8 +259,7 @@ def draw_plane(axis, z: Tensor) -> None:
     """Draw the density of points on the unit circle, dark where they are dense."""
     extent = (-EXTENT, EXTENT, -EXTENT, EXTENT)
     axis.imshow(plane_density(z), origin="lower", extent=extent, cmap="Blues")
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
 
 
 def plane_density(z: Tensor) -> np.ndarray:
@@ -285,8 +281,7 @@ def contact_sheet(images: data.Dataset, n: int = 8, pairs: int = 3):
     plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
     columns = []
     for crop in (1.0, data.EVAL_CROP):
-        views = data.evaluation_views(sample, images.size, crop, **plain)
-        columns.append(torch.cat(list(views)))
+        columns.append(torch.cat([*data.evaluation_views(sample, images.size, crop, **plain)]))
     for crops, order, u in data.batches(sample, images.size, n, seed=0, steps=range(pairs)):
         views = data.two_views(crops, u, **plain, blur_p=images.blur_p, solarise_p=images.solarise_p)
         columns += [view[order.argsort()] for view in views]
@@ -295,8 +290,7 @@ def contact_sheet(images: data.Dataset, n: int = 8, pairs: int = 3):
     for column, pictures, title in zip(axes.T, columns, titles):
         column[0].set_title(title, fontsize=7)
         for axis, picture in zip(column, pictures):
-            pixels = picture.clamp(0, 1).permute(1, 2, 0)
-            axis.imshow(pixels.numpy(), interpolation="nearest")
+            axis.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set_axis_off()
     return figure
 

@@ -75,8 +75,7 @@ def make_pictures(folder: Path) -> None:
         for label in range(3):
             place = folder / part / photos.classes[label]
             place.mkdir(parents=True)
-            images = split.images[split.labels == label][:count]
-            for i, image in enumerate(images):
+            for i, image in enumerate(split.images[split.labels == label][:count]):
                 height = 24 if i % 2 else 32
                 write_jpeg(image[:, :height].contiguous(), str(place / f"{i:02}.jpg"))
 
@@ -98,8 +97,7 @@ def digest_of_rows(path: Path, place: str) -> str:
     for line in path.read_text().replace(place, "").splitlines():
         row = json.loads(line)
         rows.append({name: x for name, x in row.items() if name not in NOT_COMPARED})
-    text = json.dumps(rows, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     return f"{digest[:16]} ({len(rows)} rows)"
 
 

@@ -54,15 +54,13 @@ def find_neighbours(ckpt: str, dataset: str | None, data_dir: str | None) -> She
     accelerator = processes.start()
     if accelerator.num_processes > 1:
         raise InputError(f"neighbours: {accelerator.num_processes} processes would do the same; launch one")
-    flags = {"dataset": dataset, "data_dir": data_dir}
-    judged = judging.open_judged(accelerator, ckpt, flags)
+    judged = judging.open_judged(accelerator, ckpt, {"dataset": dataset, "data_dir": data_dir})
     bank, test = judged.images.train, judged.images.test
     queries = test.rows(draw_queries(test.labels, QUERIES))
     bank_features = features_of(judged.encoder, bank, judged.view, accelerator, "train")
     query_features = features_of(judged.encoder, queries, judged.view, accelerator, "queries")
     n = len(bank.labels)
-    cosines, rows = nearest(query_features, [bank_features], n, NEIGHBOURS)
-    cosines, rows = cosines.cpu(), rows.cpu()
+    cosines, rows = (found.cpu() for found in nearest(query_features, [bank_features], n, NEIGHBOURS))
     m, k = cosines.shape
     name = Path(judged.dataset).resolve().name
     counts = f"{m} test pictures, each with its {k} nearest of {n:,} to train on"
@@ -105,8 +103,7 @@ def draw_sheet(sheet: Sheet):
 def draw_picture(axis, pixels: Tensor, caption: str) -> None:
     """Draw a picture (3, size, size) of values in [0, 1] without a frame, and its caption below."""
     axis.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
     axis.set_xlabel(caption, fontsize=6, labelpad=3)
 
