@@ -123,9 +123,6 @@ def test_a_damaged_checkpoint_is_refused_or_intact(tmp_path):
     assert refused > 180
 
 
-# ---- The folder that timm reads --------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def encoder_folder(tmp_path):
     """Write an encoder as a run does, its BatchNorm statistics those of a training, and return it with the folder."""
@@ -193,9 +190,6 @@ def test_a_process_that_is_killed_between_the_two_files_leaves_no_wrong_pair(enc
         with fault:
             timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True)
         encoder_folder("test_resnet")
-
-
-# ---- Where the data of a run are looked for --------------------------------------------------------------------------
 
 
 def test_a_file_does_not_say_where_a_set_is_downloaded_to(tmp_path, monkeypatch):

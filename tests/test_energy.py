@@ -150,7 +150,7 @@ def test_what_is_no_layer_is_named(rows):
     assert found["half.weight"]["energy"] == pytest.approx(amhe(random(9, 8).half().double()).item(), rel=1e-12)
 
 
-def test_a_run_is_its_checkpoint_without_its_state_and_encoder_its_weights(command, shell, trained):
+def test_a_run_is_its_checkpoint_without_its_state_and_encoder_its_weights(command, trained):
     """As the judges take them."""
     for place, file in ((trained, "ckpt.safetensors"), (trained / "encoder", "model.safetensors")):
         code, (settings, *rows), err = command(energy, place, "--json")
@@ -171,6 +171,14 @@ def test_a_folder_of_shards_is_one_file(rows, shell, tmp_path):
     (tmp_path / file).unlink()
     code, lines, err = shell(energy, tmp_path)
     assert (code, lines) == (2, []) and f"{file}: not a whole safetensors file" in err and err.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_weight_of_weight_norm_is_computed(rows):
+    for normed in (nn.utils.parametrizations.weight_norm(nn.Linear(8, 9)), nn.utils.weight_norm(nn.Linear(8, 9))):
+        found, err = rows({f"fc.{name}": x for name, x in normed.state_dict().items()})
+        assert err == "" and list(found) == ["fc.weight", "sum"]
+        assert found["sum"]["energy"] == pytest.approx(amhe(normed.weight.double()).item(), rel=1e-6)
 
 
 def test_prefix_chooses_layers(rows):

@@ -115,9 +115,6 @@ def test_what_keeps_a_file_from_being_the_encoder_is_told(case):
         foreign.adopt("x", "resnet18", "imagenet")
 
 
-# ---- What a file is --------------------------------------------------------------------------------------------------
-
-
 def test_the_suffix_does_not_decide_the_format():
     for name in ("x.safetensors", "x.pth.tar"):
         for write in (torch.save, save_file):
@@ -155,9 +152,6 @@ def test_a_file_without_tensors_is_told_with_its_cure(tmp_path, kind):
     with pytest.raises(InputError, match=message) as e:
         foreign.adopt("x", "test_resnet", "imagenet")
     assert str(e.value).count("\n") == 0
-
-
-# ---- Judged ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_of_timm_is_judged_like_ours(command, encoder, folder, tmp_path, embedded):

@@ -228,9 +228,6 @@ def test_outputs_of_blocks_are_those_of_timms_stages(byol):
     assert not any(module._forward_hooks for module in byol.encoder.modules())
 
 
-# ---- Layers with parametrized weights, features without a direction --------------------------------------------------
-
-
 def test_a_parametrized_weight_that_layers_share_counts_once_and_stays_as_it_is():
     network = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
     network[1].weight = network[0].weight

@@ -26,7 +26,6 @@ PRETRAIN = {
     "--dataset cifar10 --recipe imagenet-300": "is not for cifar10, which has cifar10-300, cifar10-1000",
     "--init bare": "bare: a folder without ckpt.safetensors or model.safetensors; name a file",
     "--init evil.pth": "evil.pth: not a file of tensors alone (nothing in it was run)",
-    "--init weights.pth --prefix nope": "--prefix nope: weights.pth: holds resnet18 under state_dict.module.; take one",
     "--dataset bare": "dataset bare: no picture that can be read",
     "--dataset imagenet --data_dir nowhere": "--data_dir nowhere: nowhere/train is no folder of two or more classes",
     "--model resnet19": "model resnet19: not a name timm knows (did you mean resnet18?)",
