@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from scipy.special import hyp0f1
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
@@ -83,6 +82,8 @@ def uniform_floor(d: int) -> float:
 
     log E exp(-2 |x - y|^2) = -4 + log E exp(4 c), c the cosine of two points, and E exp(4 c) = 0F1(; d / 2; 4).
     """
+    from scipy.special import hyp0f1  # here, because it takes a seventh of a second of every start
+
     return math.log(hyp0f1(d / 2, 4)) - 4
 
 

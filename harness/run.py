@@ -292,9 +292,8 @@ def stored_state(folder: Path) -> tuple[dict[str, Tensor], dict | None]:
             raise InputError(f"{ckpt}: holds {description['holds']}, not the state of a run; name another --out")
         return tensors, description
     rows = read_rows(folder) if (folder / LOG).exists() else []
-    is_begun = any(row["stage"] != "pretrain" or row.get("epoch", 0) > 1 for row in rows)
     is_cut = "settings" not in rows[0] if rows else (folder / WEIGHTS).exists()
-    if is_begun or is_cut:
+    if is_cut or any(row["stage"] != "pretrain" or row.get("epoch", 0) > 1 for row in rows):
         raise InputError(f"--out {folder}: holds a run whose {CKPT} is gone; name another folder, or remove this one")
     return {}, None
 

@@ -233,7 +233,7 @@ def help_text(stage: Callable, groups: Mapping[str, str]) -> str:
         paragraphs[-1] += "\n" + lines.fill(text)
     example = re.search(r"^    ([^#\n]+)", inspect.getmodule(stage).__doc__ or "", re.MULTILINE)
     if example:
-        paragraphs.append(f"example\n  {example[1]}")
+        paragraphs.append(f"example\n  {example[1].rstrip()}")
     return "\n\n".join(paragraphs)
 
 
