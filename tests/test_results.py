@@ -10,7 +10,9 @@ from tools.logs import read_log
 from tools.paper import PaperRow
 
 TEXT = "\n".join((ROOT / page).read_text() for page in ("README.md", "docs/results.md")).replace("\N{MINUS SIGN}", "-")
-SETTINGS = "method reg s reg_on weight norm predictor accumulate optimizer lr out_dim".split()  # in which rows differ
+SETTINGS = (
+    "method reg s reg_on weight norm predictor accumulate optimizer lr tau out_dim".split()
+)  # rows differ
 ALL, REG, OTHERS = r"--\S+ \S+", r"--reg\S* \S+", r"--(?!reg )\S+ \S+"
 TABLES = [  # heading, folder of the logs, flags of all rows, and those of a row that its baseline lacks
     ("## Results", "cifar10", "--recipe folder", ALL),
@@ -20,6 +22,7 @@ TABLES = [  # heading, folder of the logs, flags of all rows, and those of a row
     ("## Without the predictor", "photos-methods", "--predictor none", REG),
     ("### The recipe `folder`", "cifar10-5000", "--recipe folder", ALL),
     ("### All 50,000", "cifar10", "--recipe folder", ALL),
+    ("### Plain BYOL", "cifar10-holdout", "--recipe folder", ALL),
     ("### Small micro-batches", "cifar10", "--recipe folder", OTHERS),
 ]
 
