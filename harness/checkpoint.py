@@ -144,7 +144,7 @@ def load_file(path: str | Path, is_wanted: Callable = lambda name: True) -> tupl
                 if is_wanted(name):
                     tensors[name] = tensor.clone()  # one that maps the file would keep its space on the disk
     except (SafetensorError, OSError) as e:
-        advice = "if it is another project's, name its --model and --dataset"
+        advice = "take another if it is cut short; of another project's a judge takes --model and --dataset"
         raise InputError(f"{path}: cannot be read as a safetensors file ({e}); {advice}") from e
     if sha.hexdigest() != stored_digest:
         raise InputError(f"{path}: damaged: its content is not what was written (the digest differs)")

@@ -23,7 +23,7 @@ LOW_RANK = 2  # features of a lower effective rank differ in little more than on
 DEAD = 1e-4  # below this part of a full sphere's spread, all projections are one point: the network is dead
 DEAD_G2 = 1 - 1e-5  # above this G2, all features are one point
 DEAD_NETWORK = "dead network: its outputs are the same for all images, for good; start another run with a smaller --lr"
-ADVICE = "try a smaller --lr, --optimizer sgd or --reg uniform"  # as docs/results.md found it
+ADVICE = "what may help: a smaller --lr, --optimizer sgd, --reg uniform"  # as docs/results.md found it
 
 
 def representations(encoder: nn.Module, test: data.Split, view: dict) -> dict[str, float]:

@@ -70,7 +70,7 @@ def test_geometry_is_that_of_256_images_and_their_two_views(photos):
     "top1, rank, fault",
     [
         (40, 20.0, ""),  # equal to a floor is not below it
-        (35, 20.0, "the k-NN accuracy, 35 %, lies below its floors: pixels 40; try a smaller --lr, --optimizer sgd or"),
+        (35, 20.0, "the k-NN accuracy, 35 %, lies below its floors: pixels 40; what may help: a smaller --lr, --opt"),
         (20, 20.0, "the k-NN accuracy, 20 %, lies below its floors: untrained 30, pixels 40; try"),
         (50, 1.2, "collapse? the features differ in one direction alone, their effective rank is 1.20; try a smaller"),
     ],
