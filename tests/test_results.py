@@ -10,9 +10,7 @@ from tools.logs import read_log
 from tools.paper import PaperRow
 
 TEXT = "\n".join((ROOT / page).read_text() for page in ("README.md", "docs/results.md")).replace("\N{MINUS SIGN}", "-")
-SETTINGS = (
-    "method reg s reg_on weight norm predictor accumulate optimizer lr tau out_dim".split()
-)  # rows differ
+SETTINGS = "method reg s reg_on weight norm predictor accumulate optimizer lr tau out_dim".split()  # rows differ
 ALL, REG, OTHERS = r"--\S+ \S+", r"--reg\S* \S+", r"--(?!reg )\S+ \S+"
 TABLES = [  # heading, folder of the logs, flags of all rows, and those of a row that its baseline lacks
     ("## Results", "cifar10", "--recipe folder", ALL),
