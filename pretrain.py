@@ -76,19 +76,20 @@ def pretrain(
     *,
     dataset: Annotated[str, "photos (embedded), cifar10, cifar100, stl10, imagenet, or a folder"] = "photos",
     data_dir: Annotated[str, "where cifar10, cifar100 and stl10 lie or are downloaded to; imagenet's folder"] = "data",
-    recipe: Annotated[Literal[*RECIPES], "None = the shorter of the data set, or folder"] | None = None,
-    method: Annotated[Literal[*models.METHODS], "the loss, with its network"] = "byol",
+    recipe: Annotated[Literal[tuple(RECIPES)], "None = the shorter of the data set, or folder"] | None = None,
+    method: Annotated[Literal[tuple(models.METHODS)], "the loss, with its network"] = "byol",
     predictor: Annotated[Literal["mlp", "none"], "of byol and simsiam; none compares projections"] = "mlp",
     queue: Annotated[int, ">= 1", "of moco: earlier projections; None = half the set, up to 65536"] | None = None,
     model: Annotated[str, "any ResNet of timm, or alexnet"] = "resnet18",
-    stem: Annotated[Literal[*models.STEMS], "3x3 of stride 1 or 2, or timm's; None = the data set's"] | None = None,
+    stem: Annotated[Literal[tuple(models.STEMS)], "3x3 of stride 1 or 2, or timm's; None = the data set's"]
+    | None = None,
     init: Annotated[str, "weights that the encoder begins from: of a run, or a file of another project"] | None = None,
     prefix: Annotated[str, "of such a file: what stands before the encoder's names, if it holds several"] | None = None,
     norm: Annotated[Literal["bn", "none"], "BatchNorm, or networks without it"] = "bn",
     reg: Annotated[Literal["none", "mhe", "amhe", "uniform"], "energy by chord or angle, or uniformity"] = "none",
     s: Annotated[float, ">= 0", "<= 8", "power of the energy; 0 is logarithmic"] = 2.0,
     weight: Annotated[float, ">= 0", "lambda of the regularizer"] | None = None,
-    reg_on: Annotated[tuple[Literal[*PARTS], ...], "None = the heads, but no neurons below 3-d"] | None = None,
+    reg_on: Annotated[tuple[Literal[PARTS], ...], "None = the heads, but no neurons below 3-d"] | None = None,
     temperature: Annotated[float, "> 0", "of simclr and moco"] | None = None,
     epochs: Annotated[int, ">= 1", "length of the training"] | None = None,
     batch_size: Annotated[int, ">= 2", "images in one step, over all processes"] | None = None,
@@ -121,7 +122,8 @@ def pretrain(
     accelerator = processes.start(accumulate, tracker, folder)
     cfg, images = settings.resolve(flags, RECIPES, accelerator)
     images = images.to(accelerator.device)
-    steps = len(images.pretraining.labels) // cfg.batch_size * cfg.epochs
+    steps_per_epoch = len(images.pretraining.labels) // cfg.batch_size
+    steps = steps_per_epoch * cfg.epochs
 
     set_seed(cfg.seed)
     training = build(cfg, images, accelerator)
@@ -131,7 +133,7 @@ def pretrain(
     share = (accelerator.process_index, accelerator.num_processes)
     rest = range(run.step, steps)
     micro_batches = data.batches(images.pretraining, images.size, cfg.batch_size, cfg.seed, rest, cfg.accumulate, share)
-    warmup_steps = round(steps // cfg.epochs * cfg.warmup)
+    warmup_steps = round(steps_per_epoch * cfg.warmup)
     rates = [lr_at(step, steps, warmup_steps, cfg.peak_lr) for step in range(steps)]
     taus = [tau_at(step, steps, cfg.tau, cfg.tau_end) for step in range(steps)]
     view = images.view(cfg.eval_crop)

@@ -43,7 +43,7 @@ def shared_flags(
     dataset: Annotated[str, "as in pretrain.py; None = the one the checkpoint was trained on"] | None = None,
     data_dir: Annotated[str, "as in pretrain.py; None = as in training"] | None = None,
     model: Annotated[str, "any ResNet of timm, for a file of another project; then --dataset is needed"] | None = None,
-    stem: Annotated[Literal[*models.STEMS], "of such a file; None = imagenet"] | None = None,
+    stem: Annotated[Literal[tuple(models.STEMS)], "of such a file; None = imagenet"] | None = None,
     prefix: Annotated[str, "of such a file: what stands before the encoder's names, if it holds several"] | None = None,
     mean: Annotated[str, "of such a file's input: R,G,B as parts of 1, or one number; None = the set's"] | None = None,
     std: Annotated[str, "likewise; --mean 0 --std 1 changes nothing"] | None = None,

@@ -17,3 +17,8 @@ Each file imports only those above it.
 
 You can copy `augment` (torch, torchvision, numpy) and `norms` (torch) alone, as `regularizers.py`.
 """
+
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit(f"Python 3.11 or later is needed, and this is {sys.version.split()[0]}")

@@ -1,5 +1,7 @@
 """The command line against a stage's signature, what --help prints, streams, and the log that rows go to."""
 
+import ast
+import importlib
 import os
 import shlex
 import subprocess
@@ -9,6 +11,7 @@ from typing import Annotated, Literal
 import pytest
 from conftest import ROOT
 
+import lib
 from knn_eval import knn_eval
 from lib import cli
 from lib.errors import InputError
@@ -170,3 +173,12 @@ def test_a_judge_adds_its_row_to_the_log_of_a_run(tmp_path, capsys, before, kept
     row = '{"stage": "knn_eval", "b": [0.5, null]}\n'
     assert capsys.readouterr().out == row and log.read_text() == kept + row
     assert [row["stage"] for row in read_rows(tmp_path)] == ["pretrain", "knn_eval"]
+
+
+def test_an_older_python_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    with pytest.raises(SystemExit, match=r"^Python 3\.11 or later is needed, and this is \d"):
+        importlib.reload(lib)
+    for page in ROOT.glob("*.py"):  # 3.10 has no word for x[*y], and its SyntaxError comes before the line
+        subscripts = [node.slice for node in ast.walk(ast.parse(page.read_text())) if isinstance(node, ast.Subscript)]
+        assert not any(isinstance(x, ast.Tuple) and isinstance(x.elts[0], ast.Starred) for x in subscripts), page.name

@@ -327,6 +327,7 @@ def test_info_nce_is_simclrs_loss(temperature):
 
 
 def test_zero_and_coincident_rows_of_features():
+    assert alignment(torch.zeros(5, 4), random(5, 4)) == pytest.approx(1)  # BYOL's code: |0 - y|^2, not 2 - 2 cos
     x = random(5, 4)
     x[0], x[2] = 0, x[1]
     y = x.roll(1, 0)

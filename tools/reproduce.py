@@ -58,7 +58,7 @@ def reproduce(
     *,
     dataset: Annotated[str, "as in pretrain.py; a copy of CIFAR-10 as a folder of pictures will do"] = "cifar10",
     data_dir: Annotated[str, "as in pretrain.py"] = "data",
-    plan: Annotated[Literal[*PLANS], "the paper's setting, or one for two cores"] = "gpu",
+    plan: Annotated[Literal[tuple(PLANS)], "the paper's setting, or one for two cores"] = "gpu",
     part: Annotated[str, "2/4: only the second of four parts, for four processes side by side"] = "1/1",
     folder: Annotated[str, "the folder of the run folders"] = "runs/cifar10",
     results: Annotated[str, "the folder that logs and table are copied to; None = --folder and -table"] | None = None,
