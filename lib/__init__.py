@@ -20,5 +20,5 @@ You can copy `augment` (torch, torchvision, numpy) and `norms` (torch) alone, as
 
 import sys
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(f"Python 3.11 or later is needed, and this is {sys.version.split()[0]}")
