@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import models
 from data import Split, evaluation_views
-from harness import judging
+from harness import judging, words
 from harness.measure import floors_are_cheap, geometry
 from lib import cli, processes
-from lib.log import emit
+from lib.log import emit, show
 from lib.nearest import finest, in_parts, nearest
 
 QUERIES_AT_ONCE = 512  # of the vote
@@ -45,12 +45,15 @@ def knn_eval(
         encoders["untrained"] = judging.untrained_encoder(judged)
         encoders["pixels"] = nn.Flatten()
     protocol = {"temperature": temperature, "bank": len(train.labels), "queries": len(test.labels)}
+    scores_of = {}
+    show(words.KNN_HEAD)
     for of, encoder in encoders.items():
-        scores_by_k = nearest_neighbours(encoder, train, test, judged.view, k, temperature)
+        scores_of[of] = nearest_neighbours(encoder, train, test, judged.view, k, temperature)
         on_sphere = geometry(encoder, judged.images, judged.view, accelerator.device)
-        for neighbours, scores in scores_by_k.items():
-            row = {"stage": "knn_eval", "of": of, "k": neighbours}
-            emit(row | scores | on_sphere | protocol | judged.columns, judged.log)
+        for neighbours, scores in scores_of[of].items():
+            row = {"stage": "knn_eval", "of": of, "k": neighbours, **scores, **on_sphere}
+            emit(row | protocol | judged.columns, judged.log, words.knn_line(row))
+    show(words.verdict(scores_of))
 
 
 def nearest_neighbours(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import data
 import models
-from harness import judging
+from harness import judging, words
 from harness.judging import Judged
 from lib import cli, processes
 from lib.augment import normalise
@@ -71,7 +71,12 @@ def linear_eval(
     protocol = {**hyper, "lr": lr, "swept": sweep}
     protocol |= {"train": len(train.labels), "test": len(test.labels)}
     row["epoch"] = epochs
-    emit(row | scores | protocol | judged.columns, judged.log)
+    log_row(judged, row | scores | protocol | judged.columns)
+
+
+def log_row(judged: Judged, row: dict) -> None:
+    """Print a row and add it to the log of the run."""
+    emit(row, judged.log, words.linear_line(row))
 
 
 def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyper: dict) -> float:
@@ -82,7 +87,7 @@ def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyp
     top1_of = {}  # not of a rate that diverged
     for rate, classifier in fit(judged, train, rows, **hyper).items():
         scores = scores_of(classifier, held_out)
-        emit({**rows[rate], "epoch": hyper["epochs"], **scores, "split": "holdout"}, judged.log)
+        log_row(judged, {**rows[rate], "epoch": hyper["epochs"], **scores, "split": "holdout"})
         top1_of[rate] = scores["top1"]
     return max(top1_of, key=top1_of.get)
 
@@ -119,7 +124,8 @@ def fit(
     steps = steps_per_epoch * epochs
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     batches = feature_batches(judged, train, epochs, batch_size, seed)
-    with tqdm(total=steps, unit="step", disable=not judged.accelerator.is_main_process) as bar:
+    is_first = judged.accelerator.is_main_process
+    with tqdm(total=steps, unit="step", disable=not is_first) as bar:
         for epoch in range(1, epochs + 1):
             total_loss, correct = torch.zeros(2, len(classifiers), device=device)
             rates_now = dict(zip(rows, schedule.get_last_lr()))
@@ -139,7 +145,7 @@ def fit(
             for rate, loss, top1 in zip([*classifiers], mean_loss, train_top1):
                 if math.isfinite(loss) and classifiers[rate].weight.isfinite().all():
                     numbers = {"loss": loss, "train_top1": round(top1, 4), "rate": rates_now[rate]}
-                    emit({**rows[rate], "epoch": epoch, **numbers}, judged.log)
+                    log_row(judged, {**rows[rate], "epoch": epoch, **numbers})
                     continue
                 del classifiers[rate]
                 if not classifiers:

@@ -109,12 +109,13 @@ def pretrain(
     holdout: Annotated[bool, "judge on images held out of the training set, not on the test set"] = False,
     skip_broken: Annotated[bool, "leave out pictures of a folder that cannot be read, instead of stopping"] = False,
     seed: Annotated[int, ">= 0", "< 1e9", "of weights, order and views"] = 0,
-    out: Annotated[str, "run folder; None = runs/ and a name made of the flags"] | None = None,
+    out: Annotated[str, "run folder; None = runs/ and the flags, in this order"] | None = None,
     eval_every: Annotated[int, ">= 0", "epochs between k-NN rows, besides the last epoch; 0 = never"] | None = None,
     save_every: Annotated[str, "the most work between two saves: minutes or steps, as 10min or 500steps"] = "10min",
     resume: Annotated[Literal["auto", "never"], "auto continues the folder's run; never stops with an error"] = "auto",
     workers: Annotated[int, ">= 0", "processes that read pictures; None = by cores and shared memory"] | None = None,
     tracker: Annotated[Literal["none", "tensorboard", "wandb", "trackio"], "gets the log's numbers, too"] = "none",
+    json: Annotated[bool, "rows as in the log on a terminal, too, where lines are printed for people"] = False,
 ):
     """Pre-train an encoder by BYOL or another method. None = the value of the recipe, printed before the first step."""
     flags = dict(locals())

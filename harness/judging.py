@@ -52,6 +52,7 @@ def shared_flags(
     labels: Annotated[float, "> 0", "<= 1", "part of each class's training images to learn from; a fixed draw"] = 1.0,
     skip_broken: Annotated[bool, "leave out pictures that cannot be read; done in any case if training did"] = False,
     workers: Annotated[int, ">= 0", "processes that read pictures ahead; None = as in pretrain.py"] | None = None,
+    json: Annotated[bool, "rows as in the log on a terminal, too, where a table is printed for people"] = False,
 ) -> dict:
     """Return the flags that both judges have, by name, those that are not given with their defaults."""
     return dict(locals())

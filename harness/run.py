@@ -8,6 +8,8 @@ The order of the images and their views are functions of (seed, epoch, step), so
 bits of a run that never stopped. Of several processes, which all make the same calls, the first prints and writes.
 """
 
+import contextlib
+import os
 import shlex
 import signal
 import sys
@@ -21,12 +23,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from harness import checkpoint, measure, settings, state
+from harness import checkpoint, measure, settings, state, words
 from lib import files, processes
 from lib.errors import InputError, Stopped
 from lib.files import CKPT, LOG, WEIGHTS
 from lib.log import PLACES, contents, emit, provenance, read_rows, rewind, same_place
 
+STEPS_TO_FORETELL = 10  # how long the rest will take
 SECONDS_BETWEEN_LOOKS = 5  # of several processes, for a signal or a save that is due: each look makes all of them wait
 
 
@@ -56,6 +59,7 @@ class Run:
             processes.agree(**facts, step=self.step, save_every=flags["save_every"])
         self.numbers = {}  # of the latest micro-batch, or of the first that was not finite
         self.log_file, self.signals, self.warned = folder / LOG if self.lock else None, [], set()
+        self.latest = {}  # the last row of each kind, by its "of"
         self._writer = ThreadPoolExecutor(1)  # hashes and writes: on a fast GPU that takes as long as many steps
         self._saving = None  # the last piece of its work, a Future
 
@@ -71,8 +75,9 @@ class Run:
             print(f"{self.folder}: {goes_on} step {self.step}", file=sys.stderr)
             print_changes(rows[0], self.description, hardware)
             self.warned = {row["about"] for row in rows if row.get("of") == "warning"}
+            self.latest = {row["of"]: row for row in rows if row["stage"] == "pretrain" and "of" in row}
         else:
-            emit({"stage": "pretrain", **self.description, **hardware}, self.log_file)
+            emit({"stage": "pretrain", **self.description, **hardware}, self.log_file, f"run folder {self.folder}")
         if self.step < self.steps:
             self.accelerator.init_trackers("pretrain", {name: str(x) for name, x in vars(self.cfg).items()})
             print(*lines, sep="\n  ", file=sys.stderr)
@@ -83,6 +88,7 @@ class Run:
         self._bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=is_silent)
         is_new = not all((self.folder / name).exists() for name in (CKPT, WEIGHTS))
         self._schedule = state.Schedule(self.flags["save_every"], self.step, is_new)
+        self._foretold_at = self.step + STEPS_TO_FORETELL
         self._looked_at, self._look_step, self._next_look = time.monotonic(), self.step, self.step + 1
         self._handlers = {}
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -104,6 +110,10 @@ class Run:
         """Note a signal, and put the handlers back that were there before."""
         if number:
             self.signals.append(signal.Signals(number))
+        if number and self.log_file:  # a launcher leaves at once, and gives the prompt back
+            told = f"\n{self.signals[0].name}: the step under way is finished and saved; a second one drops it\n"
+            with contextlib.suppress(OSError):
+                os.write(2, told.encode())  # `print` may be what the signal has interrupted
         for handled, handler in self._handlers.items():
             signal.signal(handled, handler)
 
@@ -112,6 +122,7 @@ class Run:
         """Yield the epochs that are left, from 1."""
         for epoch in range(self.whole_epochs + 1, self.cfg.epochs + 1):
             self.epoch = epoch
+            self._bar.set_description(f"epoch {epoch}/{self.cfg.epochs}", refresh=False)
             self._began, self._first_step = time.perf_counter(), self.step
             self._schedule.epoch_began = self._schedule.now(self.step)
             yield epoch
@@ -131,6 +142,10 @@ class Run:
             return
         self.step += 1
         self._bar.update()
+        if self.step == self._foretold_at:
+            left = self.steps - self.step
+            seconds = left * self.cfg.batch_size / max(self.images_per_s, 0.1)
+            processes.say(f"about {tqdm.format_interval(seconds)} for the {left} steps that are left, and the votes")
         if self._saving and self._saving.done():
             self._end_save()  # raises what it has raised
         caught, is_due = self._look()
@@ -157,12 +172,16 @@ class Run:
         measure.refuse_faults(self.numbers, self.training.network, self.folder, self.accelerator)
         return row
 
-    def log(self, **columns) -> None:
-        """Print a row, add it to the log, and give its numbers to the tracker; warn of a dead network."""
+    def log(self, shown: str | None = None, **columns) -> None:
+        """Log a row, print it, or on a terminal what is shown, and give it to the tracker; warn of a dead network."""
         row = {"stage": "pretrain", "epoch": self.epoch, "step": self.step, **columns}
         if row.get("std", 1) * self.cfg.out_dim**0.5 < measure.DEAD:  # as a share of a full sphere's
             row["dead"] = True
-        emit(row, self.log_file)
+        if "of" in row:
+            self.latest[row["of"]] = row
+        if shown is None:
+            shown = words.pretrain_line(row, self.cfg)
+        emit(row, self.log_file, shown)
         prefix = f"{row['of']}/" if "of" in row else ""
         numbers = {prefix + name: x for name, x in row.items() if isinstance(x, float)}
         self.accelerator.log(numbers, step=self.step)
@@ -173,14 +192,20 @@ class Run:
         """Log the accuracy of a k-NN vote, for each k."""
         split = "holdout" if self.cfg.holdout else "test"
         for k, scores in scores_by_k.items():
-            self.log(of=of, split=split, k=k, **scores)
+            shown = words.vote_line(of, scores["top1"], self.floors)
+            self.log(shown, of=of, split=split, k=k, **scores)
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """Return the accuracies of the votes before the first step, where there were any."""
+        return {of: self.latest[of]["top1"] for of in ("untrained", "init", "pixels") if of in self.latest}
 
     def _warn(self, about: str, text: str) -> None:
         """Warn of a thing once in a run, and log it."""
         if self.log_file is None or about in self.warned:
             return
         self.warned.add(about)
-        self.log(of="warning", about=about, text=text)
+        self.log("", of="warning", about=about, text=text)
         processes.say(f"WARNING: {text}")
 
     def wants_floors(self) -> bool:
@@ -195,10 +220,9 @@ class Run:
     def end_epoch(self) -> None:
         """Save the state between two epochs if that is due, and stop if a signal came; warn of poor features."""
         if self.log_file and self.judges_now() and 3 * self.step >= self.steps:  # before, they may be poor
-            latest = {row["of"]: row for row in read_rows(self.folder) if row["stage"] == "pretrain" and "of" in row}
-            floors = {of: latest[of]["top1"] for of in ("untrained", "init", "pixels") if of in latest}
-            fault = measure.poor_features(latest["online"]["top1"], floors, latest["representations"]["rank"])
-            if fault:
+            top1, rank = self.latest["online"]["top1"], self.latest["representations"]["rank"]
+            fault = measure.poor_features(top1, self.floors, rank)
+            if fault and "dead" not in self.warned:
                 self._warn("features", fault)
         self.sums = {}
         self.whole_epochs = self.epoch
@@ -278,8 +302,12 @@ class Run:
         if self.log_file is None:
             return
         ckpt = shlex.quote(str(self.folder / CKPT))
-        judges = ("knn_eval", "linear_eval") if self.training.images.classes else ()
-        print(f"{ckpt} is complete", *(f"python {judge}.py {ckpt}" for judge in judges), sep="\n    ", file=sys.stderr)
+        lines = [f"{ckpt} is complete"]
+        if "online" in self.latest:
+            lines.append(words.vote_line("online", self.latest["online"]["top1"], self.floors))
+        if self.training.images.classes:
+            lines += [f"python {judge}.py {ckpt}" for judge in ("knn_eval", "linear_eval")]
+        print(*lines, sep="\n    ", file=sys.stderr)
 
 
 # ---- The folder ------------------------------------------------------------------------------------------------------

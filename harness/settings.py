@@ -29,7 +29,7 @@ from lib.files import CKPT, RUN_FILES, WEIGHTS, run_folder, weights_file
 from lib.log import PLACES, as_json, other_data, same_place
 from lib.sources import WITHOUT_FILES, has_no_data_dir
 
-NOT_SETTINGS = ("out", "save_every", "resume", "tracker", "workers")  # flags that change nothing in what a run computes
+NOT_SETTINGS = ("out", "save_every", "resume", "tracker", "workers", "json")  # they change nothing that is computed
 ANNOUNCED = ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "hidden_dim", "out_dim", "jitter")
 ANNOUNCED += ("grey", "blur_p", "init")  # settings that a run prints before its first step
 GROUPS = {"dataset": "data", "method": "method", "reg": "regularizer"}  # titles in --help, by first flags

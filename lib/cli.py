@@ -28,9 +28,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import fire
 
-from lib import processes
+from lib import log, processes
 from lib.errors import InputError, Stopped
-from lib.log import is_main
 
 FLAG = re.compile(r"-(?![\d.])")  # how a word begins that is a flag, and no negative number
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
@@ -69,13 +68,14 @@ def run(stage: Callable, groups: Mapping[str, str] | None = None) -> None:
             print(help_text(stage, groups or {}))
         else:
             values = bound_values(sys.argv[1:], flags_of(stage))
+            log.rows_wanted = values.arguments.get("json", False)
             stage(*values.args, **values.kwargs)
         sys.stdout.flush()
     except InputError as e:
         fail(e, 2)
     except (Stopped, KeyboardInterrupt) as e:
         reason, exit_code = e.args or ("interrupted", 130)
-        if is_main():  # a signal reaches all of several processes
+        if log.is_main():  # a signal reaches all of several processes
             fail(reason, exit_code)
         leave(exit_code)
     except OSError as e:
@@ -256,7 +256,7 @@ def fail(reason: object, exit_code: int, wait: bool = False) -> None:
     Of several processes the first speaks: the others wait, and the launcher ends them before they repeat it. With
     `wait` the first waits, too, so that the process that failed can speak.
     """
-    if wait or not is_main():
+    if wait or not log.is_main():
         time.sleep(2)
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(reason).split())}", file=sys.stderr)
     leave(exit_code)

@@ -1,9 +1,10 @@
 """The log of a run, metrics.jsonl: rows out as they are printed, and rows back in.
 
-    emit({"stage": "knn_eval", "top1": 78.4}, log)
+    emit({"stage": "knn_eval", "top1": 78.4}, log, "k-NN 78.4 %")
     rows = read_rows(Path("runs/photos-amhe"))
 
-A row is one JSON object on one line. Its first keys say who wrote it and what it is about: "stage" and "of".
+A row is one JSON object on one line. Its first keys say who wrote it and what it is about: "stage" and "of". People at
+a terminal see a text in its place.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from lib.errors import InputError
 from lib.files import LOG, run_folder, weights_file, write_whole
 
 ROUNDING = 1e-6  # of mean and std: another processor sums in another order
+rows_wanted = False  # by --json, on a terminal, too; `cli.run` sets it
 PLACES = ("dataset", "data_dir", "init")  # settings that say where something lies: `other_data` compares what data hold
 
 
@@ -34,10 +36,11 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def emit(row: dict, log: Path | None = None) -> None:
+def emit(row: dict, log: Path | None = None, text: str | None = None) -> None:
     """Print a row as one line of JSON and, with `log`, add it to that file before: standard output may be full.
 
-    Of several processes the first does so. ValueError for a NaN; InputError if the log cannot be written to.
+    A terminal gets the text in its place, if there is one, and nothing for an empty one. Of several processes the first
+    prints and writes. ValueError for a NaN; InputError if the log cannot be written to.
     """
     if not is_main():
         return
@@ -49,8 +52,22 @@ def emit(row: dict, log: Path | None = None) -> None:
             file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())  # as of a checkpoint: a power cut must not take the rows before it
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    if text is not None and _for_people():
+        line = text
+    if line:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def show(text: str) -> None:
+    """Print a text where people read, and no rows are printed."""
+    if is_main() and _for_people():
+        tqdm.write(text, file=sys.stdout)
+
+
+def _for_people() -> bool:
+    """Whether standard output is a terminal, and --json is not given."""
+    return sys.stdout.isatty() and not rows_wanted
 
 
 def _end_last_line(file: BinaryIO) -> None:

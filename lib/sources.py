@@ -5,6 +5,7 @@ Each source returns the names of the classes and parts: to train on, to judge by
 
 import contextlib
 import difflib
+import functools
 import os
 import sys
 import unicodedata
@@ -148,7 +149,7 @@ def folder(
             raise InputError(f"{name}: no picture that can be read in class {classes[min(missing)]}; {told}")
     if not train:
         raise InputError(f"{name}: no picture that can be read; {told}")
-    processes.say(f"{name}: {told}")
+    _say_once(f"{name}: {told}")
     images = [pictures.Files([path for path, _ in pairs], workers=workers) for pairs in parts]
     labels = [torch.tensor([label for _, label in pairs], dtype=torch.long) for pairs in parts]
     paths = [files.paths for files in images]
@@ -219,8 +220,14 @@ def _by_class(name: str, train: Path, test: Path, classes: Classes, left_out: Co
             twice += [f"{places[real]} is {place_by_folder[real]}" for real in places if real in place_by_folder]
             place_by_folder |= places
     if twice:
-        processes.say(f"{name}: {len(twice)} folders come twice: {', '.join(twice[:3])}")
+        _say_once(f"{name}: {len(twice)} folders come twice: {', '.join(twice[:3])}")
     return parts
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """Say a text, but not again in this process: tools open a set several times."""
+    processes.say(text)
 
 
 def _without_broken(name: str, parts: list[Pairs], workers: int) -> list[Pairs]:
