@@ -27,7 +27,7 @@ def orthogonality(weight: Tensor) -> Tensor:
 def koleo(x: Tensor) -> Tensor:
     """Mean of -log |x_i - x_j| over unit rows of x (n, d), n >= 2, where x_j is the nearest other row; -log 2 or more.
 
-    Sablayrolles et al. (2019), Section 3.2, of unit rows as in DINOv2. Between equal rows there is no gradient.
+    Sablayrolles et al. (2019), of unit rows as in DINOv2. Between equal rows there is no gradient.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = _unit(x)
