@@ -26,6 +26,7 @@ from harness.run import Run
 from harness.settings import Settings
 from knn_eval import nearest_neighbours
 from lib import cli, processes
+from lib.rivals import directions, koleo, orthogonality, sigreg
 from models import Pair
 from regularizers import Layers, alignment, energy_of, uniformity, unit
 
@@ -86,7 +87,7 @@ def pretrain(
     init: Annotated[str, "weights that the encoder begins from: of a run, or a file of another project"] | None = None,
     prefix: Annotated[str, "of such a file: what stands before the encoder's names, if it holds several"] | None = None,
     norm: Annotated[Literal["bn", "none"], "BatchNorm, or networks without it"] = "bn",
-    reg: Annotated[Literal["none", "mhe", "amhe", "uniform"], "energy by chord or angle, or uniformity"] = "none",
+    reg: Annotated[Literal[tuple(settings.TERMS)], "energy by chord, angle; uniformity; cos^2; KoLeo; SIGReg"] = "none",
     s: Annotated[float, ">= 0", "<= 8", "power of the energy; 0 is logarithmic"] = 2.0,
     weight: Annotated[float, ">= 0", "lambda of the regularizer"] | None = None,
     reg_on: Annotated[tuple[Literal[PARTS], ...], "None = the heads, but no neurons below 3-d"] | None = None,
@@ -147,7 +148,8 @@ def pretrain(
             run.log_scores("pixels", nearest_neighbours(nn.Flatten(), *judged_on))
         for _ in run.epochs():
             for crops, _, u in run.rest_of_epoch(micro_batches):
-                terms = train_micro_batch(training, crops, u, rates[run.step], taus[run.step])
+                step = run.step
+                terms = train_micro_batch(training, crops, u, rates[step], taus[step], step)
                 run.after(terms)  # sums for the log; counts the step; saves or stops if that is due
             last = run.step - 1
             row = epoch_row(training, run.means(), rates[last], taus[last])
@@ -198,7 +200,7 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
     return [adapted, {"params": others, "weight_decay": 0}]
 
 
-def train_micro_batch(training: Training, crops: Tensor, u: Tensor, lr: float, tau: float) -> Terms:
+def train_micro_batch(training: Training, crops: Tensor, u: Tensor, lr: float, tau: float, step: int = 0) -> Terms:
     """Backpropagate a micro-batch of `data.batches`; after the last of a step, update the weights and the target."""
     cfg, images = training.cfg, training.images
     network, accelerator = training.network, training.accelerator
@@ -209,7 +211,7 @@ def train_micro_batch(training: Training, crops: Tensor, u: Tensor, lr: float, t
     with accelerator.accumulate(training.parallel):
         outputs = training.parallel(v1, v2)
         is_last = accelerator.sync_gradients  # energies need no images: this one has them for all
-        terms = objective(cfg, network, training.layers if is_last else {}, *outputs)
+        terms = objective(cfg, network, training.layers if is_last else {}, step, *outputs)
         accelerator.backward(terms["loss"])
         training.optimizer.step()
         training.optimizer.zero_grad()
@@ -219,7 +221,7 @@ def train_micro_batch(training: Training, crops: Tensor, u: Tensor, lr: float, t
     return {name: term.detach() for name, term in terms.items()}
 
 
-def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p: Pair, t: Pair) -> Terms:
+def objective(cfg: Settings, network: models.Method, layers: Layers, step: int, z: Pair, p: Pair, t: Pair) -> Terms:
     """Compute the loss, Eq. 7 or Eq. 4, and its terms without lambda, of a network's outputs (b, out_dim) a view."""
     z, p, t = ([processes.gather(view) for view in pair] for pair in (z, p, t))
     z1, z2 = z
@@ -233,6 +235,14 @@ def objective(cfg: Settings, network: models.Method, layers: Layers, z: Pair, p:
     if cfg.term == "energy" and layers:
         for name, energy in layer_energies(layers, cfg).items():
             terms[name] = cfg.accumulate * energy  # gradients and terms are averaged
+    if cfg.reg == "ortho" and layers:
+        squares = map(orthogonality, layers.values())
+        terms["ortho"] = cfg.accumulate * sum(squares)
+    if cfg.reg == "koleo":
+        terms["koleo"] = (koleo(z1) + koleo(z2)) / 2
+    if cfg.reg == "sigreg":
+        drawn = directions(z1, cfg.seed, step)
+        terms["sigreg"] = (sigreg(z1, drawn) + sigreg(z2, drawn)) / 2
     loss = terms[cfg.method]
     if cfg.term in terms:  # what --reg adds
         loss = loss + cfg.weight * terms[cfg.term]

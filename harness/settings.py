@@ -35,12 +35,24 @@ ANNOUNCED += ("grey", "blur_p", "init")  # settings that a run prints before its
 GROUPS = {"dataset": "data", "method": "method", "reg": "regularizer"}  # titles in --help, by first flags
 GROUPS |= {"temperature": "recipe", "blur_p": "views", "seed": "run"}
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what --weight weighs
+TERMS |= {"ortho": "ortho", "koleo": "koleo", "sigreg": "sigreg"}
+ON_NEURONS = ("energy", "ortho")  # terms on which --reg_on acts
+RIVAL_WEIGHTS = {"ortho": 1.0, "koleo": 1.0, "sigreg": 1.0}  # lambda of terms of others; not tuned
+FORMULAS = {
+    "uniformity": "log E exp(-2 |z_i - z_j|^2) of unit rows, averaged over both views (Eq. 2)",
+    "ortho": "sum over layers of the mean over i != j of (w_i . w_j)^2 of unit rows (Bansal et al. 2018)",
+    "koleo": "E -log |z_i - z_j| of unit rows, j the nearest, averaged over both views (Sablayrolles et al. 2019)",
+    "sigreg": "Epps-Pulley statistic of z along 256 directions, their mean, averaged over both views (LeJEPA)",
+}
 NARROW = 3  # a layer whose neurons have fewer dimensions is regularized only if --reg_on names its network
 LONGEST_QUEUE = 65_536  # of MoCo, by default: its authors' for ImageNet
 HEADS = ("projector", "predictor")  # what --reg_on names by default, Appendix B.1
 IDLE = {  # flags that have no effect where another has a value
     ("reg", "none"): ("s", "reg_on", "weight"),
     ("reg", "uniform"): ("s", "reg_on"),
+    ("reg", "ortho"): ("s",),
+    ("reg", "koleo"): ("s", "reg_on"),
+    ("reg", "sigreg"): ("s", "reg_on"),
     ("model", "alexnet"): ("stem",),
     ("init", None): ("prefix",),
 }
@@ -169,6 +181,7 @@ def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
     recipe, term = recipes[chosen], TERMS[flags["reg"]]
     epochs = flags["epochs"] or recipe.epochs
     weights = {None: 0.0, "energy": float(recipe.energy_weight), "uniformity": recipe.uniformity_weight}
+    weights |= RIVAL_WEIGHTS
     own = {"recipe": chosen, "weight": weights[term], "warmup": recipe.warmup * epochs / recipe.epochs, "queue": 0}
     defaults = {**flags, **asdict(recipe), **own, **models.METHODS[flags["method"]].numbers}
     given = {name: value for name, value in flags.items() if value is not None}
@@ -282,7 +295,7 @@ def refuse_other_run(folder: Path, description: dict, stored: dict) -> None:
 def announcement(cfg: Settings, flags: dict, layers: dict[str, Tensor]) -> list[str]:
     """Write the objective and the numbers in force: lines."""
     lines = formula(cfg, layers)
-    if cfg.term == "energy" and flags["reg_on"] is None and cfg.reg_on != trained_parts(vars(cfg))[1:]:
+    if cfg.term in ON_NEURONS and flags["reg_on"] is None and cfg.reg_on != trained_parts(vars(cfg))[1:]:
         narrow = f"layers whose neurons have fewer than {NARROW} dimensions"
         lines.append(f"left out: {narrow}; --reg_on projector,predictor takes them in")
     names = (*ANNOUNCED, *models.METHODS[cfg.method].flags)
@@ -297,12 +310,14 @@ def formula(cfg: Settings, layers: dict[str, Tensor]) -> list[str]:
     lines = [f"loss = {cfg.method}{term}", models.METHODS[cfg.method].formula.format(**vars(cfg))]
     if cfg.predictor == "none":
         lines.append("p = z, as there is no predictor")
-    if cfg.term == "uniformity":
-        lines.append("uniformity = log E exp(-2 |z_i - z_j|^2) of unit rows, averaged over both views (Eq. 2)")
+    if cfg.term in FORMULAS:
+        lines.append(f"{cfg.term} = {FORMULAS[cfg.term]}")
     if cfg.term == "energy":
         distance, equation = ("|w_i - w_j|", "Eq. 5") if cfg.reg == "mhe" else ("arccos(w_i . w_j)", "Eq. A.3")
         potential = f"{distance}^-{cfg.s:g}" if cfg.s else f"log(1 / {distance})"
         mean = f"mean over i != j of {potential} of unit rows ({equation}, Eq. 7)"
+        lines.append(f"energy = sum over layers of the {mean}")
+    if cfg.term in ON_NEURONS:
         shapes = [f"{name} ({len(weight)} x {weight[0].numel()})" for name, weight in layers.items()]
-        lines += [f"energy = sum over layers of the {mean}", f"layers: {', '.join(shapes)}"]
+        lines.append(f"layers: {', '.join(shapes)}")
     return lines

@@ -4,6 +4,7 @@ Each file imports only those above it.
 
     augment     crop, colour, blur: operations on whole batches of images
     norms       BatchNorm of two views over all processes
+    rivals      regularizers of others: orthogonality of neurons, KoLeo and SIGReg of projections
     errors      the two errors that end a stage with one line
     files       the names of a run's files, and files that appear whole or not at all
     log         rows out to metrics.jsonl and back
@@ -15,7 +16,7 @@ Each file imports only those above it.
     pictures    pictures in files: which there are, how one is read, many of them read ahead by workers
     sources     the embedded photographs, torchvision's data sets, folders of pictures
 
-You can copy `augment` (torch, torchvision, numpy) and `norms` (torch) alone, as `regularizers.py`.
+You can copy `augment` (torch, torchvision, numpy), `norms` and `rivals` (torch) alone, as `regularizers.py`.
 """
 
 import sys

@@ -22,6 +22,7 @@ from regularizers import mhe
 VIEW = {"size": 32, "crop": 0.875, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 CASES = [(method, "mhe", 1) for method in models.METHODS]  # with the micro-batches of a step
 CASES += [("byol", "none", 1), ("byol", "uniform", 1), ("byol", "amhe", 2)]
+CASES += [("byol", "ortho", 2), ("byol", "koleo", 1), ("byol", "sigreg", 1)]
 BATCH = 4
 
 
@@ -61,7 +62,7 @@ def training_of(method="byol", reg="none", model="test_resnet", stem="imagenet",
     optimizer = Lars(parameter_groups(network, 1e-6), momentum=0.9, trust_coeff=1e-3)
     parts = ["projector", "predictor"] if network.has_predictor else ["projector"]
     cfg = SimpleNamespace(method=method, reg=reg, term=TERMS[reg], s=2, weight=1.0, temperature=0.5, accumulate=1)
-    cfg.blur_p, cfg.jitter, cfg.grey = (0.5, 0.5), 1.0, 0.2
+    cfg.seed, cfg.blur_p, cfg.jitter, cfg.grey = 0, (0.5, 0.5), 1.0, 0.2
     dataset = SimpleNamespace(mean=VIEW["mean"], std=VIEW["std"], solarise_p=(0.0, 0.2))
     layers = models.neurons(network, parts)
     return Training(cfg, dataset, Accelerator(), network, network, optimizer, layers)

@@ -11,7 +11,7 @@ import tokenize
 
 from conftest import ROOT
 
-LIB = "augment norms errors files log processes cli encoders tensors nearest pictures sources".split()
+LIB = "augment norms rivals errors files log processes cli encoders tensors nearest pictures sources".split()
 HARNESS = "checkpoint foreign state settings measure words run judging".split()
 PAGES = ("regularizers", "models", "data", "knn_eval", "linear_eval", "pretrain")
 MODULES = [  # from the ground: a file imports those before it
@@ -100,6 +100,7 @@ def test_what_others_copy_needs_little():
     needed = {
         "regularizers": {"torch"},
         "lib.norms": {"torch"},
+        "lib.rivals": {"torch"},
         "lib.augment": {"numpy", "torch", "torchvision"},
         "models": {"torch", "lib", "regularizers"},
     }

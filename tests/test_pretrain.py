@@ -12,6 +12,7 @@ import models
 from harness import checkpoint, settings
 from harness.measure import representations
 from knn_eval import knn_eval
+from lib.rivals import directions, koleo, orthogonality, sigreg
 from pretrain import RECIPES, lr_at, objective, pretrain, tau_at
 from regularizers import alignment, energy_by_definition, mhe, uniformity
 
@@ -197,29 +198,33 @@ def test_the_first_step_of_a_method_is_the_one_written_by_hand(command, folder, 
 
 
 OBJECTIVES = [("none", 2), ("uniform", 2), ("mhe", 0), ("mhe", 1.5), ("amhe", 0), ("amhe", 3)]  # --reg, --s
+OBJECTIVES += [("ortho", 2), ("koleo", 2), ("sigreg", 2)]
 
 
 @pytest.mark.parametrize("method", models.METHODS)
 @pytest.mark.parametrize("reg, s", OBJECTIVES)
 def test_objective_is_the_one_written_by_hand(method, reg, s):
     """In float64: the method's loss, Eq. 2 or Eq. 7 with its lambda, and what is for the log alone."""
-    values = {"method": method, "temperature": 0.2, "reg": reg, "s": s, "weight": 3.0, "accumulate": 1}
+    values = {"method": method, "temperature": 0.2, "reg": reg, "s": s, "weight": 3.0, "accumulate": 1, "seed": 4}
     cfg = SimpleNamespace(**values, term=settings.TERMS[reg])
     network = models.METHODS[method].network("test_resnet", "imagenet", "bn", 8, 5, queue=9).double()
     z, p, t = random(3, 2, 12, 5, dtype=torch.float64)
     layers = {name: random(7, 4, dtype=torch.float64, seed=seed) for seed, name in enumerate(("first", "second"))}
-    terms = objective(cfg, network, layers, z, p, t)
+    terms = objective(cfg, network, layers, 6, z, p, t)
 
     loss = loss_by_hand(method, z, p, t, 0.2, getattr(network, "queue", None))
+    rivals = {"ortho": sum(orthogonality(w) for w in layers.values()), "koleo": sum(map(koleo, z)) / 2}
+    rivals["sigreg"] = sum(sigreg(view, directions(view, seed=4, step=6)) for view in z) / 2
     z = z / z.norm(dim=2, keepdim=True)
     uniform = sum(torch.pdist(view).square().mul(-2).exp().mean().log() for view in z) / 2
     energies = [energy_by_definition(w, s, angular=reg == "amhe") for w in layers.values()]
-    term = {None: 0, "uniformity": uniform, "energy": sum(energies)}[cfg.term]
+    term = {None: 0, "uniformity": uniform, "energy": sum(energies), **rivals}[cfg.term]
     spread = (z.square().mean(1) - z.mean(1).square()).mul(12 / 11).sqrt().mean()
     expected = {method: loss, "loss": loss + 3 * term, "uniformity": uniform, "std": spread}
     expected |= {"alignment": (z[0] - z[1]).square().sum(1).mean()}
     if cfg.term == "energy":
         expected |= {"energy": sum(energies), "energy/first": energies[0], "energy/second": energies[1]}
+    expected |= {name: value for name, value in rivals.items() if name == reg}
     assert {name: x.item() for name, x in terms.items()} == pytest.approx({n: float(x) for n, x in expected.items()})
 
 
@@ -251,6 +256,9 @@ TRAINED = [
     ("--method simsiam --reg mhe", "simsiam = -E cos(p1, z2) / 2 - E cos(p2, z1) / 2"),
     ("--method moco --reg uniform", "j: the other view, 24 earlier ones"),
     ("--method barlow --reg amhe", "barlow = sum (1 - C_ii)^2 + 0.0051 sum C_ij^2"),
+    ("--reg ortho --reg_on predictor --accumulate 2", "loss = byol + 1 ortho"),
+    ("--method simsiam --reg koleo", "koleo = E -log |z_i - z_j|"),
+    ("--method barlow --reg sigreg --accumulate 2", "sigreg = Epps-Pulley statistic of z"),
     ("--model alexnet --out_dim 2 --reg mhe --accumulate 2", "projector.out (2 x 32)"),
 ]
 
@@ -266,7 +274,7 @@ def test_every_method_and_regularizer_trains(command, folder, tmp_path, flags, t
     settings, row, online = rows[0]["settings"], rows[3], rows[4]
     assert [floor["of"] for floor in rows[1:3]] == ["untrained", "pixels"]
     method, reg, weight = (settings[name] for name in ("method", "reg", "weight"))
-    weighed = {"none": 0, "uniform": row["uniformity"]}.get(reg, row["energy"])
+    weighed = {"none": 0, "uniform": row["uniformity"]}.get(reg, row.get(reg, row["energy"]))
     assert row["loss"] == pytest.approx(row[method] + weight * weighed, rel=1e-5)
     layers = [name for name in row if name.startswith("energy/")]
     regularized = {part.split(".")[0] for part in settings["reg_on"]}

@@ -28,6 +28,7 @@ import models
 import pretrain as page
 from harness import checkpoint
 from harness.measure import refuse_faults
+from harness.settings import RIVAL_WEIGHTS
 from knn_eval import knn_eval
 from lib import cli, nearest, pictures, processes
 from lib.errors import InputError
@@ -41,6 +42,7 @@ IN_FLOAT32 = tiny(lr=0.1, eval_every=2, epochs=2, norm="none")  # 6 steps
 METHODS = (
     *("--reg amhe", "--predictor none --reg uniform --weight 1", "--method simclr"),
     *("--method simsiam", "--method moco --queue 20", "--method barlow"),
+    *("--reg ortho", "--method simsiam --reg koleo", "--method barlow --reg sigreg"),
 )
 NORMED = tiny(epochs=3, lr=8, eval_every=3, save_every="2steps")  # 9 steps
 SEARCHES = (  # rows of a bank, rows in a part of it, queries, k
@@ -186,7 +188,15 @@ def assert_equal_runs(mine, theirs, tolerance):
     rows = [[row for row in rows_of(run) if "loss" in row and row["stage"] == "pretrain"] for run in (mine, theirs)]
     assert len(rows[0]) == len(rows[1]) > 0
     for row, expected in zip(*rows):
-        for name in {"loss", *models.METHODS, "uniformity", "alignment", "std", "energy"} & expected.keys():
+        for name in {
+            "loss",
+            *models.METHODS,
+            "uniformity",
+            "alignment",
+            "std",
+            "energy",
+            *RIVAL_WEIGHTS,
+        } & expected.keys():
             assert row[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), name
     (ours, _), (one, _) = (checkpoint.load_file(run / "ckpt.safetensors") for run in (mine, theirs))
     networks = {name: x for name, x in one.items() if "/" not in name}

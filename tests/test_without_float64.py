@@ -44,7 +44,9 @@ def test_a_vote_and_accuracies(monkeypatch):
     assert linear == {"top1": 66.6667, "top5": 66.6667, "balanced": 66.6667}
 
 
-@pytest.mark.parametrize("flags", [{"reg": "amhe"}, *({"method": name, "reg": "uniform"} for name in models.METHODS)])
+@pytest.mark.parametrize(
+    "flags", [{"reg": "amhe"}, {"reg": "sigreg"}, *({"method": name, "reg": "uniform"} for name in models.METHODS)]
+)
 def test_a_training_step_and_what_is_measured(photos, monkeypatch, flags):
     monkeypatch.setattr(measure, "effective_rank", lambda _: 1.0)  # on the CPU by its own words
     small = {"model": "test_resnet", "hidden_dim": 32, "out_dim": 16, "batch_size": 16}

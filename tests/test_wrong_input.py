@@ -22,6 +22,7 @@ PRETRAIN = {
     "--reg amhe --reg_on target": "--reg_on target: expected values separated by commas, each once: encoder, projector",
     "--method simclr --reg_on predictor --reg mhe": "--reg_on predictor: simclr has none",
     "--method simsiam --tau 0.9": "--tau 0.9: has no effect with --method simsiam",
+    "--reg koleo --reg_on encoder": "--reg_on encoder: has no effect with --reg koleo",
     "--method moco --queue 2000": "--queue 2000: photos has 2000 images to train on; take fewer",
     "--dataset cifar10 --recipe imagenet-300": "is not for cifar10, which has cifar10-300, cifar10-1000",
     "--init bare": "bare: a folder without ckpt.safetensors or model.safetensors; name a file",

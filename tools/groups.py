@@ -3,7 +3,7 @@
 import statistics
 
 import models
-from harness.settings import TERMS, name_of_weights
+from harness.settings import ON_NEURONS, TERMS, name_of_weights
 from lib.errors import InputError
 from lib.log import PLACES, other_data
 from tools.logs import RunLog
@@ -64,7 +64,7 @@ def differences(runs: list[RunLog], ignored: tuple[str, ...]) -> list[str]:
         values = {setting_text(run.settings, name) for run in runs}
         if name in ignored or len(values) == 1:
             continue
-        if name == "reg_on" and TERMS.get(first.settings["reg"]) != "energy":  # it says what is logged, no more
+        if name == "reg_on" and TERMS.get(first.settings["reg"]) not in ON_NEURONS:  # it says what is logged, no more
             continue
         names.append("init" if name == "init_digest" else name)
     return names
