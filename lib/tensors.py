@@ -41,8 +41,8 @@ class DictPlaceholder:
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a file, by name.
 
-    Keys of dicts within dicts are joined by dots. Left out, and named, is what is sparse, nested, quantized, without
-    memory or of a subclass. A folder of shards, as the Hub has large models, is one file. InputError for a file of
+    Keys of dicts within dicts are joined by dots. Left out is what is of a subclass and, named, what is sparse, nested,
+    quantized or without memory. A folder of shards, as the Hub has large models, is one file. InputError for a file of
     neither format, not whole, or without named tensors.
     """
     index = os.path.join(path, INDEX)
@@ -99,7 +99,10 @@ def _read_torch(path: str | Path, start: bytes) -> dict[str, Tensor]:
     except Exception as e:  # torch raises errors of many types on a file that it cannot read
         fault = "not a file of tensors alone (nothing in it was run)"
         raise InputError(f"{path}: {fault}; {advice}, or, if it is cut short, download it again") from e
-    tensors = {name: x.detach() for name, x in found.items() if _is_plain(x)}
+    tensors = {}
+    for name, x in found.items():
+        if x.layout == torch.strided and not (x.is_meta or x.is_quantized or x.is_nested):
+            tensors[name] = x.detach()
     if not tensors:
         raise InputError(f"{path}: holds no tensors with names; {advice}")
     if len(found) > len(tensors):
@@ -112,11 +115,6 @@ def _flatten(content: dict, prefix: str = "") -> dict[str, Tensor]:
     for key, value in content.items():
         if isinstance(value, dict):
             tensors |= _flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, Tensor):
+        elif type(value) in (Tensor, Parameter):
             tensors[f"{prefix}{key}"] = value
     return tensors
-
-
-def _is_plain(x: Tensor) -> bool:
-    has_numbers = not (x.is_meta or x.is_quantized or x.is_nested)
-    return type(x) in (Tensor, Parameter) and x.layout == torch.strided and has_numbers
