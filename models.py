@@ -106,7 +106,6 @@ class Method(nn.Module):
 
     @classmethod
     def predictor_width(cls, hidden_dim: int, out_dim: int) -> int:
-        """Width of the predictor's hidden layer."""
         return max(1, out_dim // 4) if cls.has_bottleneck else hidden_dim
 
     @torch.no_grad()

@@ -104,21 +104,23 @@ def layers_of(network: nn.Module) -> Layers:
             weight, sources = _weight_of(module)
             if hasattr(weight, "full_tensor"):  # of fully_shard: the whole, made anew at each call
                 weight = weight.full_tensor()
-            if isinstance(module, _ConvTransposeNd):  # its weight is (in, N, ...)
+            is_transposed = isinstance(module, _ConvTransposeNd)
+            if is_transposed:  # (in, N, ...): a convolution that shares it has other neurons
                 weight = weight.transpose(0, 1)
-            found.setdefault(sources, (name.replace("_orig_mod.", ""), weight))
+            found.setdefault((is_transposed, *sources), (name.replace("_orig_mod.", ""), weight))
     return dict(found.values())
 
 
 def _weight_of(module):
-    """The weight of a layer, and the tensors it is made of: a parametrized one is new at each access."""
+    """The weight of a layer, and what it is made of, and how: a parametrized one is new at each access."""
     if not is_parametrized(module, "weight"):
         return module.weight, (module.weight,)
     maker = module.parametrizations.weight
-    was_training = maker.training
+    modes = {part: part.training for part in maker.modules()}
     weight = maker.eval()()  # in training mode spectral_norm would take a step of its iteration
-    maker.train(was_training)
-    return weight, (*maker.parameters(recurse=False), *maker.buffers(recurse=False))
+    for part, mode in modes.items():
+        part.training = mode
+    return weight, (*maker.parameters(), *maker.buffers(recurse=False), *map(type, maker))
 
 
 def energy_by_definition(weight: Tensor, s: float, angular: bool) -> Tensor:

@@ -102,7 +102,7 @@ def opened(path: str) -> Iterator[Image.Image]:
                 raise ValueError("fractions or 32 bits, of an unknown range; save it with 8 or 16 bits a pixel")
             yield picture
     except Exception as e:  # Pillow raises errors of many types on broken files
-        reason = " ".join(str(e).split())
+        reason = getattr(e, "strerror", None) or " ".join(str(e).split())  # an OSError's text names the path again
         raise InputError(f"{path}: not a picture that can be read ({reason})") from e
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from lib import processes
 from lib.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -40,14 +41,19 @@ class DictPlaceholder:
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a file, by name.
 
-    Keys of dicts within dicts are joined by dots. Left out is all else, and what is sparse, quantized, without memory
-    or of a subclass. A folder of shards, as the Hub has large models, is one file. InputError for a file of neither
-    format, not whole, or without named tensors.
+    Keys of dicts within dicts are joined by dots. Left out is what is of a subclass and, named, what is sparse, nested,
+    quantized or without memory. A folder of shards, as the Hub has large models, is one file. InputError for a file of
+    neither format, not whole, or without named tensors.
     """
     index = os.path.join(path, INDEX)
     if os.path.isfile(index):
-        shards = [_read_safetensors(os.path.join(path, name)) for name in _shards(index)]
-        return {name: x for shard in shards for name, x in shard.items()}
+        file_by_name = _shards(index)
+        shards = [_read_safetensors(os.path.join(path, file)) for file in sorted({*file_by_name.values()})]
+        tensors = {name: x for shard in shards for name, x in shard.items()}
+        lost = file_by_name.keys() - tensors.keys()
+        if lost:
+            raise InputError(f"{index}: lists {min(lost)}, which its files do not hold; download the folder again")
+        return tensors
     if os.path.isdir(path):
         raise InputError(f"{path}: a folder without ckpt.safetensors or model.safetensors; name a file")
     if not os.path.isfile(path):
@@ -61,10 +67,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return _read_safetensors(path) if is_safetensors else _read_torch(path, start)
 
 
-def _shards(index: str) -> list[str]:
-    """Return the names of the files that an index lists."""
+def _shards(index: str) -> dict[str, str]:
+    """Return the names of the files that an index lists, by the names of their tensors."""
     try:
-        return sorted({*json.loads(Path(index).read_bytes())["weight_map"].values()})
+        return {name: str(file) for name, file in json.loads(Path(index).read_bytes())["weight_map"].items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise InputError(f"{index}: not an index of safetensors files; download it again") from e
 
@@ -89,12 +95,18 @@ def _read_torch(path: str | Path, start: bytes) -> dict[str, Tensor]:
             placeholders = [DictPlaceholder if name.lower().endswith("dict") else Placeholder for name in unknown]
             with safe_globals(list(zip(placeholders, unknown))):
                 content = torch.load(file, map_location="cpu", weights_only=True)
-        tensors = _flatten(content) if isinstance(content, dict) else {}
+        found = _flatten(content) if isinstance(content, dict) else {}
     except Exception as e:  # torch raises errors of many types on a file that it cannot read
         fault = "not a file of tensors alone (nothing in it was run)"
         raise InputError(f"{path}: {fault}; {advice}, or, if it is cut short, download it again") from e
+    tensors = {}
+    for name, x in found.items():
+        if x.layout == torch.strided and not (x.is_meta or x.is_quantized or x.is_nested):
+            tensors[name] = x.detach()
     if not tensors:
         raise InputError(f"{path}: holds no tensors with names; {advice}")
+    if len(found) > len(tensors):
+        processes.say(f"{path}: left out, sparse, quantized or empty: {', '.join(sorted(found.keys() - tensors))}")
     return tensors
 
 
@@ -103,8 +115,6 @@ def _flatten(content: dict, prefix: str = "") -> dict[str, Tensor]:
     for key, value in content.items():
         if isinstance(value, dict):
             tensors |= _flatten(value, f"{prefix}{key}.")
-        elif type(value) not in (Tensor, Parameter) or value.is_meta or value.is_quantized:
-            continue
-        elif value.layout == torch.strided:
-            tensors[f"{prefix}{key}"] = value.detach()
+        elif type(value) in (Tensor, Parameter):
+            tensors[f"{prefix}{key}"] = value
     return tensors

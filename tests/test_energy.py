@@ -126,6 +126,7 @@ def test_what_is_no_layer_is_named(rows):
         "state of an optimizer": ["optimizer.state.0.exp_avg"],
         "a part of a weight: of an adapter, or of a parametrization": [
             *("fc.lora_A.weight", "fc.oft_R", "fc.parametrizations.weight.original0", "old.weight_g", "old.weight_v"),
+            "pruned.weight_orig",
         ],
     }
     tensors = {name: random(9, 8) for names in left_out.values() for name in names}
@@ -168,6 +169,15 @@ def test_a_folder_of_shards_is_one_file(rows, shell, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     code, lines, _ = shell(energy, tmp_path, "--json")
     assert code == 0 and {row.pop("layer"): row for row in map(json.loads, lines[1:])} == whole
+    index = tmp_path / "model.safetensors.index.json"
+    for false_place, fault in (
+        ("model-00001-of-00002.safetensors", "lists b.weight, which its"),
+        (3, "3: not a whole"),
+    ):
+        index.write_text(json.dumps({"weight_map": places | {"b.weight": false_place}}))
+        code, lines, err = shell(energy, tmp_path)
+        assert (code, lines) == (2, []) and fault in err and err.count("\n") == 1
+    index.write_text(json.dumps({"weight_map": places}))
     (tmp_path / file).unlink()
     code, lines, err = shell(energy, tmp_path)
     assert (code, lines) == (2, []) and f"{file}: not a whole safetensors file" in err and err.count("\n") == 1

@@ -122,10 +122,12 @@ def test_the_suffix_does_not_decide_the_format():
             assert read_tensors(name)["a"].tolist() == [0, 1, 2]
 
 
-def test_tensors_without_numbers_of_their_own_are_left_out():
+def test_tensors_without_numbers_of_their_own_are_left_out_and_named(capsys):
     content = {"a": torch.ones(2), "b": {"c": nn.Parameter(torch.ones(3)), "meta": torch.empty(2, device="meta")}}
-    torch.save(content | {"sparse": torch.eye(3).to_sparse(), 7: "text"}, "x")
+    nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.strided)
+    torch.save(content | {"sparse": torch.eye(3).to_sparse(), "nested": nested, 7: "text"}, "x")
     assert {name: len(x) for name, x in read_tensors("x").items()} == {"a": 2, "b.c": 3}
+    assert capsys.readouterr().err == "x: left out, sparse, quantized or empty: b.meta, nested, sparse\n"
 
 
 def cut(path, write, **options):

@@ -9,6 +9,7 @@ from conftest import random
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import register_parametrization
 
 import models
 from harness.measure import embed_blocks
@@ -239,6 +240,33 @@ def test_a_parametrized_weight_that_layers_share_counts_once_and_stays_as_it_is(
     assert list(energies) == ["0", "2"] and network[0].parametrizations.weight.original.grad.abs().max() > 0
     assert all(torch.equal(x, before[name]) for name, x in network.state_dict().items())  # in training mode, too
     assert all(module.training for module in network.modules())
+
+
+class LowRank(nn.Module):
+    """A weight plus an update of its own, as LoRA has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.update = nn.Parameter(random(6, 1) @ random(1, 6, seed=1))
+
+    def forward(self, weight):
+        return weight + self.update
+
+
+def test_layers_made_of_one_tensor_in_different_ways_all_count():
+    """Adapters on one base, the base itself, a transposed convolution; and a part in evaluation mode stays in it."""
+    base, decoder = nn.Linear(6, 6), nn.ConvTranspose2d(5, 4, 3)
+    one, two, encoder = nn.Linear(6, 6), nn.Linear(6, 6), nn.Conv2d(4, 5, 3)
+    encoder.weight = decoder.weight
+    for layer in (one, two):
+        layer.weight = base.weight
+        register_parametrization(layer, "weight", LowRank())
+    one.parametrizations.weight[0].eval()
+    energies = energy_of(nn.Sequential(base, one, two, encoder, decoder))
+    sum(energies.values()).backward()
+    assert list(energies) == ["0", "1", "2", "3", "4"]
+    assert all(layer.parametrizations.weight[0].update.grad.any() for layer in (one, two)) and base.weight.grad.any()
+    assert one.parametrizations.weight.training and not one.parametrizations.weight[0].training
 
 
 @pytest.mark.parametrize("constant", [0.1, 3.7])

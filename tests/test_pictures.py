@@ -230,6 +230,11 @@ def test_what_is_left_out_is_counted(pair, picture, capsys):
     line += f"1 linked to nothing ({pair}/train/gone), 1 beside the folders of the classes, 1 without a suffix, "
     line += "1 folder masks/, 1 folder val/"
     assert capsys.readouterr().err == f"dataset {pair}: {line}\n"
+    (pair / "train" / "a" / "gone.png").symlink_to(pair / "nowhere.png")
+    with pytest.raises(
+        InputError, match=r"gone.png: not a picture that can be read \(No such file or directory\); --s"
+    ):
+        data.load(str(pair))
 
 
 def test_links_lead_to_no_other_class_and_to_no_picture_twice(pair, capsys):
