@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 import models
 from data import Split, evaluation_views
-from harness import judging, words
+from harness import judging
 from harness.measure import floors_are_cheap, geometry
 from lib import cli, processes
 from lib.log import emit, show
 from lib.nearest import finest, in_parts, nearest
 
 QUERIES_AT_ONCE = 512  # of the vote
+HEAD = "encoder       k   top-1   top-5  balanced    rank  alignment  uniformity"
 Scores = dict[int, dict[str, float]]  # {k: {"top1": percent, ...}}
 
 
@@ -46,14 +47,34 @@ def knn_eval(
         encoders["pixels"] = nn.Flatten()
     protocol = {"temperature": temperature, "bank": len(train.labels), "queries": len(test.labels)}
     scores_of = {}
-    show(words.KNN_HEAD)
+    show(HEAD)
     for of, encoder in encoders.items():
         scores_of[of] = nearest_neighbours(encoder, train, test, judged.view, k, temperature)
         on_sphere = geometry(encoder, judged.images, judged.view, accelerator.device)
         for neighbours, scores in scores_of[of].items():
             row = {"stage": "knn_eval", "of": of, "k": neighbours, **scores, **on_sphere}
-            emit(row | protocol | judged.columns, judged.log, words.knn_line(row))
-    show(words.verdict(scores_of))
+            emit(row | protocol | judged.columns, judged.log, table_line(row))
+    show(verdict(scores_of))
+
+
+def table_line(row: dict) -> str:
+    """What people at a terminal read in place of a row, under HEAD."""
+    scores = f"{row['top1']:7.1f} {row['top5']:7.1f} {row['balanced']:9.1f}"
+    return f"{row['of']:10} {row['k']:4} {scores} {row['rank']:7.1f} {row['alignment']:10.2f} {row['uniformity']:11.2f}"
+
+
+def verdict(scores_of: dict[str, Scores]) -> str:
+    """Compare the accuracy of an encoder's k-NN vote with its floors in a sentence."""
+    by_k = scores_of["trained"]
+    k = 20 if 20 in by_k else min(by_k)
+    top1 = by_k[k]["top1"]
+    compared = []
+    for of, scores in scores_of.items():
+        if of != "trained":
+            floor = scores[k]["top1"]
+            side = "above" if top1 >= floor else "BELOW"
+            compared.append(f"{abs(top1 - floor):.1f} points {side} {of} ({floor:.1f})")
+    return f"top-1 {top1:.1f} % where k is {k}" + (f": {', '.join(compared)}" if compared else "")
 
 
 def nearest_neighbours(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import data
 import models
-from harness import judging, words
+from harness import judging
 from harness.judging import Judged
 from lib import cli, processes
 from lib.augment import normalise
@@ -75,8 +75,20 @@ def linear_eval(
 
 
 def log_row(judged: Judged, row: dict) -> None:
-    """Print a row and add it to the log of the run."""
-    emit(row, judged.log, words.linear_line(row))
+    """Print a row, or at a terminal what people want to know of it, and add it to the log of the run."""
+    emit(row, judged.log, classifier_line(row))
+
+
+def classifier_line(row: dict) -> str:
+    """Say what a row holds; nothing of an epoch in which several rates are tried."""
+    if "loss" in row:
+        return (
+            "" if "sweep" in row else f"epoch {row['epoch']}  loss {row['loss']:.3f}  train {row['train_top1']:.1f} %"
+        )
+    scores = f"top-1 {row['top1']:.1f} %  top-5 {row['top5']:.1f} %  balanced {row['balanced']:.1f} %"
+    if "sweep" in row:
+        return f"lr {row['sweep']} on the hold-out: {scores}"
+    return f"linear classifier, lr {row['lr']}: {scores}"
 
 
 def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyper: dict) -> float:

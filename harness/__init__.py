@@ -7,7 +7,6 @@ Each file imports only those above it, and no judge or pretrain.py.
     state       how the state of a run is copied and restored, and when it is saved
     settings    flags checked, recipes applied: every setting with the value in force
     measure     what is measured beside loss and accuracy
-    words       what people at a terminal read in place of rows
     run         a run's folder, and how a run that was stopped goes on
     judging     what both judges open
 """

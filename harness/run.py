@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from harness import checkpoint, measure, settings, state, words
+from harness import checkpoint, measure, settings, state
+from harness.settings import Settings
 from lib import files, processes
 from lib.errors import InputError, Stopped
 from lib.files import CKPT, LOG, WEIGHTS
@@ -180,7 +181,7 @@ class Run:
         if "of" in row:
             self.latest[row["of"]] = row
         if shown is None:
-            shown = words.pretrain_line(row, self.cfg)
+            shown = pretraining_line(row, self.cfg)
         emit(row, self.log_file, shown)
         prefix = f"{row['of']}/" if "of" in row else ""
         numbers = {prefix + name: x for name, x in row.items() if isinstance(x, float)}
@@ -192,7 +193,7 @@ class Run:
         """Log the accuracy of a k-NN vote, for each k."""
         split = "holdout" if self.cfg.holdout else "test"
         for k, scores in scores_by_k.items():
-            shown = words.vote_line(of, scores["top1"], self.floors)
+            shown = vote_line(of, scores["top1"], self.floors)
             self.log(shown, of=of, split=split, k=k, **scores)
 
     @property
@@ -304,10 +305,28 @@ class Run:
         ckpt = shlex.quote(str(self.folder / CKPT))
         lines = [f"{ckpt} is complete"]
         if "online" in self.latest:
-            lines.append(words.vote_line("online", self.latest["online"]["top1"], self.floors))
+            lines.append(vote_line("online", self.latest["online"]["top1"], self.floors))
         if self.training.images.classes:
             lines += [f"python {judge}.py {ckpt}" for judge in ("knn_eval", "linear_eval")]
         print(*lines, sep="\n    ", file=sys.stderr)
+
+
+# ---- What people at a terminal read in place of rows ----------------------------------------------------------------
+def pretraining_line(row: dict, cfg: Settings) -> str:
+    """Say what an epoch's row, or one of the representations, holds that a person wants to know."""
+    if "of" in row:
+        return f"{row['of']}: rank {row['rank']:.1f}  uniformity {row['uniformity']:.2f}"
+    names = dict.fromkeys(["loss", cfg.method, cfg.term, "energy", "uniformity", "lr"])
+    numbers = [f"{name} {row[name]:.4g}" for name in names if name in row]
+    return "  ".join([f"epoch {row['epoch']}/{cfg.epochs}", *numbers, f"{row['images_per_s']:.0f} images/s"])
+
+
+def vote_line(of: str, top1: float, floors: dict[str, float]) -> str:
+    """Say the accuracy (%) of a k-NN vote, with its floors, if any, in brackets."""
+    if of != "online":
+        return f"{of}: k-NN {top1:.1f} %"
+    beside = ", ".join(f"{name} {floor:.1f}" for name, floor in floors.items())
+    return f"k-NN {top1:.1f} %" + (f"  ({beside})" if beside else "")
 
 
 # ---- The folder ------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def read_rows(folder: Path) -> list[dict]:
             rows.append(row)
         elif line.strip() and not rows:
             raise InputError(f"{log}: line {n} was not written by a command of this project")
-        elif is_main():
+        elif line.strip() and is_main():
             print(f"{log}: line {n} is broken, and left out", file=sys.stderr)
     return rows
 

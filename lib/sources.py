@@ -27,6 +27,7 @@ Channels = tuple[float, ...]  # a number for each channel
 Part = tuple  # images, uint8 (n, 3, h, w) or pictures.Files; labels, int64 (n,); and, of files, their paths (n,)
 Found = tuple[Classes, list[Part], dict]  # classes, parts, facts
 Pairs = list[tuple[str, int]]  # paths of pictures, and the class of each
+say_once = functools.cache(processes.say)  # in a process: tools open a set several times
 
 PHOTOGRAPHS = "astronaut brick chelsea coffee coins grass gravel hubble_deep_field immunohistochemistry retina".split()
 MAKERS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}
@@ -149,7 +150,7 @@ def folder(
             raise InputError(f"{name}: no picture that can be read in class {classes[min(missing)]}; {told}")
     if not train:
         raise InputError(f"{name}: no picture that can be read; {told}")
-    _say_once(f"{name}: {told}")
+    say_once(f"{name}: {told}")
     images = [pictures.Files([path for path, _ in pairs], workers=workers) for pairs in parts]
     labels = [torch.tensor([label for _, label in pairs], dtype=torch.long) for pairs in parts]
     paths = [files.paths for files in images]
@@ -220,14 +221,8 @@ def _by_class(name: str, train: Path, test: Path, classes: Classes, left_out: Co
             twice += [f"{places[real]} is {place_by_folder[real]}" for real in places if real in place_by_folder]
             place_by_folder |= places
     if twice:
-        _say_once(f"{name}: {len(twice)} folders come twice: {', '.join(twice[:3])}")
+        say_once(f"{name}: {len(twice)} folders come twice: {', '.join(twice[:3])}")
     return parts
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    """Say a text, but not again in this process: tools open a set several times."""
-    processes.say(text)
 
 
 def _without_broken(name: str, parts: list[Pairs], workers: int) -> list[Pairs]:

@@ -12,7 +12,7 @@ import tokenize
 from conftest import ROOT
 
 LIB = "augment norms rivals errors files log processes cli encoders tensors nearest pictures sources".split()
-HARNESS = "checkpoint foreign state settings measure words run judging".split()
+HARNESS = "checkpoint foreign state settings measure run judging".split()
 PAGES = ("regularizers", "models", "data", "knn_eval", "linear_eval", "pretrain")
 MODULES = [  # from the ground: a file imports those before it
     *[f"lib.{name}" for name in LIB],
