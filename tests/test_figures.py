@@ -26,7 +26,7 @@ from harness.settings import resolve_images, resolve_recipe
 from lib import cli
 from pretrain import RECIPES, pretrain
 from tools.figures import ANGLES, GRID, angle_density, batch, dynamics, figures, knn, plane_density, rank
-from tools.groups import groups
+from tools.groups import by_data, groups
 from tools.logs import read_log as read
 from tools.neighbours import RIGHT, WRONG, draw_queries, find_neighbours, neighbours
 from tools.paper import is_row, paper_rows
@@ -34,7 +34,7 @@ from tools.table import table, table_lines
 
 SETTINGS = {"dataset": "photos", "data_dir": "data", "method": "byol", "norm": "bn", "reg": "none", "s": 2.0}
 SETTINGS |= {"weight": 0.0, "reg_on": ["projector", "predictor"], "batch_size": 64, "accumulate": 1, "out_dim": 256}
-SETTINGS |= {"eval_crop": 0.875, "epochs": 2}
+SETTINGS |= {"eval_crop": 0.875, "epochs": 2, "model": "resnet18", "stem": "cifar"}
 
 
 def write_run(folder, seed=0, scores=(60.0, 70.0), linear=None, images=None, **changes):
@@ -42,9 +42,13 @@ def write_run(folder, seed=0, scores=(60.0, 70.0), linear=None, images=None, **c
     folder.mkdir()
     settings = {**SETTINGS, "seed": seed, **changes}
     rows = [{"stage": "pretrain", "settings": settings, "data": images or {"classes": [settings["dataset"]]}}]
+    floors = {"untrained": 30.0 + seed, "pixels": 20.0}
+    for of, top1 in floors.items():
+        rows.append({"stage": "pretrain", "step": 0, "epoch": 0, "of": of, "split": "test", "k": 20, "top1": top1})
     for epoch, top1 in enumerate(scores, 1):
         where = {"stage": "pretrain", "epoch": epoch, "step": 10 * epoch}
         means = {"loss": 1.0, "uniformity": -2.0 - seed, "alignment": 0.5, "energy": 1.6 / epoch, "images_per_s": 100.0}
+        means |= {f"energy/{part}.out": 0.8 / epoch for part in settings["reg_on"]}
         rows += [{**where, **means}, {**where, "of": "online", "split": "test", "k": 20, "top1": top1}]
         measured = {"g2": 0.1, "rank": 10.0 * epoch + seed, "uniformity_share": 0.5 + seed / 10}
         rows += [{**where, "of": "representations", **measured, "block/layer1.0": 0.9, "block/layer1.1": 0.8}]
@@ -74,8 +78,27 @@ def test_seeds_on_one_set_are_one_setting_wherever_it_lies(tmp_path):
     for seed, place in enumerate(["pics", str(tmp_path / "pics"), "/scratch/17/data", "pics"]):
         images = {"classes": ["cat", "dog"], "train": 8, "test": 4 + seed // 3}
         write_run(tmp_path / f"run{seed}", seed, images=images, dataset=place)
-    found = groups([read(tmp_path / f"run{seed}") for seed in range(4)])
-    assert sorted(len(group) for group in found.values()) == [1, 3]
+    found = by_data([read(tmp_path / f"run{seed}") for seed in range(4)])
+    assert {name: len(group) for name, group in found.items()} == {"pics": 3, f"pics, as in {tmp_path / 'run3'}": 1}
+    (rows, others) = (rows for rows in table([read(tmp_path / f"run{seed}") for seed in range(4)]))
+    assert (rows["seeds"], others["seeds"]) == (3, 1)
+
+
+def test_a_label_says_every_setting_that_differs_and_acts(tmp_path):
+    """Not those that the method's name says, that have no effect on it, or that only runs with another term lack."""
+    tiny = {"model": "test_resnet", "epochs": 1}
+    runs = [{}, {"seed": 1}, {"reg": "amhe", "weight": 10.0}, {"reg": "mhe", "weight": 1.0, "tau": 0.9}, tiny]
+    runs += [{"method": "simclr", "out_dim": 2, "tau": 0.9, "reg_on": ["projector"]}]
+    for i, changes in enumerate(runs):
+        write_run(tmp_path / f"run{i}", **({"tau": 0.99} | changes))
+    found = groups([read(tmp_path / f"run{i}") for i in range(6)])
+    assert {label: len(group) for label, group in found.items()} == {
+        "BYOL, out_dim 256, epochs 2, model resnet18, tau 0.99": 2,
+        "BYOL-aMHE, s = 2, weight 10.0, out_dim 256, epochs 2, model resnet18, tau 0.99": 1,
+        "BYOL-MHE, s = 2, weight 1.0, out_dim 256, epochs 2, model resnet18, tau 0.9": 1,
+        "BYOL, out_dim 256, epochs 1, model test_resnet, tau 0.99": 1,
+        "SimCLR, out_dim 2, epochs 2, model resnet18": 1,
+    }
 
 
 def test_weights_have_the_name_of_their_run_or_file(tmp_path):
@@ -118,10 +141,12 @@ def test_the_table_calls_a_dead_network_dead(tmp_path, kind, change):
     run = write_run(tmp_path / "dead", seed=1)
     rows = [row | change if kind in row else row for row in read(run).rows]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    both = table_lines(table([read(tmp_path / "alive"), read(run)]))[2]
-    assert both.startswith("| BYOL (1 of 2 dead) | photos | 2 | 70.0 ± 0.0 |  | -2.00 (1) | 0.50 (1) |")
-    alone = table_lines(table([read(run)]))[2]
-    assert alone.startswith("| BYOL (dead) | photos | 1 | 70.0 |  | dead | dead | 0.800 |")
+    (row,) = table([read(tmp_path / "alive"), read(run)])
+    assert table_lines([row])[4].startswith("| BYOL (1 of 2 dead) | 2     | 70.0 ± 0.0 |")
+    assert (row["uniformity"], row["alignment"], row["alignment n"]) == (-2, 0.5, 1)
+    (row,) = table([read(run)])
+    assert table_lines([row])[4].startswith("| BYOL (dead) | 1     | 70.0     |")
+    assert row["uniformity"] is row["alignment"] is None and row["energy"] == 0.8
 
 
 def test_table_is_numpys_mean_and_sample_standard_deviation(shell, tmp_path):
@@ -141,9 +166,19 @@ def test_table_is_numpys_mean_and_sample_standard_deviation(shell, tmp_path):
     assert float(plain["k-NN std"]) == pytest.approx(np.std(last, ddof=1))
     assert (float(plain["rank"]), float(plain["uniformity_share"])) == (21, pytest.approx(0.6))  # of the last epoch
     assert float(plain["linear"]) == 81.5 and plain["linear n"] == "2" and plain["paper"] == ""
-    of = ("5, g and q", "C.7, aMHE, s = 2", "C.8, BYOL-MHE, 1024")
-    assert regularized["paper"] == "; ".join(f"91.64 ({row})" for row in of) and regularized["k-NN std"] == ""
-    assert "| BYOL | photos | 3 | 62.9 ± 1.8 | 81.5 ± 0.7 (2) | -3.00 ± 1.00 |" in "\n".join(lines)
+    assert regularized["paper's rows"] == "5, g and q; C.7, aMHE, s = 2; C.8, BYOL-MHE, 1024"
+    assert regularized["paper"] == "91.64" and regularized["k-NN std"] == ""
+    assert "| BYOL | 3     | 62.9 ± 1.8 | 81.5 ± 0.7 (2) | 31.0 ± 1.0 | 20.0 ± 0.0 |" in lines
+
+
+def test_the_table_fits_a_terminal(tmp_path):
+    """A long name goes on below, between two settings; its words are all there."""
+    for reg_on in (["projector"], ["encoder", "projector", "predictor"]):
+        write_run(tmp_path / str(len(reg_on)), reg="amhe", reg_on=reg_on, out_dim=len(reg_on), linear=70.0)
+    lines = table_lines(table([read(tmp_path / "1"), read(tmp_path / "3")]))
+    assert max(map(len, lines)) <= 100
+    names = " ".join(line.split("|")[1].strip() for line in lines if line.startswith("| "))
+    assert "BYOL-aMHE, s = 2, reg_on encoder+projector+predictor, out_dim 3" in names
 
 
 @pytest.fixture
@@ -166,18 +201,26 @@ def test_curves_are_drawn(shell, tmp_path, several, name):
 def test_curves_hold_the_numbers_of_the_logs(tmp_path, several):
     runs = [read(tmp_path / name) for name in several]
     (axis,) = knn(runs).axes
-    curves = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
-    assert curves == {
+    lines = [line for line in axis.lines if not line.get_label().startswith("_")]
+    assert {line.get_label(): line.get_xydata().tolist() for line in lines} == {
         "BYOL, accumulate 1": [[1, 50], [2, 60.5]],
         "BYOL, accumulate 4": [[1, 40], [3, 45]],
-        "BYOL-aMHE, s = 2": [[1, 55]],
+        "BYOL-aMHE, s = 2, accumulate 1": [[1, 55]],
     }
+    assert len(axis.collections) == 1  # a band for the one line of two seeds
+    assert [text.get_text() for text in axis.texts] == ["untrained 30.5", "raw pixels 20.0"]
+    colours = {line.get_label(): to_hex(line.get_color()) for line in lines}
+    (axis,) = knn(runs[2:]).axes  # fewer runs, in which the others keep their colours
+    assert (
+        to_hex(axis.lines[0].get_color()) == colours["BYOL-aMHE, s = 2, accumulate 1"] != colours["BYOL, accumulate 1"]
+    )
     (axis,) = rank(runs[:1]).axes
     assert axis.lines[0].get_xydata().tolist() == [[10, 10], [20, 20]]
     _, right = dynamics(runs).axes
     assert right.lines[0].get_xydata().tolist() == [[10, 1.6], [20, 0.8]]
     (axis,) = batch(runs).axes
-    (byol, _, _), (amhe, _, _) = axis.containers
+    (byol, _, bars), (amhe, _, no_bars) = axis.containers
+    assert bars and not no_bars and [tick.get_text() for tick in axis.get_xticklabels()] == ["16", "64"]
     assert byol.get_xydata().tolist() == [[64, 0], [16, 45 - 60.5]] and amhe.get_xydata().tolist() == [[64, 0]]
 
 
@@ -246,7 +289,8 @@ def test_neighbours_of_pictures_in_files_and_without_classes(shell, trained, fol
         ("batch run", "batch: takes runs that differ in --accumulate"),
         ("knn run --out run/metrics.jsonl", "run/metrics.jsonl/knn.png: cannot be written"),
         ("knn run run", "run and run have the same settings and seed; name one"),
-        ("dynamics run chord", "energies by the angle at s = 2 and by the chord at s = 2 do not compare"),
+        ("dynamics run chord", "energies (angle, s = 2, sum over 2 layers, predictor and projector) and (chord, s"),
+        ("dynamics run one", "(angle, s = 2, sum over 1 layers, projector) and (angle, s = 2, sum over 2 layers, pred"),
         ("knn run --data_dir x", "--data_dir x: has no effect on knn"),
         ("views --dataset photos --data_dir x", "--data_dir x: has no effect on views photos"),
     ],
@@ -256,6 +300,7 @@ def test_wrong_input_to_figures(shell, tmp_path, words, line):
     write_run(tmp_path / "other", dataset="cifar10")
     write_run(tmp_path / "silent", seed=1)
     write_run(tmp_path / "chord", reg="mhe")
+    write_run(tmp_path / "one", method="simclr", reg_on=["projector"])
     first_row = (tmp_path / "silent" / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
     (tmp_path / "silent" / "metrics.jsonl").write_text(first_row)
     (tmp_path / "empty").mkdir()

@@ -1,81 +1,96 @@
 """Runs that differ in their seed alone, under one name: what a line of a figure and a row of a table stand for."""
 
 import statistics
+import textwrap
+from pathlib import Path
 
 import models
-from harness.settings import ON_NEURONS, TERMS, name_of_weights
+from harness.settings import IDLE, TERMS, name_of_weights
 from lib.errors import InputError
 from lib.log import PLACES, other_data
 from tools.logs import RunLog
 
-NOT_COMPARED = ("seed", "eval_every", *PLACES)  # settings that make no difference to what is compared
+NOT_COMPARED = ("seed", "eval_every", "recipe", "skip_broken", *PLACES)  # the recipe's numbers and the data are
+NAMED = ("method", "reg", "s")  # by method_name
+OF_A_TERM = ("weight", "reg_on")  # λ and the layers are compared among runs with the same term
+NO_EFFECT = "no effect"  # in place of the value of a setting that does not act on a run
 
 Groups = dict[str, list[RunLog]]
 
 
-def groups(runs: list[RunLog], apart: tuple[str, ...] = ()) -> Groups:
-    """Group runs that differ in their seed and in `apart` alone, named by the method and by what tells groups apart.
-
-    InputError for two runs that agree in all of it.
-    """
-    ignored = (*NOT_COMPARED, *apart)
-    alike = []
+def by_data(runs: list[RunLog]) -> Groups:
+    """Group runs that were trained and judged on the same data, wherever these lie; named by the data set."""
+    named = {}
     for run in runs:
-        fitting = [group for group in alike if is_alike(run, group[0], ignored)]
+        fitting = [group for group in named.values() if not other_data(run.rows[0], group[0].rows[0])]
+        name = Path(run.settings["dataset"]).resolve().name
         if fitting:
             fitting[0].append(run)
         else:
-            alike.append([run])
-    by_method = {}
-    for group in alike:
-        by_seed = {}
-        for run in group:
-            seed = tuple(run.settings[name] for name in ("seed", *apart))
-            twin = by_seed.setdefault(seed, run)
-            if twin is not run:
-                raise InputError(f"{twin.folder} and {run.folder} have the same settings and seed; name one")
-        by_method.setdefault(method_name(group[0].settings), []).append(group)
-    named = {}
-    for method, same_method in by_method.items():
-        differing = differences([group[0] for group in same_method], ignored)
-        for group in same_method:
-            details = [f"{name} {setting_text(group[0].settings, name)}" for name in differing]
-            label = ", ".join([method, *details])
-            if label in named:  # another precision, weights of one name, or other data in the same place
-                label += f", as {group[0].folder}"
-            named[label] = group
+            named[f"{name}, as in {run.folder}" if name in named else name] = [run]
     return named
 
 
-def is_alike(run: RunLog, other: RunLog, ignored: tuple[str, ...]) -> bool:
-    """Whether two runs have the same data, wherever these lie, the same precision, and the same settings."""
-    for name in run.settings.keys() | other.settings.keys():
-        if name not in ignored and run.settings.get(name) != other.settings.get(name):
-            return False
-    same_precision = run.rows[0].get("precision") == other.rows[0].get("precision")
-    return same_precision and not other_data(run.rows[0], other.rows[0])
+def groups(runs: list[RunLog], apart: tuple[str, ...] = ()) -> Groups:
+    """Group runs that differ in their seed and in `apart` alone, named by the method and by every setting that differs.
+
+    The runs are of the same data. InputError for two that agree in all of it.
+    """
+    names = dict.fromkeys(name for run in runs for name in (*run.settings, "precision"))
+    names = [name for name in names if name not in (*NOT_COMPARED, *apart)]
+    alike = {}
+    for run in runs:
+        by_seed = alike.setdefault(tuple(value_of(run, name) for name in names), {})
+        twin = by_seed.setdefault(tuple(run.settings[name] for name in ("seed", *apart)), run)
+        if twin is not run:
+            raise InputError(f"{twin.folder} and {run.folder} have the same settings and seed; name one")
+    found = [[*by_seed.values()] for by_seed in alike.values()]
+    firsts = [group[0] for group in found]
+    named = {}
+    for first, group in zip(firsts, found):
+        details = [detail(first, name) for name in names if differs(name, first, firsts)]
+        label = ", ".join([method_name(first.settings), *details])
+        if label in named:  # weights of one name
+            label += f", as {first.folder}"
+        named[label] = group
+    return named
 
 
-def differences(runs: list[RunLog], ignored: tuple[str, ...]) -> list[str]:
-    """Name the settings in which runs of one method differ."""
-    first = runs[0]
-    names = ["dataset"] if any(other_data(run.rows[0], first.rows[0]) for run in runs) else []
-    for name in first.settings:
-        values = {setting_text(run.settings, name) for run in runs}
-        if name in ignored or len(values) == 1:
-            continue
-        if name == "reg_on" and TERMS.get(first.settings["reg"]) not in ON_NEURONS:  # it says what is logged, no more
-            continue
-        names.append("init" if name == "init_digest" else name)
-    return names
+def value_of(run: RunLog, name: str):
+    """Return the value of a setting, or the precision; NO_EFFECT where it does not act on the run."""
+    settings = run.settings | {"precision": run.rows[0].get("precision", "no")}
+    own_flags = models.METHODS[settings["method"]].flags
+    idle = {flag for facts in models.METHODS.values() for flag in facts.flags if flag not in own_flags}
+    for (other, value), flags in IDLE.items():
+        if settings.get(other) == value:
+            idle.update(flags)
+    value = NO_EFFECT if name in idle else settings.get(name)
+    return tuple(value) if isinstance(value, list) else value
 
 
-def setting_text(settings: dict, name: str) -> str:
-    """Write a setting's value as it appears in a name: networks joined by a plus, weights without their path."""
-    value = settings.get(name)
-    if name == "init" and value:
-        return name_of_weights(value)
-    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+def differs(name: str, run: RunLog, runs: list[RunLog]) -> bool:
+    """Whether a setting that acts on a run, and is not in its method's name, tells it from other runs."""
+    if name in NAMED or value_of(run, name) == NO_EFFECT:
+        return False
+    term = TERMS.get(run.settings["reg"])
+    compared = [other for other in runs if name not in OF_A_TERM or TERMS.get(other.settings["reg"]) == term]
+    return len({value_of(other, name) for other in compared} - {NO_EFFECT}) > 1
+
+
+def detail(run: RunLog, name: str) -> str:
+    """Write a setting in a label: networks joined by a plus, weights by their name without their path."""
+    value = value_of(run, name)
+    if name == "init_digest":
+        return f"init {name_of_weights(run.settings['init']) if value else None}"
+    if name == "precision":
+        return "fp32" if value == "no" else value
+    return f"{name} {'+'.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
+def wrapped(label: str, width: int) -> list[str]:
+    """Break a label into lines, between settings where that will do."""
+    unbroken = label.replace(" ", "\xa0").replace(",\xa0", ", ")  # textwrap breaks at no such space
+    return [line.replace("\xa0", " ") for line in textwrap.wrap(unbroken, width, break_on_hyphens=False)]
 
 
 def method_name(settings: dict) -> str:

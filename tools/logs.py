@@ -35,21 +35,23 @@ class RunLog:
                 values[row["step"]] = row[key]
         return values
 
-    def score(self, stage: str) -> float | None:
-        """Return the last top-1 accuracy (%) by the protocol of knn_eval, at k = 20, or of linear_eval, if any."""
-        row = self.score_row(stage)
+    def score(self, stage: str, of: str = "trained") -> float | None:
+        """Return the last top-1 (%) by the protocol of linear_eval or of knn_eval, k = 20; `of` may be a floor."""
+        row = self.score_row(stage, of)
         return row["top1"] if row else None
 
-    def score_row(self, stage: str) -> dict | None:
+    def score_row(self, stage: str, of: str = "trained") -> dict | None:
         """Return the row with that accuracy; None without one. Variants such as --labels do not count.
 
-        Where knn_eval has not been run, the online k-NN of the last epoch is the same number.
+        Where knn_eval has not been run, the online k-NN of the last epoch is the same number, and so are its floors.
         """
         judged = {"stage": stage, "split": "test", "net": "online", "labels": None}
         judged["eval_crop"] = self.settings["eval_crop"]
         if stage == "knn_eval":
-            online = {"stage": "pretrain", "of": "online", "split": "test", "k": 20, "epoch": self.settings["epochs"]}
-            protocols = [judged | {"of": "trained", "k": 20, "temperature": 0.07}, online]
+            online = {"stage": "pretrain", "of": of, "split": "test", "k": 20}
+            if of == "trained":
+                online |= {"of": "online", "epoch": self.settings["epochs"]}
+            protocols = [judged | {"of": of, "k": 20, "temperature": 0.07}, online]
         else:
             protocols = [judged | {"features": "augmented", "epochs": 80, "weight_decay": 0.0}]  # its defaults
         for protocol in protocols:
@@ -75,4 +77,4 @@ def read_log(folder: Path) -> RunLog:
     settings = rows[0].get("settings", {}) if rows else {}
     if not settings.keys() >= SETTINGS:
         raise InputError(f"{folder / LOG}: its first row does not hold the settings of a run")
-    return RunLog(folder, EARLIER | settings, rows)
+    return RunLog(folder, settings | EARLIER | settings, rows)  # in the order of the log

@@ -23,8 +23,8 @@ from tools.groups import method_name
 
 QUERIES = 10
 NEIGHBOURS = 8
-RIGHT, WRONG = "#009E73", "#D55E00"  # Okabe and Ito's green and vermilion
-LONGEST_NAME = 15  # letters of a class's name that fit below a picture
+RIGHT, WRONG = "#009E73", "#D55E00"  # Okabe and Ito's green, and vermilion, which pages call orange
+LONGEST_NAME = 20  # letters of a class's name that fit below a picture
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,10 @@ def draw_sheet(sheet: Sheet):
     widths = [1, 0.2, *[1] * k]  # the second column is a gap
     size = (0.9 * sum(widths), 1.1 * m + 0.6)
     figure, axes = plt.subplots(m, len(widths), figsize=size, width_ratios=widths, squeeze=False)
-    title = f"{sheet.title}\n{sheet.is_right.sum()} of {m * k} have the class of their query (green frame)"
-    figure.suptitle(title, fontsize=9)
+    right = (
+        f"{sheet.is_right.sum()} of {m * k} have the class of their query (green frame; orange: another, named below)"
+    )
+    figure.suptitle(f"{sheet.title}\nnumbers: cosine of the features; {right}", fontsize=9)
     query_pixels, pixels = pixels_of(sheet.queries, sheet.view), pixels_of(sheet.neighbours, sheet.view)
     for i, (query, gap, *others) in enumerate(axes):
         gap.set_axis_off()
@@ -105,7 +107,7 @@ def draw_picture(axis, pixels: Tensor, caption: str) -> None:
     axis.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
-    axis.set_xlabel(caption, fontsize=6, labelpad=3)
+    axis.set_xlabel(caption, fontsize=5.5, labelpad=3)
 
 
 def pixels_of(split: data.Split, view: dict) -> Tensor:

@@ -1,4 +1,4 @@
-"""A table of runs: mean and sample standard deviation over seeds, with the paper's figure beside its rows.
+"""A table of runs for each data set: mean and sample standard deviation over seeds, with the floors of the k-NN.
 
 A dead network, whose outputs are the same for all images, is called dead: the alignment of its projections, 0, would be
 the best there is.
@@ -6,46 +6,50 @@ the best there is.
 
 import csv
 import io
+import itertools
 from pathlib import Path
 
 from harness.measure import DEAD, DEAD_G2
 from lib.files import write_whole
-from tools.groups import groups, mean_and_std
+from tools.groups import by_data, groups, mean_and_std, wrapped
 from tools.logs import RunLog
 from tools.paper import is_row, paper_rows
 
 OF_PROJECTIONS = ("uniformity", "alignment")
 OF_FEATURES = ("rank", "uniformity_share")
-DIGITS = {"k-NN": 1, "linear": 1, "uniformity": 2, "alignment": 2, "energy": 3}  # of the columns with numbers
-DIGITS |= {"rank": 1, "uniformity_share": 2, "images_per_s": 1}
-HEADS = ("run", "data set", "seeds", "k-NN (%)", "linear (%)", "uniformity", "alignment", "energy")
-HEADS += ("features: rank", "features: uniformity share", "images/s", "the paper's linear (%)")
+FLOORS = {"untrained": "untrained", "init": "init", "pixels": "raw pixels"}  # and what tables and figures call them
+HEADS = {"k-NN": "k-NN (%)", "linear": "linear (%)"} | FLOORS  # the numbers that are printed
+COLUMNS = (*HEADS, *OF_PROJECTIONS, "energy", *OF_FEATURES, "images_per_s")  # those of table.csv
+WIDTH = 100  # of a printed line
 
 
 def table(runs: list[RunLog]) -> list[dict]:
-    """Make a row for each group of seeds: first the paper's rows in its order, then the others by data set."""
+    """Make a row for each group of seeds, by data set: first the paper's rows in its order, then the others."""
     paper = [(row, row.settings()) for row in paper_rows()]
     ordered = []
-    for label, group in groups(runs).items():
-        settings = group[0].settings
-        places = [i for i, (_, expected) in enumerate(paper) if is_row(settings, expected)]
-        row = {"run": label, "dataset": settings["dataset"], "seeds": len(group)}
-        for key in DIGITS:
-            values = values_of(group, key)
-            mean, std = mean_and_std(values) if values else (None, None)
-            row |= {key: mean, f"{key} std": std if len(values) > 1 else None, f"{key} n": len(values)}
-        row["dead"] = sum(is_dead(run) for run in group)
-        row["paper"] = "; ".join(f"{paper[i][0].top1:.2f} ({paper[i][0].name})" for i in places)
-        order = (min(places, default=len(paper)), row["dataset"])
-        ordered.append((order, row))
+    for dataset, same_data in sorted(by_data(runs).items()):
+        for label, group in groups(same_data).items():
+            settings = group[0].settings
+            places = [i for i, (_, expected) in enumerate(paper) if is_row(settings, expected)]
+            row = {"run": label, "dataset": dataset, "seeds": len(group)}
+            for key in COLUMNS:
+                values = values_of(group, key)
+                mean, std = mean_and_std(values) if values else (None, None)
+                row |= {key: mean, f"{key} std": std if len(values) > 1 else None, f"{key} n": len(values)}
+            row["dead"] = sum(is_dead(run) for run in group)
+            row["paper"] = "/".join(dict.fromkeys(f"{paper[i][0].top1:.2f}" for i in places))
+            row["paper's rows"] = "; ".join(paper[i][0].name for i in places)
+            order = (dataset, min(places, default=len(paper)))
+            ordered.append((order, row))
     ordered.sort(key=lambda pair: pair[0])
     return [row for _, row in ordered]
 
 
 def values_of(group: list[RunLog], key: str) -> list[float]:
     """Return a column's numbers of a group of seeds, without those that a run does not have, or not to the end."""
-    if key in ("k-NN", "linear"):
-        scores = [run.score("knn_eval" if key == "k-NN" else "linear_eval") for run in group]
+    if key in HEADS:
+        stage = "linear_eval" if key == "linear" else "knn_eval"
+        scores = [run.score(stage, key if key in FLOORS else "trained") for run in group]
         return [score for score in scores if score is not None]
     found = []
     for run in group:
@@ -73,27 +77,36 @@ def is_dead(run: RunLog) -> bool:
 def cell(row: dict, key: str) -> str:
     """Write mean and standard deviation, and the number of seeds where it is not all of them."""
     if row[key] is None:
-        return "dead" if row["dead"] and key in OF_PROJECTIONS else ""
-    text = f"{row[key]:.{DIGITS[key]}f}"
+        return ""
+    text = f"{row[key]:.1f}"
     if row[f"{key} std"] is not None:
-        text += f" ± {row[f'{key} std']:.{DIGITS[key]}f}"
+        text += f" ± {row[f'{key} std']:.1f}"
     if row[f"{key} n"] != row["seeds"]:
         text += f" ({row[f'{key} n']})"
     return text
 
 
 def table_lines(rows: list[dict]) -> list[str]:
-    """Write the rows as the lines of a Markdown table."""
-    lines = [f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS)]
-    for row in rows:
-        name = row["run"]
-        if row["dead"]:
+    """Write a Markdown table for each data set, without empty columns; a long name goes on in the lines below."""
+    lines = []
+    for dataset, same_data in itertools.groupby(rows, key=lambda row: row["dataset"]):
+        table = [["run", "seeds", *HEADS.values(), "paper's linear"]]
+        for row in same_data:
             part = "" if row["dead"] == row["seeds"] else f"{row['dead']} of {row['seeds']} "
-            name += f" ({part}dead)"
-        cells = [name, Path(row["dataset"]).name, str(row["seeds"])]
-        cells += [cell(row, key) for key in DIGITS]
-        lines.append(f"| {' | '.join([*cells, row['paper']])} |")
-    return lines
+            name = row["run"] + (f" ({part}dead)" if row["dead"] else "")
+            table.append([name, str(row["seeds"]), *(cell(row, key) for key in HEADS), row["paper"]])
+        columns = [column for column in zip(*table) if any(column[1:])]
+        widths = [max(map(len, column)) for column in columns]
+        widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - len(" | ") * len(widths) - 1)
+        lines += ["", f"### {dataset}", ""]
+        for i, (name, *cells) in enumerate(zip(*columns)):
+            for part in wrapped(name, widths[0]):
+                padded = (text.ljust(width) for text, width in zip([part, *cells], widths))
+                lines.append(f"| {' | '.join(padded)} |")
+                cells = [""] * len(cells)
+            if i == 0:
+                lines.append(f"|{'|'.join('-' * (width + 2) for width in widths)}|")
+    return lines[1:]
 
 
 def write_table(runs: list[RunLog], folder: Path) -> None:
