@@ -57,6 +57,8 @@ def test_only_entries_have_a_row(results):
 
 def test_entries_of_other_data_are_refused(results):
     for seed in range(3):
-        change(results / "cifar10" / f"cpu-seed-{seed}" / "metrics.jsonl", view={"size": 64})
-    with pytest.raises(InputError, match=r"cpu-seed-0: its data are not those of .*: size 64 \(it was 32\)"):
+        change(results / "cifar10" / f"cpu-reg-uniform-seed-{seed}" / "metrics.jsonl", view={"size": 64})
+    with pytest.raises(
+        InputError, match=r"cpu-reg-uniform-seed-0: its data are not those of .*seed-0: size 64 \(it was 32\)"
+    ):
         leaderboard.board(results)
