@@ -21,13 +21,14 @@ from tools.energy import energy
 from tools.export import export
 from tools.figures import figures
 from tools.fingerprint import fingerprint
+from tools.leaderboard import leaderboard
 from tools.notebook import notebook
 from tools.reproduce import reproduce
 from tools.trial import trial
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STAGES = {f"{stage.__name__}.py": stage for stage in (pretrain, knn_eval, linear_eval)}
-TOOLS = (export, figures, bench, reproduce, trial, fingerprint, energy, embed, notebook)
+TOOLS = (export, figures, bench, reproduce, trial, fingerprint, energy, embed, leaderboard, notebook)
 STAGES |= {f"tools.{tool.__name__}": tool for tool in TOOLS}
 
 
