@@ -40,15 +40,15 @@ images = data.load("photos")
 model = timm.create_model("resnet18", num_classes=len(images.classes))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 criterion = torch.nn.CrossEntropyLoss()
-for step in range(41):
+for step in range(101):
     rows = torch.randint(len(images.train.labels), (64,))
     x, y = images.train.images[rows] / 255, images.train.labels[rows]
 {readme}
     optimizer.step()
     optimizer.zero_grad()
-    if step % 10 == 0:
+    if step % 20 == 0:
         mean = sum(energies.values()).item() / len(energies)
-        print(f"step {{step:2}}  loss {{loss.item():.3f}}  mean energy {{mean:.4f}}")
+        print(f"step {{step:3}}  loss {{loss.item():.3f}}  mean energy {{mean:.4f}}")
 """
 
 
