@@ -124,9 +124,10 @@ def test_what_is_no_layer_is_named(rows):
         "an embedding": ["wte.weight", "model.embed_tokens.weight", "pos_embed", "cls_token", "x.token_emb.weight"],
         "a bias, norm or mask": ["attn.bias", "norm.weight"],
         "state of an optimizer": ["optimizer.state.0.exp_avg"],
-        "a part of a weight: of an adapter, or of a parametrization": [
-            *("fc.lora_A.weight", "fc.oft_R", "fc.parametrizations.weight.original0", "old.weight_g", "old.weight_v"),
+        "a part of an adapter, which counts once it is merged into its layer's weight": [
+            *("q_proj.lora_A.default.weight", "fc.oft_R", "to_q_lora.down.weight"),
         ],
+        "a part of a parametrized weight": ["fc.parametrizations.weight.original0", "old.weight_g", "old.weight_v"],
     }
     tensors = {name: random(9, 8) for names in left_out.values() for name in names}
     few, unreal = "fewer than 3 dimensions, or than two neurons that are not zero", "not of finite real numbers"
