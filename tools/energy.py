@@ -35,7 +35,7 @@ SUMMED = ("uniform", "energy", "before energy", "after energy", "difference")  #
 # Names of what has two dimensions or more and is no layer of neurons. The first two are looked for in the whole name,
 # the others in its last part before .weight, because the layers of an embedding's network have neurons.
 OPTIMIZER = re.compile(r"(^|\.)(optim\w*|exp_avg\w*|momentum_buffer)(\.|$)")
-ADAPTER = re.compile(r"(^|[._])(?i:lora|oft|boft|hada|lokr)[._]")
+ADAPTER = re.compile(r"(^|[._])(?i:[a-z]*lora[._]|(oft|boft|hada|lokr|vera|hra|c3a|ia3|miss)_)")  # the names of peft
 PART = re.compile(r"(^|[._])parametrizations\.|weight_[gv]$")
 EMBEDDING = re.compile(r"embed|token|(^|_)emb(_|$)|^w[tp]e$|rel_pos|relative_position")
 NO_WEIGHT = re.compile(r"bias|norm|mask|^ln|^bn")
