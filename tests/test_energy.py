@@ -197,7 +197,7 @@ def test_a_file_larger_than_memory_is_read_one_tensor_at_a_time(tmp_path):
 
 
 def test_neurons_that_are_columns_are_told_by_their_bias(rows):
-    """GPT-2's, a square one by the others; a transposed convolution's; not nanoGPT's, which are rows under these names."""
+    """GPT-2's, a square one by the others, and a transposed convolution's; nanoGPT's are rows under the same names."""
     shapes = {"attn.c_attn": (8, 24), "attn.c_proj": (8, 8), "mlp.c_proj": (32, 8)}
     weights = {f"h.0.{name}.weight": random(*shape) for name, shape in shapes.items()}
     biases = {name.replace("weight", "bias"): random(weight.shape[1]) for name, weight in weights.items()}
@@ -256,7 +256,7 @@ def test_the_table_is_aligned_and_an_infinite_expectation_is_said(shell, tmp_pat
         ("a --s -1", "--s -1: expected a number >= 0 and <= 8"),
         ("a nowhere", "nowhere: no such file"),
         ("a embeddings", "embeddings: no weight in it of two neurons or more in 3 dimensions or more; left out: an em"),
-        ("a --transposed a,w", "--transposed w: no weight in a has this name, or this part of one between dots"),
+        ("a --transposed a,w", "--transposed w: no weight in a has this name, whole or between dots"),
         pytest.param(
             *("a --device cuda", "--device cuda: torch finds no GPU on this machine; leave the flag out"),
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),

@@ -3,9 +3,9 @@
     python -m tools.energy runs/photos-amhe --prefix projector
     python -m tools.energy before.safetensors after.pth --s 1 --angular false
 
-Neurons are the rows of weight.flatten(1). The energy of a layer is the mean over their pairs, as in regularizers.py.
-Beside it stand the expected energy of neurons that are uniform and independent on the sphere, and the angle of the
-closest pair. Numbers are computed in float64.
+Neurons are the rows of weight.flatten(1), or those of its transpose in a Conv1D or a transposed convolution. The energy
+of a layer is the mean over their pairs, as in regularizers.py. Beside it stand the expected energy of neurons that are
+uniform and independent on the sphere, and the angle of the closest pair. Numbers are computed in float64.
 """
 
 import math
@@ -52,9 +52,8 @@ def energy(
     s: Annotated[float, ">= 0", "<= 8", "power of the energy; 0 is logarithmic"] = 2.0,
     angular: Annotated[bool, "by the angle in radians; False = by the chord"] = True,
     prefix: Annotated[str, "measures the layers whose names begin so; None = all"] | None = None,
-    transposed: Annotated[tuple[str, ...], "names, or parts of names, of layers with weights (in, N, ...)"]
-    | None = None,
-    device: Literal["cpu", "cuda"] | None = None,
+    transposed: Annotated[tuple[str, ...], "names, or parts of them, of weights (in, N, ...)"] | None = None,
+    device: Annotated[Literal["cpu", "cuda"], "None = a GPU where there is one"] | None = None,
     json: Annotated[bool, "a JSON object a line, in place of a table"] = False,
 ):
     """Print the hyperspherical energy of every layer in a file of weights; of two files, the difference, too."""
@@ -145,14 +144,12 @@ def column_layers(path: str, tensors: dict[str, Tensor], transposed: tuple[str, 
         bias = tensors.get(f"{name.removesuffix('weight')}bias")
         if tensor.ndim > 1 and bias is not None and bias.shape == tensor.shape[1:2] != tensor.shape[:1]:
             found.add(name)
-    if any(map(CONV1D.search, found)):  # then the square ones, of which no bias tells it, are Conv1D as well
+    if any(map(CONV1D.search, found)):  # then the square ones, whose bias tells nothing, are Conv1D as well
         found |= {*filter(CONV1D.search, tensors)}
     for typed in transposed:
         named = {name for name, tensor in tensors.items() if tensor.ndim > 1 and f".{typed}." in f".{name}."}
         if not named:
-            raise InputError(
-                f"--transposed {typed}: no weight in {path} has this name, or this part of one between dots"
-            )
+            raise InputError(f"--transposed {typed}: no weight in {path} has this name, whole or between dots")
         found |= named
     return found
 
