@@ -290,7 +290,7 @@ def test_second_derivatives_are_right_or_refused():
             torch.autograd.grad(f(weight), weight, create_graph=True)
         for transformed in (torch.func.grad(f), torch.vmap(f)):
             with pytest.raises(RuntimeError, match="with functorch transforms"):
-                transformed(weight.detach())
+                transformed(weight.detach()[None])
 
 
 class Regularized(nn.Linear):
