@@ -8,8 +8,12 @@
     energy_of(model)    the same for each layer of a network
 
 Each projects its rows to the unit sphere, and computes in fp32 or float64, under autocast, too. A zero row is one of
-length 1e-12 or less: at distance 1 and angle pi/2 from other rows, at 0 from zero rows, with gradient 0. Energies have
-first derivatives alone, without torch.func. ValueError for other shapes, and for numbers out of range.
+length 1e-12 or less: at distance 1 and angle pi/2 from other rows, at 0 from zero rows, with gradient 0. ValueError for
+other shapes, and for numbers out of range.
+
+Energies have first derivatives alone. torch.compile runs them between two graphs, one break of the graph; RuntimeError
+under its fullgraph=True, in torch.export, in torch.func's transforms such as grad and vmap, and for second derivatives.
+energy_by_definition has these, and works in all of them but forward-mode derivatives (jvp, hessian; jacrev twice does).
 """
 
 import itertools
@@ -78,6 +82,10 @@ def energy_of(network: nn.Module | Layers, s: float = 2, angular: bool = True, h
 
     half_space: -w is a neuron, too, for each w, as in wy1iu/MHE. ValueError also for a network without layers.
     """
+    if (
+        torch.compiler.is_compiling()
+    ):  # dynamo would break at each level of calls, and compile the sweep for every shape
+        return torch.compiler.disable(energy_of)(network, s, angular, half_space)
     layers = network if isinstance(network, dict) else layers_of(network)
     if not layers:
         raise ValueError("the network has no linear layer or convolution whose neurons have an energy")

@@ -38,17 +38,18 @@ class DictPlaceholder:
         return OrderedDict()
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
+def read_tensors(path: str | Path, mapped: bool = False) -> dict[str, Tensor]:
     """Read the tensors of a file, by name.
 
     Keys of dicts within dicts are joined by dots. Left out is what is of a subclass and, named, what is sparse, nested,
-    quantized or without memory. A folder of shards, as the Hub has large models, is one file. InputError for a file of
-    neither format, not whole, or without named tensors.
+    quantized or without memory. A folder of shards, as the Hub has large models, is one file. mapped: those of
+    safetensors stay in their files, and take memory only while they are used. InputError for a file of neither format,
+    not whole, or without named tensors.
     """
     index = os.path.join(path, INDEX)
     if os.path.isfile(index):
         file_by_name = _shards(index)
-        shards = [_read_safetensors(os.path.join(path, file)) for file in sorted({*file_by_name.values()})]
+        shards = [_read_safetensors(os.path.join(path, file), mapped) for file in sorted({*file_by_name.values()})]
         tensors = {name: x for shard in shards for name, x in shard.items()}
         lost = file_by_name.keys() - tensors.keys()
         if lost:
@@ -64,7 +65,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
     is_safetensors = start[8:9] == b"{"  # the header's length, then the header
-    return _read_safetensors(path) if is_safetensors else _read_torch(path, start)
+    return _read_safetensors(path, mapped) if is_safetensors else _read_torch(path, start)
 
 
 def _shards(index: str) -> dict[str, str]:
@@ -75,11 +76,13 @@ def _shards(index: str) -> dict[str, str]:
         raise InputError(f"{index}: not an index of safetensors files; download it again") from e
 
 
-def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+def _read_safetensors(path: str | Path, mapped: bool) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
-            # clone: a tensor that maps the file would keep its space on the disk after a newer file takes its name
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if not mapped:  # a mapped file keeps its space on the disk after a newer one takes its name
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            return tensors
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
         raise InputError(f"{path}: not a whole safetensors file ({e}); download it again") from e
 

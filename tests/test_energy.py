@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from scipy.special import sici
 from torch import nn
 
 from regularizers import amhe, mhe
-from tools.energy import closest_angle, energy, uniform_energy
+from tools.energy import closest_angle, energy, read_weights, uniform_energy
 
 POWER_SERIES = [(-1) ** k * math.pi ** (2 * k + 0.1) / math.factorial(2 * k + 1) / (2 * k + 0.1) for k in range(20)]
 TETRAHEDRON = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
@@ -90,20 +92,21 @@ def test_the_uniform_sphere_is_the_integral_over_the_angle(d, s):
 
 def test_one_rotation_of_all_neurons_keeps_energies_and_a_low_rank_update_does_not(rows):
     """What orthogonal fine-tuning promises, and what LoRA, merged into its weights, does not."""
-    before = {"conv.weight": random(64, 8, 3, 3), "fc.weight": random(80, 72, seed=1), "fc.bias": random(80)}
+    layer = "model.layers.0.self_attn.q_proj.weight"  # of a Llama
+    before = {"conv.weight": random(64, 8, 3, 3), layer: random(80, 72, seed=1), "fc.bias": random(80)}
     turn, _ = torch.linalg.qr(random(72, 72).double())
     rotated, updated = dict(before), dict(before)
-    for name in ("conv.weight", "fc.weight"):
+    for name in ("conv.weight", layer):
         weight = before[name].flatten(1)
         rotated[name] = (weight.double() @ turn).float().view_as(before[name])
         low_rank = random(len(weight), 2, seed=2) @ random(2, 72, seed=3)
         updated[name] = (weight + low_rank).view_as(before[name])
     kept, _ = rows(before, rotated, flags=["--angular", "false"])
-    assert list(kept) == ["conv.weight", "fc.weight", "sum"]
+    assert list(kept) == ["conv.weight", layer, "sum"]
     for row in kept.values():
         assert abs(row["difference"]) <= 1e-6 * row["before energy"]
         assert row["difference"] == pytest.approx(row["after energy"] - row["before energy"], abs=1e-15)
-    assert kept["fc.weight"]["after closest"] == pytest.approx(kept["fc.weight"]["before closest"], rel=1e-6)
+    assert kept[layer]["after closest"] == pytest.approx(kept[layer]["before closest"], rel=1e-6)
     changed, _ = rows(before, updated)
     for row in changed.values():
         assert row["difference"] > 0.01 * row["before energy"]
@@ -124,9 +127,11 @@ def test_what_is_no_layer_is_named(rows):
         "an embedding": ["wte.weight", "model.embed_tokens.weight", "pos_embed", "cls_token", "x.token_emb.weight"],
         "a bias, norm or mask": ["attn.bias", "norm.weight"],
         "state of an optimizer": ["optimizer.state.0.exp_avg"],
-        "a part of a weight: of an adapter, or of a parametrization": [
-            *("fc.lora_A.weight", "fc.oft_R", "fc.parametrizations.weight.original0", "old.weight_g", "old.weight_v"),
-            "pruned.weight_orig",
+        "a part of an adapter, which counts once it is merged into its layer's weight": [
+            *("q_proj.lora_A.default.weight", "fc.oft_R", "to_q_lora.down.weight", "fc.vblora_logits_A.x"),
+        ],
+        "a part of a parametrized weight": [
+            *("fc.parametrizations.weight.original0", "old.weight_g", "old.weight_v", "pruned.weight_orig"),
         ],
     }
     tensors = {name: random(9, 8) for names in left_out.values() for name in names}
@@ -183,6 +188,50 @@ def test_a_folder_of_shards_is_one_file(rows, shell, tmp_path):
     assert (code, lines) == (2, []) and f"{file}: not a whole safetensors file" in err and err.count("\n") == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is counted in other units")
+def test_a_file_larger_than_memory_is_read_one_tensor_at_a_time(tmp_path):
+    """4 GB of an embedding, which the file system keeps as a hole, before a layer."""
+    import resource
+
+    hole = 2**32
+    header = {"embed.weight": {"dtype": "F32", "shape": [2**20, 2**10], "data_offsets": [0, hole]}}
+    header |= {"a.weight": {"dtype": "F32", "shape": [9, 8], "data_offsets": [hole, hole + 288]}}
+    text = json.dumps(header).encode()
+    with open(tmp_path / "x", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(hole, os.SEEK_CUR)
+        file.write(random(9, 8).numpy().tobytes())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    weights, _ = read_weights(tmp_path / "x", None, ())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # kilobytes
+    assert [*weights] == ["a.weight"] and weights["a.weight"].equal(random(9, 8))
+
+
+def test_neurons_that_are_columns_are_told_by_their_bias(rows):
+    """GPT-2's, a square one by the others, and a transposed convolution's; nanoGPT's are rows under the same names."""
+    shapes = {"attn.c_attn": (8, 24), "attn.c_proj": (8, 8), "mlp.c_proj": (32, 8)}
+    weights = {f"h.0.{name}.weight": random(*shape) for name, shape in shapes.items()}
+    biases = {name.replace("weight", "bias"): random(weight.shape[1]) for name, weight in weights.items()}
+    up = nn.ConvTranspose2d(5, 6, 3)
+    upper = {f"up.{name}": tensor for name, tensor in up.state_dict().items()}
+    expected = {name: amhe(weight.T.double()).item() for name, weight in weights.items()}
+    expected["up.weight"] = amhe(up.weight.transpose(0, 1).double()).item()
+    found, err = rows(weights | biases | upper)
+    assert {name: found[name]["energy"] for name in expected} == pytest.approx(expected, rel=1e-10)
+    assert err.count("\n") == 1 and f"transposed convolution: {', '.join(sorted(expected))}\n" in err
+    found, err = rows({name: weight.T for name, weight in weights.items()} | biases)
+    assert err == ""
+    del expected["up.weight"]
+    assert {name: found[name]["energy"] for name in expected} == pytest.approx(expected, rel=1e-10)
+
+
+def test_neurons_that_are_columns_are_named(rows):
+    tensors = {"up.0.weight": random(9, 8), "up.10.weight": random(9, 8), "out.weight": random(9, 8)}
+    found, _ = rows(tensors, flags=["--transposed", "up.0,out.weight", "--device", "cpu"])
+    assert [found[name]["neurons"] for name in tensors] == [8, 9, 8]
+    assert found["out.weight"]["energy"] == pytest.approx(amhe(random(9, 8).T.double()).item(), rel=1e-10)
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_a_weight_of_weight_norm_is_computed(rows):
     for normed in (nn.utils.parametrizations.weight_norm(nn.Linear(8, 9)), nn.utils.weight_norm(nn.Linear(8, 9))):
@@ -217,6 +266,11 @@ def test_the_table_is_aligned_and_an_infinite_expectation_is_said(shell, tmp_pat
         ("a --s -1", "--s -1: expected a number >= 0 and <= 8"),
         ("a nowhere", "nowhere: no such file"),
         ("a embeddings", "embeddings: no weight in it of two neurons or more in 3 dimensions or more; left out: an em"),
+        ("a --transposed a,w", "--transposed w: no weight in a has this name, whole or between dots"),
+        pytest.param(
+            *("a --device cuda", "--device cuda: torch finds no GPU on this machine; leave the flag out"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
         ("a --prefix x", "a: no weight under x of two neurons"),
         ("a b", "a and b: no layer has one name and one shape in both (a.weight in the first, b.weight in the second)"),
     ],

@@ -288,7 +288,58 @@ def test_second_derivatives_are_right_or_refused():
     for f in (mhe, amhe):
         with pytest.raises(RuntimeError, match="no second derivative; energy_by_definition has"):
             torch.autograd.grad(f(weight), weight, create_graph=True)
-    assert torch.autograd.gradgradcheck(lambda w: energy_by_definition(w, 2, True), weight)
+        for transformed in (torch.func.grad(f), torch.vmap(f)):
+            with pytest.raises(RuntimeError, match="with functorch transforms"):
+                transformed(weight.detach()[None])
+
+
+class Regularized(nn.Linear):
+    """Its output is a loss with an energy in its midst."""
+
+    def __init__(self, energy):
+        super().__init__(6, 9)
+        self.energy = energy
+
+    def forward(self, x):
+        return super().forward(x).square().mean() + self.energy(self.weight).log()
+
+
+def gradient_of_weight(model, loss):
+    return torch.autograd.grad(loss, model.weight)[0]
+
+
+@pytest.mark.parametrize("energy", [amhe, lambda weight: energy_of({"": weight})[""]])
+def test_compile_breaks_the_graph_once_and_export_is_refused(energy):
+    model, x = Regularized(energy), random(4, 6)
+    torch.compiler.reset()
+    assert torch._dynamo.explain(model)(x).graph_break_count == 1
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(gradient_of_weight(model, compiled(x)), gradient_of_weight(model, model(x)))
+    with pytest.raises(RuntimeError, match="torch.compiler.disable"):
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+    with pytest.raises(RuntimeError, match="data-dependent"):
+        torch.export.export(model, (x,))
+
+
+@pytest.mark.parametrize("angular", [False, True])
+def test_the_definition_works_in_transforms(angular):
+    def energy(w):
+        return energy_by_definition(w, 2, angular)
+
+    weights = random(2, 9, 6, dtype=torch.float64)
+    values, gradients = zip(*[with_gradient(energy, weight) for weight in weights])
+    assert torch.autograd.gradgradcheck(energy, weights[0].clone().requires_grad_())
+    torch.testing.assert_close(torch.vmap(energy)(weights), torch.stack(values))
+    torch.testing.assert_close(torch.vmap(torch.func.grad(energy))(weights), torch.stack(gradients))
+    along = torch.func.jacrev(torch.func.grad(energy))(weights[0]).flatten(2) @ weights[0].flatten()
+    torch.testing.assert_close(along, -gradients[0])  # as the gradient is homogeneous of degree -1
+
+    model, x = Regularized(energy), random(4, 6)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(gradient_of_weight(model, compiled(x)), gradient_of_weight(model, model(x)))
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
 def test_autocast_changes_nothing():

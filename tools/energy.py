@@ -3,14 +3,14 @@
     python -m tools.energy runs/photos-amhe --prefix projector
     python -m tools.energy before.safetensors after.pth --s 1 --angular false
 
-Neurons are the rows of weight.flatten(1). The energy of a layer is the mean over their pairs, as in regularizers.py.
-Beside it stand the expected energy of neurons that are uniform and independent on the sphere, and the angle of the
-closest pair. Numbers are computed in float64.
+Neurons are the rows of weight.flatten(1), or those of its transpose in a Conv1D or a transposed convolution. The energy
+of a layer is the mean over their pairs, as in regularizers.py. Beside it stand the expected energy of neurons that are
+uniform and independent on the sphere, and the angle of the closest pair. Numbers are computed in float64.
 """
 
 import math
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from scipy.integrate import quad
@@ -35,9 +35,11 @@ SUMMED = ("uniform", "energy", "before energy", "after energy", "difference")  #
 # Names of what has two dimensions or more and is no layer of neurons. The first two are looked for in the whole name,
 # the others in its last part before .weight, because the layers of an embedding's network have neurons.
 OPTIMIZER = re.compile(r"(^|\.)(optim\w*|exp_avg\w*|momentum_buffer)(\.|$)")
-PART = re.compile(r"(^|[._])((?i:lora|oft|boft|hada|lokr)_|parametrizations\.)|weight_([gv]|orig)$")
+ADAPTER = re.compile(r"(^|[._])(?i:[a-z]*lora[._]|(oft|boft|hada|lokr|vera|hra|c3a|ia3|miss)_)")  # the names of peft
+PART = re.compile(r"(^|[._])parametrizations\.|weight_([gv]|orig)$")
 EMBEDDING = re.compile(r"embed|token|(^|_)emb(_|$)|^w[tp]e$|rel_pos|relative_position")
 NO_WEIGHT = re.compile(r"bias|norm|mask|^ln|^bn")
+CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")  # names of GPT-2; its Conv1D has weights (in, N)
 
 WEIGHT_NORM = {  # what stands for .weight: the lengths g of the neurons and, of any length, their directions v
     "parametrizations.weight.original0": "parametrizations.weight.original1",
@@ -50,6 +52,8 @@ def energy(
     s: Annotated[float, ">= 0", "<= 8", "power of the energy; 0 is logarithmic"] = 2.0,
     angular: Annotated[bool, "by the angle in radians; False = by the chord"] = True,
     prefix: Annotated[str, "measures the layers whose names begin so; None = all"] | None = None,
+    transposed: Annotated[tuple[str, ...], "names, or parts of them, of weights (in, N, ...)"] | None = None,
+    device: Annotated[Literal["cpu", "cuda"], "None = a GPU where there is one"] | None = None,
     json: Annotated[bool, "a JSON object a line, in place of a table"] = False,
 ):
     """Print the hyperspherical energy of every layer in a file of weights; of two files, the difference, too."""
@@ -58,15 +62,19 @@ def energy(
     accelerator = processes.start()
     if accelerator.num_processes > 1:
         raise InputError(f"{accelerator.num_processes} processes would do the same; launch one")
-    device = accelerator.device if finest(accelerator.device) == torch.float64 else torch.device("cpu")
-    contents = [read_weights(path, prefix) for path in files]
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU on this machine; leave the flag out")
+    place = torch.device(device or accelerator.device)
+    if finest(place) != torch.float64:
+        place = torch.device("cpu")
+    contents = [read_weights(path, prefix, transposed or ()) for path in files]
     rows = []
     for name in tqdm(common_layers(files, contents), unit="layer", disable=None):
         first = contents[0][0][name]
         row = {"layer": name, "neurons": len(first), "dims": first[0].numel()}
         row["uniform"] = uniform_energy(row["dims"], s, angular)
         for when, (weights, _) in zip(("before ", "after ") if len(files) == 2 else ("",), contents):
-            row[f"{when}energy"], row[f"{when}closest"] = measure(weights[name].to(device), s, angular)
+            row[f"{when}energy"], row[f"{when}closest"] = measure(weights[name].to(place), s, angular)
         if len(files) == 2:
             row["difference"] = row["after energy"] - row["before energy"]
         rows.append(row)
@@ -84,21 +92,26 @@ def energy(
     print(*table_lines(rows), sep="\n")
 
 
-def read_weights(path: str, prefix: str | None) -> tuple[Weights, LeftOut]:
+def read_weights(path: str, prefix: str | None, transposed: tuple[str, ...]) -> tuple[Weights, LeftOut]:
     """Return the weights of a file, and the names of what else has two dimensions or more. InputError for no weight."""
     file = weights_file(path)
-    tensors = read_tensors(file)
+    tensors = with_weight_norm(read_tensors(file, mapped=True))
     is_of_a_run = description_of(file) is not None  # where a slash in a name says that it is state, such as momentum
+    has_columns = column_layers(path, tensors, transposed)
     weights, left_out = {}, {}
-    for name, tensor in with_weight_norm(tensors).items():
+    for name, tensor in tqdm(tensors.items(), desc="read", unit="tensor", leave=False, disable=None):
         is_state = is_of_a_run and "/" in name
         if tensor.ndim < 2 or is_state or not name.startswith(prefix or ""):
             continue
-        reason = why_no_layer(name, tensor)
+        weight = tensor.transpose(0, 1) if name in has_columns else tensor
+        reason = why_no_layer(name, weight)
         if reason:
             left_out.setdefault(reason, []).append(name)
         else:
-            weights[name] = tensor
+            weights[name] = weight
+    columns = sorted(has_columns & weights.keys())
+    if columns:
+        processes.say(f"{path}: neurons are columns, as in Conv1D or a transposed convolution: {', '.join(columns)}")
     if not weights:
         where = f"under {prefix}" if prefix else "in it"
         kinds = f"; left out: {', '.join(left_out)}" if left_out else ""
@@ -121,13 +134,35 @@ def with_weight_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def column_layers(path: str, tensors: dict[str, Tensor], transposed: tuple[str, ...]) -> set[str]:
+    """Name the weights (in, N, ...): those with a bias (N,), GPT-2's, and those under names that the user gives.
+
+    InputError for a name that no weight has.
+    """
+    found = set()
+    for name, tensor in tensors.items():
+        bias = tensors.get(f"{name.removesuffix('weight')}bias")
+        if tensor.ndim > 1 and bias is not None and bias.shape == tensor.shape[1:2] != tensor.shape[:1]:
+            found.add(name)
+    if any(map(CONV1D.search, found)):  # then the square ones, whose bias tells nothing, are Conv1D as well
+        found |= {*filter(CONV1D.search, tensors)}
+    for typed in transposed:
+        named = {name for name, tensor in tensors.items() if tensor.ndim > 1 and f".{typed}." in f".{name}."}
+        if not named:
+            raise InputError(f"--transposed {typed}: no weight in {path} has this name, whole or between dots")
+        found |= named
+    return found
+
+
 def why_no_layer(name: str, tensor: Tensor) -> str:
     """Say why a tensor of two dimensions or more is no layer of neurons; nothing if it is one."""
     module = name.removesuffix(".weight").rpartition(".")[2]
     if OPTIMIZER.search(name):
         return "state of an optimizer"
+    if ADAPTER.search(name):
+        return "a part of an adapter, which counts once it is merged into its layer's weight"
     if PART.search(name):
-        return "a part of a weight: of an adapter, or of a parametrization"
+        return "a part of a parametrized weight"
     if EMBEDDING.search(module) and tensor.ndim < 4:  # patch_embed may be a convolution
         return "an embedding"
     if NO_WEIGHT.search(module):
