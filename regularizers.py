@@ -83,8 +83,8 @@ def energy_of(network: nn.Module | Layers, s: float = 2, angular: bool = True, h
     half_space: -w is a neuron, too, for each w, as in wy1iu/MHE. ValueError also for a network without layers.
     """
     if (
-        torch.compiler.is_compiling()
-    ):  # dynamo would break at each level of calls, and compile the sweep for every shape
+        torch.compiler.is_dynamo_compiling()
+    ):  # it would break at each level of calls, and compile the sweep for every shape
         return torch.compiler.disable(energy_of)(network, s, angular, half_space)
     layers = network if isinstance(network, dict) else layers_of(network)
     if not layers:
