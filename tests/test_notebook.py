@@ -27,10 +27,11 @@ def test_cells_hold_the_readmes_commands_and_what_they_say(shell, tmp_path, monk
     (tmp_path / notebook.SHEET).parent.mkdir()
     Image.new("RGBA", (1800, 60)).save(tmp_path / notebook.SHEET)
 
-    code, lines, err = shell(notebook.notebook, "--out", "demo.ipynb")
-    assert code == 0 and lines == ["demo.ipynb"], err
-    content = json.loads((tmp_path / "demo.ipynb").read_text())
-    cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+    code, lines, err = shell(notebook.notebook, "--out", "docs/demo.ipynb")
+    assert code == 0 and lines == ["docs/demo.ipynb"], err
+    content = json.loads((tmp_path / "docs" / "demo.ipynb").read_text())
+    enter, *cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+    assert enter["source"] == "%cd -q .." and enter["outputs"] == []
     assert content["nbformat"] == 4 and cells[0]["source"] == f"!{tiny}"
     trained, picture, energy, loop = (cell["outputs"][0] for cell in cells)
     assert re.search(r"^epoch 1/1  loss \d", trained["text"], re.M) and "layer4" in energy["text"]

@@ -59,6 +59,9 @@ def notebook(*, out: Annotated[str, "the file to write"] = "demo.ipynb"):
     if not Path("pretrain.py").exists():
         raise InputError("no pretrain.py here; start this at the top of the clone")
     cells = [cell(kind, source) for kind, source in sources()]
+    top = os.path.relpath(".", Path(out).parent)
+    if top != ".":  # a notebook begins in its own folder
+        cells.insert(1, code(f"%cd -q {top}", []))
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     content = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 4}
     with write_whole(Path(out)) as file:
@@ -101,6 +104,11 @@ def cell(kind: str, source: str) -> dict:
         words = shlex.split(source)[1:] if kind == "shell" else ["-c", source]
         outputs.append({"output_type": "stream", "name": "stdout", "text": told(words, source)})
         source = f"!{source}" if kind == "shell" else source
+    return code(source, outputs)
+
+
+def code(source: str, outputs: list[dict]) -> dict:
+    """Return a cell of code."""
     return {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": outputs, "source": source}
 
 
