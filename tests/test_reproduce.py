@@ -114,8 +114,9 @@ def test_a_run_stays_done_where_its_set_has_moved():
 
 def test_parts_share_the_list_out(typed, shell, folder, monkeypatch):
     """Two of two do each run once; the last table has both."""
-    monkeypatch.setitem(reproduce.PLANS, "cpu", [f"--epochs 100 --reg {reg}" for reg in ("none", "mhe", "uniform")])
-    words = ["--plan", "cpu", "--dataset", folder, "--trial", "--folder", "r", "--results", "out"]
+    runs = [f"--epochs 100 --reg {reg}" for reg in ("none", "mhe", "uniform")]
+    monkeypatch.setitem(reproduce.PLANS, "quarter", runs)
+    words = ["--plan", "quarter", "--dataset", folder, "--trial", "--folder", "r", "--results", "out"]
     code, _, err = shell(reproduce.reproduce, *words, "--part", "2/2")
     assert code == 0 and stages(typed) == ["pretrain", "knn_eval", "linear_eval", "figures"]
     assert all(how == {} for *_, how in typed)  # without --precision no run takes itself for launched
@@ -137,7 +138,7 @@ def test_a_part_is_two_numbers(shell, part):
     assert err == f"reproduce.py: --part {part}: expected {expected}\n"
 
 
-@pytest.mark.parametrize("plan, runs", [("gpu", 29), ("cpu", 19)])
+@pytest.mark.parametrize("plan, runs", [("gpu", 29), ("cpu", 19), ("quarter", 4)])
 def test_every_run_of_a_list_is_one_of_pretrain(plan, runs):
     """Its flags exist and go together, and no two runs share a folder."""
     names = [reproduce.name_of(words) for words in reproduce.PLANS[plan]]

@@ -49,7 +49,8 @@ CPU_PLAN = [
     *[f"{SMALL} {method} --accumulate 8" for method in ("", "--reg amhe")],  # Figure 8
     *[f"{SMALL} --norm none {reg}" for reg in ("", f"--reg amhe {ALL}")],  # Table 4
 ]
-PLANS = {"gpu": PLAN, "cpu": CPU_PLAN}
+QUARTER_PLAN = [f"{method} --epochs 30" for method in ("", "--reg amhe", "--reg uniform", "--method simclr")]
+PLANS = {"gpu": PLAN, "cpu": CPU_PLAN, "quarter": QUARTER_PLAN}
 TRIAL = {"model": "test_resnet", "hidden_dim": "32", "batch_size": "32", "lr": "0.5"}  # where the list says nothing
 SHORT_PROBE = ["--epochs=1", "--batch_size=32"]  # the linear evaluation of a trial
 
@@ -58,7 +59,9 @@ def reproduce(
     *,
     dataset: Annotated[str, "as in pretrain.py; a copy of CIFAR-10 as a folder of pictures will do"] = "cifar10",
     data_dir: Annotated[str, "as in pretrain.py"] = "data",
-    plan: Annotated[Literal[tuple(PLANS)], "the paper's setting, or one for two cores"] = "gpu",
+    plan: Annotated[
+        Literal[tuple(PLANS)], "the paper's setting, one for two cores, or for ten minutes of a GPU"
+    ] = "gpu",
     part: Annotated[str, "2/4: only the second of four parts, for four processes side by side"] = "1/1",
     folder: Annotated[str, "the folder of the run folders"] = "runs/cifar10",
     results: Annotated[str, "the folder that logs and table are copied to; None = --folder and -table"] | None = None,
@@ -76,12 +79,15 @@ def reproduce(
     own = list(enumerate(runs, 1))[first - 1 :: parts]  # so that each part begins with what tells most
     # without a precision no variable: it also says that a launcher has set the number of threads
     environment = {} if precision == "no" else {"ACCELERATE_MIXED_PRECISION": precision}
+    probe = ["--cached"] if plan == "quarter" else []  # flags of the linear evaluation
+    probe += SHORT_PROBE if trial else []
     failed = []
     for number, words in own:
         flags = flags_of(words, dataset, data_dir, trial)
         run = Path(folder, name_of(words))
-        done = stages_done(run, flags, trial)
-        left = {stage: command for stage, command in commands_of(run, flags, trial).items() if stage not in done}
+        done = stages_done(run, flags, bool(probe))
+        commands = commands_of(run, flags, probe)
+        left = {stage: command for stage, command in commands.items() if stage not in done}
         for stage, command in left.items():
             print(f"[{number} of {len(runs)}] python {shlex.join(command)}", file=sys.stderr, flush=True)
             exit_code = run_child(command, environment if stage == "pretrain" else {})
@@ -123,17 +129,17 @@ def name_of(words: str) -> str:
     return "-".join(parts).replace(",", "+")
 
 
-def commands_of(run: Path, flags: dict[str, str], trial: bool) -> dict[str, list[str]]:
+def commands_of(run: Path, flags: dict[str, str], probe: list[str]) -> dict[str, list[str]]:
     """Return the command of each stage of a run; a run without k-NN rows is not judged."""
     typed = [f"--{name}={value}" for name, value in flags.items()]
     commands = {"pretrain": [str(ROOT / "pretrain.py"), *typed, f"--out={run}"]}
     if flags.get("eval_every") != "0":
         commands["knn_eval"] = [str(ROOT / "knn_eval.py"), str(run / CKPT)]
-        commands["linear_eval"] = [str(ROOT / "linear_eval.py"), str(run / CKPT), *(SHORT_PROBE if trial else [])]
+        commands["linear_eval"] = [str(ROOT / "linear_eval.py"), str(run / CKPT), *probe]
     return commands
 
 
-def stages_done(run: Path, flags: dict[str, str], trial: bool) -> set[str]:
+def stages_done(run: Path, flags: dict[str, str], has_own_probe: bool) -> set[str]:
     """Return the stages that a run with these flags has behind it: none if its folder holds a run with other flags."""
     try:
         log = read_log(run)
@@ -143,7 +149,7 @@ def stages_done(run: Path, flags: dict[str, str], trial: bool) -> set[str]:
         return set()
     epochs = log.settings["epochs"]
     judged = {row["stage"] for row in log.rows if row.get("trained_epochs") == epochs and "top5" in row}
-    if log.score("linear_eval") is None and not trial:  # a trial's is short, and no score
+    if log.score("linear_eval") is None and not has_own_probe:  # one of another protocol is no score
         judged.discard("linear_eval")
     # without a judge's row pretrain.py is asked, too: it ends at once, unless it was killed before its last checkpoint
     is_judged = judged >= {"knn_eval", "linear_eval"} or flags.get("eval_every") == "0"
