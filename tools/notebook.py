@@ -2,8 +2,8 @@
 
     python -m tools.notebook --out demo.ipynb
 
-trains, judges, shows pictures with their nearest neighbours and the energies of the encoder, and runs the README's loop
-on a ResNet-18: minutes. Start it at the top of the clone; what the commands write lies in runs/ and figures/.
+trains a small network, judges it, shows pictures with their nearest neighbours and the energies of the encoder, and runs
+the README's loop on a ResNet-18: minutes. Start it at the top of the clone; what the commands write lies in runs/ and figures/.
 """
 
 import base64
@@ -26,8 +26,9 @@ from lib.errors import InputError
 from lib.files import write_whole
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-ENCODER = "runs/photos-amhe/encoder/model.safetensors"
-SHEET = "figures/neighbours-photos-amhe.png"
+RUN = "runs/demo"
+SMALL = "--model test_resnet --stem stride2"  # minutes on any two cores
+SHEET = "figures/neighbours-demo.png"
 WIDTH = 900  # of a picture in the notebook, pixels
 LOOP = """
 import timm
@@ -76,16 +77,17 @@ def sources() -> list[tuple[str, str]]:
         re.search(r"^```\n(pip install.*?)^```", README, re.M | re.S)[1].replace(" && ", "\n").splitlines()
     )
     train, *judges = [re.sub("^accelerate launch", "python", command) for command in commands]
+    judges = [judge.replace("runs/photos-amhe", RUN) for judge in judges]
     lines = re.search(r"# in the loop:\n(.*?)^~~~", README, re.M | re.S)[1]
     return [
         ("markdown", f"# {title}\n\n{purpose}\nOpen this notebook in a clone of the repository, after `{install}`."),
-        ("shell", train),
+        ("shell", f"{train} {SMALL} --out {RUN}"),
         *[("shell", judge) for judge in judges],
         ("markdown", "Pictures of the test set, each with its nearest training pictures:"),
-        ("shell", "python -m tools.figures neighbours runs/photos-amhe"),
+        ("shell", f"python -m tools.figures neighbours {RUN}"),
         ("picture", SHEET),
         ("markdown", "The energy of each layer of the encoder, which `--reg amhe` leaves alone by default:"),
-        ("shell", f"python -m tools.energy {ENCODER}"),
+        ("shell", f"python -m tools.energy {RUN}/encoder/model.safetensors"),
         ("markdown", "An energy in a loop of your own, here on all layers of a ResNet-18 that learns the classes:"),
         ("python", LOOP.format(readme=textwrap.indent(lines.rstrip(), "    ")).strip()),
     ]
