@@ -22,6 +22,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 import models
+from lib.encoders import is_vit
 from lib.errors import InputError
 from lib.files import CONFIG, WEIGHTS, write_whole
 
@@ -96,7 +97,8 @@ def timm_config(settings: dict, view: dict, in_files: bool = False) -> dict | No
         "first_conv": timms.first_conv,  # which timm fits to in_chans, and the next to num_classes
         "classifier": timms.classifier,
     }
-    return {"architecture": name, "num_classes": 0, "pretrained_cfg": pretrained_cfg}
+    options = {"model_args": {"dynamic_img_size": True}} if is_vit(name) else {}
+    return {"architecture": name, "num_classes": 0, **options, "pretrained_cfg": pretrained_cfg}
 
 
 def is_timms(settings: dict) -> bool:
