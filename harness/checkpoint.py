@@ -22,7 +22,6 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 import models
-from lib.encoders import is_vit
 from lib.errors import InputError
 from lib.files import CONFIG, WEIGHTS, write_whole
 
@@ -97,7 +96,8 @@ def timm_config(settings: dict, view: dict, in_files: bool = False) -> dict | No
         "first_conv": timms.first_conv,  # which timm fits to in_chans, and the next to num_classes
         "classifier": timms.classifier,
     }
-    options = {"model_args": {"dynamic_img_size": True}} if is_vit(name) else {}
+    positions = {"dynamic_img_size": True, "img_size": timms.input_size[-1]}  # else timm would resample those of a ViT
+    options = {"model_args": positions} if timms.fixed_input_size else {}
     return {"architecture": name, "num_classes": 0, **options, "pretrained_cfg": pretrained_cfg}
 
 
