@@ -189,16 +189,9 @@ def assert_equal_runs(mine, theirs, tolerance):
     """Their rows of epochs, and their networks."""
     rows = [[row for row in rows_of(run) if "loss" in row and row["stage"] == "pretrain"] for run in (mine, theirs)]
     assert len(rows[0]) == len(rows[1]) > 0
+    names = {"loss", *models.METHODS, "uniformity", "alignment", "std", "energy", *RIVAL_WEIGHTS}
     for row, expected in zip(*rows):
-        for name in {
-            "loss",
-            *models.METHODS,
-            "uniformity",
-            "alignment",
-            "std",
-            "energy",
-            *RIVAL_WEIGHTS,
-        } & expected.keys():
+        for name in names & expected.keys():
             assert row[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), name
     (ours, _), (one, _) = (checkpoint.load_file(run / "ckpt.safetensors") for run in (mine, theirs))
     networks = {name: x for name, x in one.items() if "/" not in name}
