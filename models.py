@@ -28,12 +28,13 @@ STEMS = {"cifar": 1, "stride2": 2, "imagenet": None}  # stride of a 3x3 convolut
 
 
 def build_encoder(name: str, stem: str, norm: str = "bn") -> nn.Module:
-    """Build a ResNet of timm, or AlexNet, without classifier: (b, 3, h, w) to (b, .num_features); else InputError."""
+    """Build timm's ResNet or ViT, or AlexNet, (b, 3, h, w) to (b, .num_features), no classifier; else InputError."""
     if name == "alexnet":
         encoder = encoders.AlexNet()
     else:
-        encoder = encoders.resnet(name)
-        if stem != "imagenet":
+        encoder = encoders.of_timm(name)
+        is_resnet = isinstance(encoder, encoders.ResNet)  # the patches of a ViT are its stem
+        if stem != "imagenet" and is_resnet:
             width = encoder.bn1.num_features
             encoder.conv1 = nn.Conv2d(3, width, 3, STEMS[stem], padding=1, bias=False)
             nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as in timm

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.optim import Lars
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 import data
 import models
@@ -25,7 +25,7 @@ from harness.measure import representations
 from harness.run import Run
 from harness.settings import Settings
 from knn_eval import nearest_neighbours
-from lib import cli, processes
+from lib import cli, encoders, processes
 from lib.rivals import directions, koleo, orthogonality, sigreg
 from models import Pair
 from regularizers import Layers, alignment, energy_of, uniformity, unit
@@ -81,7 +81,7 @@ def pretrain(
     method: Annotated[Literal[tuple(models.METHODS)], "the loss, with its network"] = "byol",
     predictor: Annotated[Literal["mlp", "none"], "of byol and simsiam; none compares projections"] = "mlp",
     queue: Annotated[int, ">= 1", "of moco: earlier projections; None = half the set, up to 65536"] | None = None,
-    model: Annotated[str, "any ResNet of timm, or alexnet"] = "resnet18",
+    model: Annotated[str, "any ResNet or ViT of timm, or alexnet"] = "resnet18",
     stem: Annotated[Literal[tuple(models.STEMS)], "3x3 of stride 1 or 2, or timm's; None = the data set's"]
     | None = None,
     init: Annotated[str, "weights that the encoder begins from: of a run, or a file of another project"] | None = None,
@@ -95,9 +95,9 @@ def pretrain(
     epochs: Annotated[int, ">= 1", "length of the training"] | None = None,
     batch_size: Annotated[int, ">= 2", "images in one step, over all processes"] | None = None,
     accumulate: Annotated[int, ">= 1", "micro-batches of a batch; their gradients are averaged before the step"] = 1,
-    optimizer: Annotated[Literal["lars", "sgd"], "both with momentum 0.9"] | None = None,
+    optimizer: Annotated[Literal["lars", "sgd", "adamw"], "momentum 0.9; betas 0.9, 0.999"] | None = None,
     lr: Annotated[float, "> 0", "< 1e6", "learning rate per 256 images, after the warm-up"] | None = None,
-    weight_decay: Annotated[float, ">= 0", "of all weights but biases and norms"] | None = None,
+    weight_decay: Annotated[float, ">= 0", "of all weights but biases, norms, a ViT's tokens"] | None = None,
     warmup: Annotated[float, ">= 0", "epochs of linear warm-up; None = the recipe's part of all epochs"] | None = None,
     tau: Annotated[Fraction, "of the target's moving average at the start"] | None = None,
     tau_end: Annotated[Fraction, "of the target's moving average at the end"] | None = None,
@@ -178,11 +178,14 @@ def build(cfg: Settings, images: data.Dataset, accelerator: Accelerator) -> Trai
     """Build a network, with fresh weights or an encoder of --init, and its optimizer; LARS: Appendix B.2."""
     heads = (cfg.hidden_dim, cfg.out_dim, cfg.predictor, cfg.queue)
     network = models.METHODS[cfg.method].network(cfg.model, cfg.stem, cfg.norm, *heads)
+    encoders.refuse_unfit_views(network.encoder, images.size)
     if cfg.init:
         cfg.init_digest = begin_from(cfg, network)
     groups = parameter_groups(network, cfg.weight_decay)
     if cfg.optimizer == "lars":
         optimizer = Lars(groups, momentum=0.9, trust_coeff=1e-3)
+    elif cfg.optimizer == "adamw":
+        optimizer = AdamW(groups)
     else:
         optimizer = SGD(groups, momentum=0.9)
     parallel, optimizer = accelerator.prepare(network, optimizer)
@@ -192,10 +195,12 @@ def build(cfg: Settings, images: data.Dataset, accelerator: Accelerator) -> Trai
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
-    """Separate weights, which decay and LARS adapts, from biases and norms, Appendix B.2."""
+    """Separate weights, which decay and LARS adapts, from biases and norms, Appendix B.2, and from a ViT's tokens."""
     parameters = [p for p in network.parameters() if p.requires_grad]
-    weights = [p for p in parameters if p.ndim > 1]
-    others = [p for p in parameters if p.ndim <= 1]
+    encoder = network.encoder
+    tokens = set(encoder.parameters(recurse=False))  # and positions: what belongs to no layer
+    weights = [p for p in parameters if p.ndim > 1 and p not in tokens]
+    others = [p for p in parameters if p.ndim <= 1 or p in tokens]
     adapted = {"params": weights, "weight_decay": weight_decay, "always_adapt": True}
     return [adapted, {"params": others, "weight_decay": 0}]
 

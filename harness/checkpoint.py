@@ -96,7 +96,9 @@ def timm_config(settings: dict, view: dict, in_files: bool = False) -> dict | No
         "first_conv": timms.first_conv,  # which timm fits to in_chans, and the next to num_classes
         "classifier": timms.classifier,
     }
-    return {"architecture": name, "num_classes": 0, "pretrained_cfg": pretrained_cfg}
+    positions = {"dynamic_img_size": True, "img_size": timms.input_size[-1]}  # else timm would resample those of a ViT
+    options = {"model_args": positions} if timms.fixed_input_size else {}
+    return {"architecture": name, "num_classes": 0, **options, "pretrained_cfg": pretrained_cfg}
 
 
 def is_timms(settings: dict) -> bool:

@@ -2,9 +2,9 @@
 
     encoder, prefix = adopt("moco_v2_800ep_pretrain.pth.tar", "resnet50", "imagenet", "encoder_q")
 
-An encoder has timm's or torchvision's names for a ResNet, wherever they lie in the file: what stands before them is its
-prefix, as `state_dict.module.encoder_q.`. Where it is a torch.nn.Sequential of a ResNet's children, numbers stand for
-their names: 0 for conv1, 1 for bn1, 4 for layer1.
+An encoder has timm's names, or torchvision's for a ResNet, wherever they lie in the file; what stands before them is
+its prefix, as `state_dict.module.encoder_q.`. Where it is a torch.nn.Sequential of a ResNet's children, numbers stand
+for their names: 0 for conv1, 1 for bn1, 4 for layer1.
 """
 
 import os
@@ -68,14 +68,14 @@ def by_prefix(tensors: Tensors, wanted: Tensors) -> dict[str, Tensors]:
     parts = defaultdict(dict)
     for name, x in tensors.items():
         words = name.split(".")
-        for i, word in enumerate(words[:-1]):
+        for i, word in enumerate(words):
             if word in children or word.isdecimal():
                 prefix = ".".join([*words[:i], ""])
-                parts[prefix][word, ".".join(words[i + 1 :])] = x
+                parts[prefix][tuple(words[i:])] = x
     for prefix, part in parts.items():
-        numbers = sorted({word for word, _ in part if word.isdecimal()}, key=int)
+        numbers = sorted({word for word, *_ in part if word.isdecimal()}, key=int)
         child_of = dict(zip(children, children)) | dict(zip(numbers, children))
-        parts[prefix] = {f"{child_of[word]}.{rest}": x for (word, rest), x in part.items() if word in child_of}
+        parts[prefix] = {".".join([child_of[word], *rest]): x for (word, *rest), x in part.items() if word in child_of}
     return parts
 
 

@@ -14,7 +14,7 @@ import data
 import models
 from harness.checkpoint import build_described, load_encoder
 from harness.foreign import adopt
-from lib import processes
+from lib import encoders, processes
 from lib.errors import InputError
 from lib.files import weights_file
 from lib.log import contents, log_of, other_data
@@ -42,7 +42,7 @@ def shared_flags(
     *,
     dataset: Annotated[str, "as in pretrain.py; None = the one the checkpoint was trained on"] | None = None,
     data_dir: Annotated[str, "as in pretrain.py; None = as in training"] | None = None,
-    model: Annotated[str, "any ResNet of timm, for a file of another project; then --dataset is needed"] | None = None,
+    model: Annotated[str, "ResNet or ViT of timm, for another project's file; then --dataset is needed"] | None = None,
     stem: Annotated[Literal[tuple(models.STEMS)], "of such a file; None = imagenet"] | None = None,
     prefix: Annotated[str, "of such a file: what stands before the encoder's names, if it holds several"] | None = None,
     mean: Annotated[str, "of such a file's input: R,G,B as parts of 1, or one number; None = the set's"] | None = None,
@@ -84,6 +84,7 @@ def open_judged(accelerator: Accelerator, ckpt: str, shared: dict, without_class
     view |= description.get("view", {})
     view |= own_view
     view["crop"] = flags["eval_crop"] or view["crop"]
+    encoders.refuse_unfit_views(encoder, view["size"])
 
     columns = {"net": flags["net"], "eval_crop": view["crop"], "trained_epochs": description.get("epoch")}
     columns |= {"dataset": dataset, "split": "test", "precision": accelerator.mixed_precision}

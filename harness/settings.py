@@ -23,7 +23,7 @@ import data
 import models
 from harness import state
 from harness.foreign import refuse_unfit_weights
-from lib import augment, processes
+from lib import augment, encoders, processes
 from lib.errors import InputError
 from lib.files import CKPT, RUN_FILES, WEIGHTS, run_folder, weights_file
 from lib.log import PLACES, as_json, other_data, same_place
@@ -53,7 +53,6 @@ IDLE = {  # flags that have no effect where another has a value
     ("reg", "ortho"): ("s",),
     ("reg", "koleo"): ("s", "reg_on"),
     ("reg", "sigreg"): ("s", "reg_on"),
-    ("model", "alexnet"): ("stem",),
     ("init", None): ("prefix",),
 }
 FOLDER_RECIPE = "folder"  # of a folder of pictures, unless --recipe names another
@@ -128,6 +127,8 @@ def refuse_idle_flags(flags: dict, defaults: dict) -> None:
             idle_beside |= dict.fromkeys(names, other)
     if has_no_data_dir(flags["dataset"]):
         idle_beside["data_dir"] = "dataset"
+    if flags["model"] == "alexnet" or encoders.is_vit(flags["model"]):
+        idle_beside["stem"] = "model"
     if flags["dataset"] in WITHOUT_FILES:
         idle_beside["skip_broken"] = "dataset"
     for name, other in idle_beside.items():
@@ -189,6 +190,8 @@ def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
     values["reg_on"] = [part for part in trained_parts(flags) if part in (flags["reg_on"] or HEADS)]
     if flags["reg_on"] is None and min(values["hidden_dim"], values["out_dim"] // 4) < NARROW:  # 4: see predictor_width
         values["reg_on"] = wide_layers(values)
+    if values["optimizer"] == "adamw" and not flags["lr"]:
+        raise InputError("--optimizer adamw: takes --lr, too, such as 0.004; those of the recipes are for LARS and SGD")
     if values["warmup"] >= epochs:
         raise InputError(f"--warmup {values['warmup']}: must be shorter than the training, {epochs} epochs")
     if values["batch_size"]:
@@ -244,7 +247,8 @@ def resolve_images(values: dict, flags: dict, images: data.Dataset) -> Settings:
     n, dataset = len(images.pretraining.labels), flags["dataset"]
     batch_size = values["batch_size"] or batch_size_for(n, values["accumulate"])
     blur_p = images.blur_p if flags["blur_p"] is None else (flags["blur_p"], flags["blur_p"])
-    values = {**values, "batch_size": batch_size, "stem": flags["stem"] or images.stem, "blur_p": blur_p}
+    stem = "imagenet" if encoders.is_vit(flags["model"]) else flags["stem"] or images.stem
+    values = {**values, "batch_size": batch_size, "stem": stem, "blur_p": blur_p}
     if batch_size > n:
         source = "" if flags["batch_size"] else f" (recipe {values['recipe']})"
         raise InputError(f"--batch_size {batch_size}{source}: {dataset} has {n} images to train on; take fewer")

@@ -1,7 +1,7 @@
 """The state of a run: how it is copied and restored, and when it is saved.
 
-A state is a dict of tensors. Names without a slash are the network's; `momentum/...`, `rng/...` and `sums/...`, of the
-epoch in progress, are the run's.
+A state is a dict of tensors. Names without a slash are the network's; `rng/...`, `sums/...`, of the epoch in progress,
+and the optimizer's are the run's: `momentum/...` of LARS and SGD; `step/...`, `exp_avg/...`, `exp_avg_sq/...` of AdamW.
 """
 
 import re
@@ -28,24 +28,26 @@ def captured(network: nn.Module, optimizer: Optimizer, sums: dict[str, Tensor], 
     for name, x in mine.items():
         tensors[name] = accelerator.gather(x[None].to(accelerator.device))
     for name, parameter in network.named_parameters():
-        momentum = optimizer.state[parameter].get("momentum_buffer")
-        if momentum is not None:
-            tensors[f"momentum/{name}"] = momentum
+        for key, x in optimizer.state[parameter].items():
+            tensors[f"{key.removesuffix('_buffer')}/{name}"] = x
     return {name: x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, x in tensors.items()}
 
 
 def restore(
     tensors: dict[str, Tensor], network: nn.Module, optimizer: Optimizer, accelerator: Accelerator
 ) -> dict[str, Tensor]:
-    """Bring network, momentum and random numbers to a state; return the sums of its epoch.
+    """Bring network, optimizer and random numbers to a state; return the sums of its epoch.
 
     Where the number of processes has changed, each takes the mean of the sums, and keeps its own random numbers.
     """
     network.load_state_dict({name: x for name, x in tensors.items() if "/" not in name})
-    for name, parameter in network.named_parameters():
-        momentum = tensors.get(f"momentum/{name}")
-        if momentum is not None:
-            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+    parameters = dict(network.named_parameters())
+    for name, x in tensors.items():
+        kind, _, of = name.partition("/")
+        if of in parameters:
+            key = "momentum_buffer" if kind == "momentum" else kind
+            like = parameters[of] if x.ndim else x  # AdamW's step stays on the CPU
+            optimizer.state[parameters[of]][key] = torch.empty_like(like).copy_(x)
     rank = accelerator.process_index
     same_world = len(tensors["rng/cpu"]) == accelerator.num_processes
     if same_world:

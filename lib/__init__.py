@@ -10,7 +10,7 @@ Each file imports only those above it.
     log         rows out to metrics.jsonl and back
     processes   what is different where several processes run one program
     cli         flags and exit codes: Fire calls a stage with the values that its signature allows
-    encoders    networks by name: timm's ResNets and an AlexNet
+    encoders    networks by name: timm's ResNets and ViTs, and an AlexNet
     tensors     tensors out of a file of any project, whatever its name
     nearest     the nearest rows of a large bank, which passes in parts, divided over processes
     pictures    pictures in files: which there are, how one is read, many of them read ahead by workers

@@ -1,4 +1,4 @@
-"""Encoders by name: timm's ResNets, and the AlexNet of the paper's Figures 3 and 7."""
+"""Encoders by name: timm's ResNets and ViTs, and the AlexNet of the paper's Figures 3 and 7."""
 
 import difflib
 from collections import OrderedDict
@@ -6,26 +6,40 @@ from itertools import pairwise
 
 import timm
 from timm.models.resnet import ResNet
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lib.errors import InputError
 
 
-def resnet(name: str) -> ResNet:
-    """Build a ResNet of timm whose blocks' last BatchNorm scale starts at one, as in BYOL; timm's default is zero."""
+def of_timm(name: str) -> ResNet | VisionTransformer:
+    """Build a ViT, or a ResNet whose blocks' last BatchNorm scale starts at one, as in BYOL; timm's default is zero."""
     if not timm.is_model(name):
-        suggestions = difflib.get_close_matches(name, timm.list_models("*res*"), 1)
+        suggestions = difflib.get_close_matches(name, timm.list_models(["*res*", "*vit*"]), 1)
         hint = f" (did you mean {suggestions[0]}?)" if suggestions else ""
         raise InputError(f"model {name}: not a name timm knows{hint}")
-    if timm.model_entrypoint(name).__module__ != ResNet.__module__:
-        raise InputError(f"model {name}: not a ResNet of timm.models.resnet; resnet18 and resnet50 are the paper's")
+    if not is_vit(name) and timm.model_entrypoint(name).__module__ != ResNet.__module__:
+        raise InputError(f"model {name}: not of timm.models.resnet or vision_transformer; resnet18 is the paper's")
+    options = {"dynamic_img_size": True} if is_vit(name) else {"zero_init_last": False}
     try:
-        encoder = timm.create_model(name, num_classes=0, zero_init_last=False)
+        encoder = timm.create_model(name, num_classes=0, **options)
     except RuntimeError as e:  # an unknown tag after the name
         raise InputError(f"model {name}: timm cannot make it ({e})") from e
-    if not isinstance(encoder.bn1, nn.BatchNorm2d):
+    if isinstance(encoder, ResNet) and not isinstance(encoder.bn1, nn.BatchNorm2d):
         raise InputError(f"model {name}: is normalised by {type(encoder.bn1).__name__}; take a ResNet with BatchNorm")
     return encoder
+
+
+def is_vit(name: str) -> bool:
+    """Whether a name is that of a ViT of timm, whose stem is its own."""
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__ == VisionTransformer.__module__
+
+
+def refuse_unfit_views(encoder: nn.Module, size: int) -> None:
+    """Raise InputError for views of (size, size) pixels that the patches of a ViT do not divide."""
+    patch = encoder.patch_embed.patch_size[0] if isinstance(encoder, VisionTransformer) else 1
+    if size % patch:
+        raise InputError(f"--model: its patches of {patch} pixels do not divide views of {size}; take another")
 
 
 class AlexNet(nn.Sequential):

@@ -26,6 +26,7 @@ from pretrain import Lars, pretrain
 ROOT = Path(__file__).parent.parent
 TINY = {"recipe": "cifar10-300", "model": "test_resnet", "stem": "imagenet", "hidden_dim": 32, "out_dim": 16}
 TINY |= {"batch_size": 16}
+VIT = {name: x for name, x in TINY.items() if name != "stem"} | {"model": "test_vit", "optimizer": "adamw"}
 REPRODUCE = (ROOT / "docs" / "reproduce.md").read_text()
 ROWS = re.findall(r"^\| (\S+, [^|]+) \| `(--dataset [^`]+)` \| ([\d.]+)", REPRODUCE, re.M)  # name, flags and top-1
 SETTINGS = {"method": "byol", "model": "test_resnet", "stem": "imagenet", "norm": "bn", "hidden_dim": 16, "out_dim": 8}
@@ -163,18 +164,18 @@ def finished(folder, tmp_path_factory):
 
 
 @contextlib.contextmanager
-def acting_after(at, act):
+def acting_after(at, act, optimizer=Lars):
     """Call a function after a step of the run in the block; yields the list that steps are counted in."""
-    step, steps = Lars.step, []
+    step, steps = optimizer.step, []
 
-    def stepping(optimizer, closure=None):
-        step(optimizer, closure)
+    def stepping(stepped, closure=None):
+        step(stepped, closure)
         steps.append(1)
         if len(steps) == at:
             act()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Lars, "step", stepping)
+        patch.setattr(optimizer, "step", stepping)
         yield steps
 
 

@@ -96,6 +96,13 @@ def test_lightlys_encoder_has_torchvisions_features():
     assert prefix == "state_dict.backbone." and not found.training
 
 
+def test_a_vit_whose_tokens_stand_in_no_module_is_found():
+    vit = models.build_encoder("test_vit", "imagenet").state_dict()
+    torch.save({"teacher": under("backbone.", vit) | {"head.last_layer.weight": torch.ones(2)}}, "x")
+    found, prefix = foreign.adopt("x", "test_vit", "imagenet")
+    assert prefix == "teacher.backbone." and all(torch.equal(x, vit[name]) for name, x in found.state_dict().items())
+
+
 MISFITS = {  # where ResNet-18 is looked for: the model in the file, how much of it is there, and what is wrong
     "stem": ("resnet18", "cifar", 999, r"conv1.weight is \(64, 3, 3, 3\) in the file, \(64, 3, 7, 7\) in the encoder"),
     # it has all names of ResNet-18

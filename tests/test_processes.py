@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT, assert_same_run, call, killed_after, random, rows_of, tiny
+from conftest import ROOT, VIT, assert_same_run, call, killed_after, random, rows_of, tiny, words_of
 from tqdm import tqdm
 
 import data
@@ -44,6 +44,7 @@ METHODS = (
     *("--method simsiam", "--method moco --queue 20", "--method barlow"),
     *("--reg ortho", "--method simsiam --reg koleo", "--method barlow --reg sigreg"),
 )
+IN_A_VIT = words_of(VIT | {"lr": 0.01, "reg": "amhe", "reg_on": "encoder", "epochs": 1, "eval_every": 0})
 NORMED = tiny(epochs=3, lr=8, eval_every=3, save_every="2steps")  # 9 steps
 SEARCHES = (  # rows of a bank, rows in a part of it, queries, k
     (41, 7, 30, 5),  # 21 and 20 rows
@@ -69,6 +70,7 @@ def one_of_two(rank, ports, folder, place):
             call(pretrain, "--dataset", folder, *method.split(), *IN_FLOAT64, "--out", f"two{i}")
             training = built[-1].result
             seen[f"buffers{i}"] = dict(training.network.named_buffers())
+        call(pretrain, "--dataset", folder, *IN_A_VIT, "--out", "vit")
     seen["ddp"] = [training.parallel.gradient_as_bucket_view, training.parallel.will_sync_module_buffers()]
     call(pretrain, "--dataset", folder, *IN_FLOAT32, "--out", "judged")
     embedded.clear()
@@ -187,16 +189,9 @@ def assert_equal_runs(mine, theirs, tolerance):
     """Their rows of epochs, and their networks."""
     rows = [[row for row in rows_of(run) if "loss" in row and row["stage"] == "pretrain"] for run in (mine, theirs)]
     assert len(rows[0]) == len(rows[1]) > 0
+    names = {"loss", *models.METHODS, "uniformity", "alignment", "std", "energy", *RIVAL_WEIGHTS}
     for row, expected in zip(*rows):
-        for name in {
-            "loss",
-            *models.METHODS,
-            "uniformity",
-            "alignment",
-            "std",
-            "energy",
-            *RIVAL_WEIGHTS,
-        } & expected.keys():
+        for name in names & expected.keys():
             assert row[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), name
     (ours, _), (one, _) = (checkpoint.load_file(run / "ckpt.safetensors") for run in (mine, theirs))
     networks = {name: x for name, x in one.items() if "/" not in name}
@@ -214,6 +209,13 @@ def test_every_method_takes_the_steps_of_one_process(two, seen, command, folder,
     mine, theirs = (of_rank[f"buffers{i}"] for of_rank in seen)
     assert mine and all(torch.equal(x, theirs[name]) for name, x in mine.items())
     assert ("queue" in mine) == METHODS[i].startswith("--method moco")
+
+
+def test_a_vit_takes_the_steps_of_one_process(two, command, folder, tmp_path):
+    """timm resamples its positions in float32."""
+    with float64():
+        assert command(pretrain, "--dataset", folder, *IN_A_VIT, "--out", "one")[0] == 0
+    assert_equal_runs(two / "vit", tmp_path / "one", 1e-6)
 
 
 def test_training_in_float32_and_evaluations_are_those_of_one_process(two, command, folder, tmp_path):
@@ -254,7 +256,7 @@ def test_the_nearest_of_all_processes_banks_are_those_of_one(seen):
 def test_the_first_process_alone_downloads_and_speaks(two, seen):
     """It loads the data before the other one does, whatever the stage."""
     first, second = (of_rank["loads"] for of_rank in seen)
-    assert len(first) == len(second) == len(METHODS) + 3
+    assert len(first) == len(second) == len(METHODS) + 4
     assert all(ended <= begun for (_, ended), (begun, _) in zip(first, second))
     told, silent = (re.sub(r".*\r", "", (two / f"told{rank}").read_text()) for rank in (0, 1))
     assert "loss = byol + 10 energy" in told
