@@ -2,8 +2,9 @@
 
     python -m tools.notebook --out demo.ipynb
 
-trains a small network, judges it, shows pictures with their nearest neighbours and the energies of the encoder, and runs
-the README's loop on a ResNet-18: minutes. Start it at the top of the clone; what the commands write lies in runs/ and figures/.
+trains a small network, judges it, shows pictures with their nearest neighbours and the energies of the encoder, and
+runs the README's loop on a ResNet-18: minutes. Start it at the top of the clone; what the commands write lies in runs/
+and figures/.
 """
 
 import base64
@@ -73,9 +74,8 @@ def notebook(*, out: Annotated[str, "the file to write"] = "demo.ipynb"):
 def sources() -> list[tuple[str, str]]:
     """Return the kind and the text of each cell, from the README where it has the words."""
     title, purpose = re.match(r"# (.+)\n\n((?:.+\n)+)", README).groups()
-    install, *commands = (
-        re.search(r"^```\n(pip install.*?)^```", README, re.M | re.S)[1].replace(" && ", "\n").splitlines()
-    )
+    block = re.search(r"^```\n(pip install.*?)^```", README, re.M | re.S)[1]
+    install, *commands = block.replace(" && ", "\n").splitlines()
     train, *judges = [re.sub("^accelerate launch", "python", command) for command in commands]
     judges = [judge.replace("runs/photos-amhe", RUN) for judge in judges]
     lines = re.search(r"# in the loop:\n(.*?)^~~~", README, re.M | re.S)[1]
