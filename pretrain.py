@@ -3,7 +3,7 @@
     accelerate launch pretrain.py --reg amhe --s 2
 
 trains ResNet-18 on the embedded photographs (minutes on two CPU cores) and leaves a run folder with
-ckpt.safetensors (all networks), encoder/ (the encoder, for timm) and metrics.jsonl (the rows that were printed).
+ckpt.safetensors (all networks), encoder/ (the encoder, for timm) and metrics.jsonl (its log).
 """
 
 import math
@@ -205,7 +205,7 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
     return [adapted, {"params": others, "weight_decay": 0}]
 
 
-def train_micro_batch(training: Training, crops: Tensor, u: Tensor, lr: float, tau: float, step: int = 0) -> Terms:
+def train_micro_batch(training: Training, crops: Tensor, u: Tensor, lr: float, tau: float, step: int) -> Terms:
     """Backpropagate a micro-batch of `data.batches`; after the last of a step, update the weights and the target."""
     cfg, images = training.cfg, training.images
     network, accelerator = training.network, training.accelerator

@@ -2,7 +2,7 @@
 
     ckpt.safetensors      the whole state, see `state`, and a description of the run
     encoder/              the encoder alone, as the last save at an epoch's end left it and as timm reads it
-    metrics.jsonl         the rows that were printed
+    metrics.jsonl         the log, a JSON object a row
 
 The order of the images and their views are functions of (seed, epoch, step), so that a run that goes on ends in the
 bits of a run that never stopped. Of several processes, which all make the same calls, the first prints and writes.
@@ -112,7 +112,7 @@ class Run:
         if number:
             self.signals.append(signal.Signals(number))
         if number and self.log_file:  # a launcher leaves at once, and gives the prompt back
-            told = f"\n{self.signals[0].name}: the step under way is finished and saved; a second one drops it\n"
+            told = f"\n{self.signals[0].name}: saves and stops; a second one loses the work since the last save\n"
             with contextlib.suppress(OSError):
                 os.write(2, told.encode())  # `print` may be what the signal has interrupted
         for handled, handler in self._handlers.items():
@@ -143,10 +143,10 @@ class Run:
             return
         self.step += 1
         self._bar.update()
-        if self.step == self._foretold_at:
+        if self.step == self._foretold_at and self.step < self.steps:
             left = self.steps - self.step
             seconds = left * self.cfg.batch_size / max(self.images_per_s, 0.1)
-            processes.say(f"about {tqdm.format_interval(seconds)} for the {left} steps that are left, and the votes")
+            processes.say(f"about {tqdm.format_interval(seconds)} for the {left} steps that are left, without votes")
         if self._saving and self._saving.done():
             self._end_save()  # raises what it has raised
         caught, is_due = self._look()

@@ -15,7 +15,7 @@ try:
 except ImportError:  # Windows has other locks
     fcntl = None
 
-LOG = "metrics.jsonl"  # the rows that were printed
+LOG = "metrics.jsonl"  # a JSON object a row
 CKPT = "ckpt.safetensors"  # the whole state of a run
 ENCODER = "encoder"  # a folder with the encoder alone, as the last save at an epoch's end left it:
 WEIGHTS = f"{ENCODER}/model.safetensors"

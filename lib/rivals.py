@@ -63,5 +63,6 @@ def directions(x: Tensor, seed: int, step: int) -> Tensor:
 def _unit(x: Tensor) -> Tensor:
     """Unit rows of x (n, d), in fp32 or float64; a zero row stays zero."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x / x.detach().abs().amax(1, keepdim=True).clamp_min(1)  # the square of 1e20 overflows
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return torch.where(length > 1e-12, x / length.clamp_min(1e-12), 0)

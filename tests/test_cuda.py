@@ -114,7 +114,7 @@ def test_a_step_waits_for_its_energies_alone(method, reg, micro_batches):
         seen.waits.clear()
         for n, (crops, _, u) in batches:
             training.accelerator.sync_gradients = n % micro_batches == 0
-            terms = train_micro_batch(training, crops, u, lr=0.1, tau=0.99)
+            terms = train_micro_batch(training, crops, u, lr=0.1, tau=0.99, step=0)
             assert all(isinstance(x, OnCuda) for x in terms.values())
             assert ("energy" in terms) == (TERMS[reg] == "energy" and n % micro_batches == 0)
         assert n == 2 * micro_batches
@@ -153,7 +153,7 @@ def test_a_step_that_the_scaler_skips_leaves_the_target():
         for p in training.network.encoder.parameters():
             p.data.add_(1)
         crops, _, u = next(batches_on_cuda())
-        train_micro_batch(training, crops, u, lr=0.1, tau=0.5)
+        train_micro_batch(training, crops, u, lr=0.1, tau=0.5, step=0)
         same = [torch.equal(p.cpu(), q) for p, q in zip(training.network.target.parameters(), target)]
         assert all(same) and training.network.keys == []
         assert not torch.equal(training.network.queue.cpu(), queue)
@@ -180,7 +180,7 @@ def test_a_step_of_resnet18_has_few_launches():
         for _ in range(2):  # the first step of an optimizer does more
             seen.launches.clear()
             crops, _, u = next(batches)
-            train_micro_batch(training, crops, u, lr=0.1, tau=0.99)
+            train_micro_batch(training, crops, u, lr=0.1, tau=0.99, step=0)
     assert sum(seen.launches.values()) <= 1013, seen.launches.most_common(20)
 
 
@@ -216,7 +216,7 @@ def test_a_state_is_saved_from_the_device_and_restored_to_it(monkeypatch):
     with PretendCuda():
         first, second = training_of(reg="mhe"), training_of()
         crops, _, u = next(batches_on_cuda())
-        terms = train_micro_batch(first, crops, u, lr=0.1, tau=0.99)
+        terms = train_micro_batch(first, crops, u, lr=0.1, tau=0.99, step=0)
         tensors = state.captured(first.network, first.optimizer, {"loss": terms["loss"]}, first.accelerator)
         stored = {name: x.detach().cpu() for name, x in tensors.items()}
         again = second.network, second.optimizer

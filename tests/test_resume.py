@@ -190,7 +190,7 @@ def test_sigterm_to_the_process_itself(folder, tmp_path):
     process.terminate()
     _, err = process.communicate(timeout=180)
     assert process.returncode == 143 and "Traceback" not in err
-    assert "\nSIGTERM: the step under way is finished and saved; a second one drops it\n" in err
+    assert "\nSIGTERM: saves and stops; a second one loses the work since the last save\n" in err
     assert err.splitlines()[-1].startswith("pretrain.py: SIGTERM after step ")
 
 

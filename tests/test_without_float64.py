@@ -59,7 +59,7 @@ def test_a_training_step_and_what_is_measured(photos, monkeypatch, flags):
     noise = torch.randint(256, (16, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     split = data.Split(noise, torch.arange(16))
     with WithoutFloat64():
-        terms = pretrain.train_micro_batch(training, crops, u, 0.1, 0.99)
+        terms = pretrain.train_micro_batch(training, crops, u, 0.1, 0.99, step=0)
         measure.representations(nn.Flatten(), split, photos.view(0.875))
         measure.geometry(nn.Flatten(), dataclasses.replace(photos, test=split), photos.view(0.875), split.labels.device)
     assert terms["loss"].isfinite()

@@ -7,5 +7,6 @@ reproduce    the paper's runs on CIFAR-10, one after the other; paper_tables.csv
 export       a trained encoder as a folder for the Hugging Face Hub, with its model card
 bench        what each part costs beside what a user would otherwise use
 fingerprint  digests of what six short runs compute, and stored losses; trial: runs that are killed and go on
+notebook     the README's commands as a notebook, with their outputs
 leaderboard  the tables of results/README.md, from the logs
 """

@@ -171,7 +171,7 @@ def trainer(accelerator: Accelerator, batch_size: int, **flags) -> tuple[Trainin
 
     def call() -> None:
         crops, _, u = next(batches)
-        terms = train_micro_batch(training, crops, u, 0.1, 0.99)
+        terms = train_micro_batch(training, crops, u, 0.1, 0.99, step=0)
         numbers.update(first_fault(numbers, terms))
 
     return training, call

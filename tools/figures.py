@@ -234,6 +234,7 @@ def draw_floors(axis, runs: list[RunLog]) -> None:
         networks = {}
         for run in runs:
             network = "" if of == "pixels" else " ".join(run.settings[key] for key in ("model", "stem", "norm"))
+            network += f" {run.settings['init']}" if of == "init" else ""
             score = run.score("knn_eval", of)
             if score is not None:
                 networks.setdefault(network, {})[run.settings["seed"]] = score

@@ -86,7 +86,7 @@ def row_of(method: str, entry: list[RunLog]) -> dict[str, str]:
         "network": network(entry[0].settings),
         "epochs": str(entry[0].settings["epochs"]),
         "k-NN": in_words([run.score("knn_eval") for run in entry]),
-        "linear": in_words([top1 for run in entry for top1 in cached_linear(run)]),
+        "linear": in_words(linear_scores(entry)),
         "seeds": ", ".join(str(seed) for seed in sorted(run.settings["seed"] for run in entry)),
         "machine": " or ".join(sorted({machine(first) for first in firsts})),
         "minutes": f"{statistics.median(minutes(run) for run in entry):.1f}",
@@ -99,11 +99,12 @@ def floors(runs: list[RunLog]) -> list[dict[str, str]]:
     """Make a row of raw pixels, and one of each network before its first step, by what the runs' logs have of them."""
     votes = {}
     for run in runs:
-        for row in run.rows:
-            if row.get("of") in FLOORS and row["k"] == 20:
-                is_network = row["of"] == "untrained"
-                key = (FLOORS[row["of"]], network(run.settings) if is_network else "")
-                votes.setdefault(key, {})[run.settings["seed"] if is_network else ""] = row["top1"]
+        for of, name in FLOORS.items():
+            top1 = run.score("knn_eval", of)
+            is_network = of == "untrained"
+            key = (name, network(run.settings) if is_network else "")
+            if top1 is not None:
+                votes.setdefault(key, {})[run.settings["seed"] if is_network else ""] = top1
     rows = []
     for (method, of_network), by_seed in votes.items():
         row = dict.fromkeys(COLUMNS, "")
@@ -121,10 +122,10 @@ def in_words(values: list[float]) -> str:
     return f"{mean:.1f} ± {std:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
-def cached_linear(run: RunLog) -> list[float]:
-    """Return the last top-1 accuracy by `linear_eval.py --cached` at its default rate and with all labels, if any."""
-    asked = {"features": "cached", "split": "test", "trained_epochs": run.settings["epochs"], "lr": 0.2}
-    return [row["top1"] for row in run.rows if asked.items() <= row.items() and not row.get("labels")][-1:]
+def linear_scores(entry: list[RunLog]) -> list[float]:
+    """Return the top-1 accuracies by `linear_eval.py --cached` of those runs that have one."""
+    scores = [run.score("linear_eval", features="cached") for run in entry]
+    return [top1 for top1 in scores if top1 is not None]
 
 
 def network(settings: dict) -> str:
@@ -136,7 +137,8 @@ def network(settings: dict) -> str:
 def machine(first: dict) -> str:
     """Name what the first row of a log says of the machine."""
     facts = [first.get("processor", first["device"]), f"{first['threads']} thread" if "threads" in first else ""]
-    facts.append("" if first["precision"] == "no" else first["precision"])
+    precision = first.get("precision", "no")
+    facts.append("" if precision == "no" else precision)
     return ", ".join(filter(None, facts))
 
 
@@ -147,7 +149,7 @@ def images_per_epoch(run: RunLog) -> float:
 
 def minutes(run: RunLog) -> float:
     """Return how long the training took, without votes."""
-    return sum(images_per_epoch(run) / speed / 60 for speed in run.series("images_per_s").values())
+    return sum(images_per_epoch(run) / speed / 60 for speed in run.series("images_per_s").values() if speed)
 
 
 if __name__ == "__main__":

@@ -35,14 +35,15 @@ class RunLog:
                 values[row["step"]] = row[key]
         return values
 
-    def score(self, stage: str, of: str = "trained") -> float | None:
+    def score(self, stage: str, of: str = "trained", features: str = "augmented") -> float | None:
         """Return the last top-1 (%) by the protocol of linear_eval or of knn_eval, k = 20; `of` may be a floor."""
-        row = self.score_row(stage, of)
+        row = self.score_row(stage, of, features)
         return row["top1"] if row else None
 
-    def score_row(self, stage: str, of: str = "trained") -> dict | None:
+    def score_row(self, stage: str, of: str = "trained", features: str = "augmented") -> dict | None:
         """Return the row with that accuracy; None without one. Variants such as --labels do not count.
 
+        features: those that the linear classifier learned from, "augmented" or, by --cached, "cached".
         Where knn_eval has not been run, the online k-NN of the last epoch is the same number, and so are its floors.
         """
         judged = {"stage": stage, "split": "test", "net": "online", "labels": None}
@@ -53,7 +54,7 @@ class RunLog:
                 online |= {"of": "online", "epoch": self.settings["epochs"]}
             protocols = [judged | {"of": of, "k": 20, "temperature": 0.07}, online]
         else:
-            protocols = [judged | {"features": "augmented", "epochs": 80, "weight_decay": 0.0}]  # its defaults
+            protocols = [judged | {"features": features, "epochs": 80, "weight_decay": 0.0}]  # its defaults
         for protocol in protocols:
             for row in reversed(self.rows):
                 if self._counts(row) and all(row.get(key) == value for key, value in protocol.items()):

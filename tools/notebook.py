@@ -58,6 +58,8 @@ def notebook(*, out: Annotated[str, "the file to write"] = "demo.ipynb"):
     """Run the README's commands and write them to a notebook, with their outputs."""
     if Path(out).suffix != ".ipynb":
         raise InputError(f"--out {out}: expected a name that ends in .ipynb")
+    if os.path.exists(RUN):
+        raise InputError(f"{RUN}: is there already, and its cell would say so; move it away")
     if not Path("pretrain.py").exists():
         raise InputError("no pretrain.py here; start this at the top of the clone")
     cells = [cell(kind, source) for kind, source in sources()]
@@ -117,8 +119,7 @@ def code(source: str, outputs: list[dict]) -> dict:
 def told(words: list[str], source: str) -> str:
     """Return what Python says at a terminal, which is what a notebook gives a command. InputError if it fails."""
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": "."}
-    process = subprocess.Popen([sys.executable, *words], stdout=theirs, stderr=theirs, env=environment)
+    process = subprocess.Popen([sys.executable, *words], stdout=theirs, stderr=theirs)  # no width: bars are not shown
     os.close(theirs)
     text = b""
     while part := read(ours):
