@@ -81,10 +81,10 @@ def log_row(judged: Judged, row: dict) -> None:
 
 def classifier_line(row: dict) -> str:
     """Say what a row holds; nothing of an epoch in which several rates are tried."""
+    if "loss" in row and "sweep" in row:
+        return ""
     if "loss" in row:
-        return (
-            "" if "sweep" in row else f"epoch {row['epoch']}  loss {row['loss']:.3f}  train {row['train_top1']:.1f} %"
-        )
+        return f"epoch {row['epoch']}  loss {row['loss']:.3f}  train {row['train_top1']:.1f} %"
     scores = f"top-1 {row['top1']:.1f} %  top-5 {row['top5']:.1f} %  balanced {row['balanced']:.1f} %"
     if "sweep" in row:
         return f"lr {row['sweep']} on the hold-out: {scores}"

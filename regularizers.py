@@ -82,9 +82,7 @@ def energy_of(network: nn.Module | Layers, s: float = 2, angular: bool = True, h
 
     half_space: -w is a neuron, too, for each w, as in wy1iu/MHE. ValueError also for a network without layers.
     """
-    if (
-        torch.compiler.is_dynamo_compiling()
-    ):  # it would break at each level of calls, and compile the sweep for every shape
+    if torch.compiler.is_dynamo_compiling():  # it would break at each level of calls, and compile each shape anew
         return torch.compiler.disable(energy_of)(network, s, angular, half_space)
     layers = network if isinstance(network, dict) else layers_of(network)
     if not layers:

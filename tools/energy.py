@@ -169,8 +169,8 @@ def why_no_layer(name: str, tensor: Tensor) -> str:
         return "a bias, norm or mask"
     if tensor.ndim > 2 and tensor.shape[1] == 1:
         return "a depthwise convolution, or one of a single channel"
-    lengths = tensor.flatten(1).double().norm(dim=1)
-    if not tensor.is_floating_point() or not lengths.isfinite().all():
+    lengths = tensor.flatten(1).double().norm(dim=1) if tensor.is_floating_point() else torch.tensor(torch.nan)
+    if not lengths.isfinite().all():
         return "not of finite real numbers"
     if tensor.shape[1:].numel() < 3 or (lengths > ZERO).sum() < 2:
         return "fewer than 3 dimensions, or than two neurons that are not zero"
