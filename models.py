@@ -209,7 +209,7 @@ class Facts(NamedTuple):
 
 METHODS = {
     "byol": Facts(BYOL, "BYOL", ("predictor", "tau", "tau_end"), {},
-        "byol = E |p1 - t2|^2 + E |p2 - t1|^2 of unit or zero rows, 0 ... 8 (Eq. 3 in both directions)"),
+        "byol = E |p1 - t2|^2 + E |p2 - t1|^2 of unit rows, 0 ... 8 (Eq. 3 in both directions)"),
     "simclr": Facts(SimCLR, "SimCLR", ("temperature",), {},
         "simclr = E -log softmax(z_i . z_j / {temperature:g}) of unit rows (Eq. 1)"),
     "simsiam": Facts(SimSiam, "SimSiam", ("predictor",), {},

@@ -89,7 +89,7 @@ def pretrain(
     norm: Annotated[Literal["bn", "none"], "BatchNorm, or networks without it"] = "bn",
     reg: Annotated[Literal[tuple(settings.TERMS)], "energy by chord, angle; uniformity; cos^2; KoLeo; SIGReg"] = "none",
     s: Annotated[float, ">= 0", "<= 8", "power of the energy; 0 is logarithmic"] = 2.0,
-    weight: Annotated[float, ">= 0", "lambda of the regularizer"] | None = None,
+    weight: Annotated[float, ">= 0", "lambda of the regularizer; None = its own"] | None = None,
     reg_on: Annotated[tuple[Literal[PARTS], ...], "None = the heads, but no neurons below 3-d"] | None = None,
     temperature: Annotated[float, "> 0", "of simclr and moco"] | None = None,
     epochs: Annotated[int, ">= 1", "length of the training"] | None = None,

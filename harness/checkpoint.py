@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import models
 from lib.errors import InputError
-from lib.files import CONFIG, WEIGHTS, write_whole
+from lib.files import CKPT, CONFIG, WEIGHTS, write_whole
 
 FORMAT = 1  # of a description; another number where what a reader relies on is another
 
@@ -131,7 +131,8 @@ def load_file(path: str | Path, is_wanted: Callable = lambda name: True) -> tupl
     All tensors pass one by one, for the digest. InputError for another, a damaged or a missing file.
     """
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; name a run's folder, its ckpt.safetensors, or its encoder")
+        fault = f"a folder without {CKPT}" if Path(path).is_dir() else "no such file"
+        raise InputError(f"{path}: {fault}; name a run's folder, its {CKPT}, or its encoder")
     try:
         with safe_open(path, "pt") as file:
             description = description_of(path)

@@ -81,7 +81,7 @@ def rewrite(path, tensors=None, **changes):
         (lambda p: rewrite(p, format=0), "of format 0, not 1"),
         (lambda p: rewrite(p, lambda t: {**t, "encoder.bn1.bias": torch.ones(2)}), r"encoder.bn1.bias.*\[2\]"),
         (lambda p: rewrite(p, settings=SETTINGS | {"model": "resnet34"}), "not those of its description"),
-        (lambda p: (p.unlink(), p.mkdir()), "no such file; name a run's folder"),
+        (lambda p: (p.unlink(), p.mkdir()), "a folder without ckpt.safetensors; name a run's folder"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused_by_name(pair, damage, message):

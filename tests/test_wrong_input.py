@@ -42,7 +42,7 @@ PRETRAIN = {
 KNN = {
     "good.safetensors --k 5,5": "--k 5,5: expected values separated by commas, each once: a whole number >= 1",
     "nowhere.safetensors": "nowhere.safetensors: no such file",
-    "bare": "bare: no such file; name a run's folder, its ckpt.safetensors, or its encoder",
+    "bare": "bare: a folder without ckpt.safetensors; name a run's folder, its ckpt.safetensors, or its encoder",
     "huge.safetensors": "huge.safetensors: its tensors are not those of its description",
     "plain.safetensors": "plain.safetensors: not written by pretrain.py; name its --model and --dataset",
     "list.pth --model resnet18 --dataset photos": "list.pth: holds no tensors with names",
