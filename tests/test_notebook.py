@@ -23,6 +23,7 @@ def test_cells_hold_the_readmes_commands_and_what_they_say(shell, tmp_path, monk
     for name in ("pretrain.py", "tools", "lib", "harness", "data.py", "regularizers.py", "models.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / notebook.SHEET).parent.mkdir()
+    (tmp_path / "docs").mkdir()
     Image.new("RGBA", (1800, 60)).save(tmp_path / notebook.SHEET)
 
     code, lines, err = shell(notebook.notebook, "--out", "docs/demo.ipynb")
