@@ -27,6 +27,7 @@ from lib import augment, encoders, processes
 from lib.errors import InputError
 from lib.files import CKPT, RUN_FILES, WEIGHTS, run_folder, weights_file
 from lib.log import PLACES, as_json, other_data, same_place
+from lib.rivals import SLICES
 from lib.sources import WITHOUT_FILES, has_no_data_dir
 
 NOT_SETTINGS = ("out", "save_every", "resume", "tracker", "workers", "json")  # they change nothing that is computed
@@ -42,7 +43,7 @@ FORMULAS = {
     "uniformity": "log E exp(-2 |z_i - z_j|^2) of unit rows, averaged over both views (Eq. 2)",
     "ortho": "sum over layers of the mean over i != j of (w_i . w_j)^2 of unit rows (Bansal et al. 2018)",
     "koleo": "E -log |z_i - z_j| of unit rows, j the nearest, averaged over both views (Sablayrolles et al. 2019)",
-    "sigreg": "Epps-Pulley statistic of z along 256 directions, their mean, averaged over both views (LeJEPA)",
+    "sigreg": f"Epps-Pulley statistic of z along {SLICES} directions, their mean, averaged over both views (LeJEPA)",
 }
 NARROW = 3  # a layer whose neurons have fewer dimensions is regularized only if --reg_on names its network
 LONGEST_QUEUE = 65_536  # of MoCo, by default: its authors' for ImageNet

@@ -55,6 +55,18 @@ def test_only_entries_have_a_row(results):
     assert methods == entries  # the floors' votes are in a log of BYOL
 
 
+def test_votes_of_another_protocol_are_no_scores(results):
+    before = leaderboard.board(results)
+    log = results / "cifar10" / "cpu-seed-0" / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    linear = next(row for row in reversed(rows) if row.get("features") == "cached")
+    floor = next(row for row in rows if row.get("of") == "pixels")
+    with open(log, "a") as file:
+        for row in (linear | {"net": "target", "top1": 2.0}, floor | {"split": "holdout", "top1": 12.3}):
+            file.write(json.dumps(row) + "\n")
+    assert leaderboard.board(results) == before
+
+
 def test_entries_of_other_data_are_refused(results):
     for seed in range(3):
         change(results / "cifar10" / f"cpu-reg-uniform-seed-{seed}" / "metrics.jsonl", view={"size": 64})

@@ -47,6 +47,7 @@ def integral_of_normal(power):
 
 def test_closed_forms():
     assert orthogonality(random(1000, 64)).item() == pytest.approx(1 / 64, rel=0.01)
+    assert orthogonality(1e20 * random(1000, 64)).item() == pytest.approx(1 / 64, rel=0.01)  # its squares overflow
     assert orthogonality(torch.linalg.qr(random(6, 6, dtype=F64)).Q).item() == pytest.approx(0, abs=1e-30)
     simplex = torch.eye(9, dtype=F64) - 1 / 9  # nine points, all at one distance
     assert koleo(simplex).item() == pytest.approx(-math.log(2 * 9 / 8) / 2, rel=1e-7)

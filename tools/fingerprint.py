@@ -155,9 +155,8 @@ def compare_losses(path: Path, replaces: bool) -> None:
             file.write(json.dumps({**stored, "processor": processor()}, indent=1).encode() + b"\n")
         print(path)
         return
-    allowed = (
-        f"allowed {tolerance:g} on {'the processor that' if is_named else 'another processor than'} the file names"
-    )
+    which = "the processor that" if is_named else "another processor than"
+    allowed = f"allowed {tolerance:g} on {which} the file names"
     print(f"{len(different)} of {len(flags)} runs differ; largest difference {largest:.1e}, {allowed}")
     sys.exit(len(different) > 0)
 

@@ -3,8 +3,8 @@
     python -m tools.notebook --out demo.ipynb
 
 trains a small network, judges it, shows pictures with their nearest neighbours and the energies of the encoder, and
-runs the README's loop on a ResNet-18: minutes. Start it at the top of the clone; what the commands write lies in runs/
-and figures/.
+runs the README's loop on a ResNet-18: minutes, or half an hour of two slow, busy cores. Start it at the top of the
+clone; what the commands write lies in runs/ and figures/.
 """
 
 import base64
@@ -28,7 +28,7 @@ from lib.files import write_whole
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 RUN = "runs/demo"
-SMALL = "--model test_resnet --stem stride2"  # minutes on any two cores
+SMALL = "--model test_resnet --stem stride2"  # its own network takes long on slow cores
 SHEET = "figures/neighbours-demo.png"
 WIDTH = 900  # of a picture in the notebook, pixels
 LOOP = """
@@ -108,7 +108,7 @@ def cell(kind: str, source: str) -> dict:
     else:
         print(f"$ {source}" if kind == "shell" else "the loop", file=sys.stderr)
         words = shlex.split(source)[1:] if kind == "shell" else ["-c", source]
-        outputs.append({"output_type": "stream", "name": "stdout", "text": told(words, source)})
+        outputs.append({"output_type": "stream", "name": "stdout", "text": output_of(words, source)})
         source = f"!{source}" if kind == "shell" else source
     return code(source, outputs)
 
@@ -118,7 +118,7 @@ def code(source: str, outputs: list[dict]) -> dict:
     return {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": outputs, "source": source}
 
 
-def told(words: list[str], source: str) -> str:
+def output_of(words: list[str], source: str) -> str:
     """Return what Python says at a terminal, which is what a notebook gives a command. InputError if it fails."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen([sys.executable, *words], stdout=theirs, stderr=theirs)  # no width: bars are not shown
