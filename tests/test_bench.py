@@ -1,6 +1,7 @@
 """The table says what was measured, and of what."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,8 +31,9 @@ def test_memory_is_that_of_the_call():
 def test_a_table_of_rows(shell, monkeypatch):
     monkeypatch.setattr(bench, "HEADS", ((300, 20), (10, 60)))
     assert "--only knn2: no such row; there are energy" in shell(bench.bench, "--only", "knn2")[2]
-    code, lines, err = shell(bench.bench, "--only", "energy", "--seconds", "1e-9")
+    code, lines, err = shell(bench.bench, "--only", "energy", "--seconds", "1e-9", "--out", "kept/table.md")
     assert code == 0 and lines[0].startswith(f"Python 3.{sys.version_info[1]}."), err
+    assert Path("kept/table.md").read_text().splitlines() == lines
     assert lines[2].split(" | ")[:3] == ["| row", "what", "ours"] and len(lines) == 4 + 6
     assert all(line.count("|") == lines[2].count("|") for line in lines[3:])
 

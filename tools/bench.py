@@ -45,6 +45,7 @@ from knn_eval import vote
 from lib import cli, processes
 from lib.augment import DRAWS_PER_IMAGE, crop_flip, normalise
 from lib.errors import InputError
+from lib.files import write_whole
 from lib.pictures import Files, fitting_workers
 from pretrain import RECIPES, Training, build, pretrain, train_micro_batch
 from regularizers import alignment, amhe, energy_by_definition, mhe
@@ -70,6 +71,7 @@ def bench(
     *,
     only: Annotated[tuple[str, ...], "rows of the table; None = all"] | None = None,
     seconds: Annotated[float, "> 0", "for the timed turns of a comparison, of which there are at least 3"] = 20.0,
+    out: Annotated[str, "file that keeps the table, too"] | None = None,
 ):
     """Print a table of ratios, ours against what a user would otherwise use, each measured side by side in one run."""
     for name in only or ():
@@ -79,16 +81,21 @@ def bench(
     if accelerator.num_processes > 1:
         raise InputError(f"{accelerator.num_processes} processes would slow each other; launch one")
     about = {"Python": platform.python_version(), "torch": torch.__version__, **processes.hardware(accelerator)}
-    print(", ".join(f"{name} {value}" for name, value in about.items()), end="\n\n")
-    print(f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), sep="\n", flush=True)
+    lines = [", ".join(f"{name} {value}" for name, value in about.items()), ""]
+    lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    print(*lines, sep="\n", flush=True)
     for name in only or ROWS:
         try:
             for contest in ROWS[name](accelerator):
                 cells = compare(contest, accelerator.device, seconds)
-                print(f"| {name} | {' | '.join(cells)} |", flush=True)
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+                print(lines[-1], flush=True)
         except ModuleNotFoundError as e:
             processes.say(f"{name}: a comparison is left out, {e}: pip install lightly faiss-cpu scikit-learn")
         accelerator.free_memory()
+    if out:
+        with write_whole(Path(out)) as file:
+            file.writelines(f"{line}\n".encode() for line in lines)
 
 
 def compare(contest: Contest, device: torch.device, seconds: float) -> list[str]:
@@ -159,41 +166,53 @@ def energy(accelerator: Accelerator) -> Iterator[Contest]:
 
 
 def trainer(accelerator: Accelerator, batch_size: int, **flags) -> tuple[Training, Callable]:
-    """Make a training of `pretrain` on photos, and its next step: crops, views, networks, LARS, target, faults."""
+    """Make a training of `pretrain` on photos, and its next step, which returns the loss.
+
+    A step has all of a run's: crops, views, networks, LARS, target, a look for faults.
+    """
     images = data.load("photos", pretraining=True)
     flags = {**pretrain.__kwdefaults__, "batch_size": batch_size, **flags}
     values = resolve_recipe(flags, RECIPES, accelerator.num_processes)
     cfg = resolve_images(values, flags, images)
+    torch.manual_seed(0)
     training = build(cfg, images, accelerator)
     split = images.pretraining.to(accelerator.device)
     batches = data.batches(split, images.size, batch_size, 0, itertools.count())
     numbers = {}
 
-    def call() -> None:
+    def call() -> Tensor:
         crops, _, u = next(batches)
         terms = train_micro_batch(training, crops, u, 0.1, 0.99, step=0)
         numbers.update(first_fault(numbers, terms))
+        return terms["loss"]
 
     return training, call
 
 
 def step(accelerator: Accelerator) -> Iterator[Contest]:
-    """What a step takes beside its networks, and what the regularizer adds to it: the paper's ResNet-18 and heads."""
+    """What a step takes beside its networks, and what the regularizer adds to it: the paper's ResNet-18 and heads.
+
+    The first loss stands in the row: with --dynamo_backend inductor it is to be that of a run without.
+    """
     # as in a run, a GPU still computes one step while the next one is launched
-    batch_size, n, added = (1024, 8, "<= 1.02") if accelerator.device.type == "cuda" else (256, 1, "<= 1.06")
+    sizes, n = ({1024: "<= 1.02", 128: "<= 1.10"}, 8) if accelerator.device.type == "cuda" else ({256: "<= 1.06"}, 1)
     flags = {"stem": "cifar", "hidden_dim": 4096}
-    training, whole_step = trainer(accelerator, batch_size, **flags)
-    v1, v2 = torch.randn(2, batch_size, 3, 32, 32, device=accelerator.device)
+    for batch_size, added in sizes.items():
+        training, whole_step = trainer(accelerator, batch_size, **flags)
+        random_views = torch.randn(2, batch_size, 3, 32, 32, device=accelerator.device)
+        passes = functools.partial(passes_alone, training, *random_views)
+        what = f"{n} x a step of {batch_size}, loss {whole_step():.4f} at first"
+        yield Contest(what, whole_step, "its networks' passes alone", passes, "<= 1.10", together=n)
+        _, with_energy = trainer(accelerator, batch_size, **flags, reg="amhe")
+        what = f"{n} x a step of {batch_size} with --reg amhe"
+        yield Contest(what, with_energy, "--reg none", whole_step, added, together=n)
 
-    def passes() -> None:
-        _, (p1, p2), (t1, t2) = training.parallel(v1, v2)
-        accelerator.backward(alignment(p1, t2) + alignment(p2, t1))
-        training.optimizer.zero_grad()
 
-    what = f"{n} x a step of {batch_size}"
-    yield Contest(what, whole_step, "its networks' passes alone", passes, "<= 1.10", together=n)
-    _, with_energy = trainer(accelerator, batch_size, **flags, reg="amhe")
-    yield Contest(f"{what} with --reg amhe", with_energy, "--reg none", whole_step, added, together=n)
+def passes_alone(training: Training, v1: Tensor, v2: Tensor) -> None:
+    """Forward and backward passes of BYOL's networks for two views (b, 3, size, size)."""
+    _, (p1, p2), (t1, t2) = training.parallel(v1, v2)
+    training.accelerator.backward(alignment(p1, t2) + alignment(p2, t1))
+    training.optimizer.zero_grad()
 
 
 def step_peer(accelerator: Accelerator) -> Iterator[Contest]:

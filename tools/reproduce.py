@@ -60,7 +60,7 @@ def reproduce(
     dataset: Annotated[str, "as in pretrain.py; a copy of CIFAR-10 as a folder of pictures will do"] = "cifar10",
     data_dir: Annotated[str, "as in pretrain.py"] = "data",
     plan: Annotated[
-        Literal[tuple(PLANS)], "the paper's setting, one for two cores, or for ten minutes of a GPU"
+        Literal[tuple(PLANS)], "the paper's setting, one for two cores, or for a quarter of an hour of a GPU"
     ] = "gpu",
     part: Annotated[str, "2/4: only the second of four parts, for four processes side by side"] = "1/1",
     folder: Annotated[str, "the folder of the run folders"] = "runs/cifar10",
@@ -82,6 +82,8 @@ def reproduce(
     probe = ["--cached"] if plan == "quarter" else []  # flags of the linear evaluation
     probe += SHORT_PROBE if trial else []
     failed = []
+    if plan == "quarter" and first == 1:
+        failed += time_steps(Path(results), environment, seconds=1 if trial else 4)
     for number, words in own:
         flags = flags_of(words, dataset, data_dir, trial)
         run = Path(folder, name_of(words))
@@ -104,6 +106,19 @@ def reproduce(
         raise InputError(f"failed, and tried again by the same command: {', '.join(failed)}")
     end = f"all {len(runs)} runs are done" if parts == 1 else f"part {part} is done, {len(own)} of {len(runs)} runs"
     print(f"{end}; {results}/table.md is the table of all there are", file=sys.stderr)
+
+
+def time_steps(results: Path, environment: dict[str, str], seconds: int) -> list[str]:
+    """Time a step eagerly and as Inductor compiles it, unless a table of it is there; return what failed."""
+    failed = []
+    results.mkdir(parents=True, exist_ok=True)
+    for backend in ("no", "inductor"):
+        table = results / f"step-{backend}.md"
+        if not table.exists():
+            command = [str(ROOT / "tools" / "bench.py"), "--only=step", f"--seconds={seconds}", f"--out={table}"]
+            if run_child(command, environment | {"ACCELERATE_DYNAMO_BACKEND": backend}):
+                failed.append(str(table))
+    return failed
 
 
 def flags_of(words: str, dataset: str, data_dir: str, trial: bool) -> dict[str, str]:
