@@ -18,7 +18,7 @@ from tools.paper import is_row, paper_rows
 OF_PROJECTIONS = ("uniformity", "alignment")
 OF_FEATURES = ("rank", "uniformity_share")
 FLOORS = {"untrained": "untrained", "init": "init", "pixels": "raw pixels"}  # and what tables and figures call them
-HEADS = {"k-NN": "k-NN (%)", "linear": "linear (%)"} | FLOORS  # the numbers that are printed
+HEADS = {"k-NN": "k-NN (%)", "linear": "linear (%)", "cached": "cached (%)"} | FLOORS  # the numbers that are printed
 COLUMNS = (*HEADS, *OF_PROJECTIONS, "energy", *OF_FEATURES, "images_per_s")  # those of table.csv
 WIDTH = 100  # of a printed line
 
@@ -48,8 +48,9 @@ def table(runs: list[RunLog]) -> list[dict]:
 def values_of(group: list[RunLog], key: str) -> list[float]:
     """Return a column's numbers of a group of seeds, without those that a run does not have, or not to the end."""
     if key in HEADS:
-        stage = "linear_eval" if key == "linear" else "knn_eval"
-        scores = [run.score(stage, key if key in FLOORS else "trained") for run in group]
+        stage = "linear_eval" if key in ("linear", "cached") else "knn_eval"
+        protocol = {"of": key} if key in FLOORS else {"features": key} if key == "cached" else {}
+        scores = [run.score(stage, **protocol) for run in group]
         return [score for score in scores if score is not None]
     found = []
     for run in group:
