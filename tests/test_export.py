@@ -1,6 +1,7 @@
 """An exported folder: what timm and the lines of its card load, what the card says, and what is refused."""
 
 import contextlib
+import os
 import re
 import shutil
 
@@ -8,7 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import rows_of
+from conftest import ROOT, rows_of
 from PIL import Image
 
 import models
@@ -16,6 +17,15 @@ from harness import checkpoint
 from knn_eval import knn_eval
 from linear_eval import linear_eval
 from tools.export import export, without_paths
+
+
+def run_lines(folder):
+    """Run the lines of a card in its folder; return the names that they define."""
+    (block,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    names = {}
+    with contextlib.chdir(folder):
+        exec(block, names)
+    return names
 
 
 @pytest.mark.parametrize("changes", [{}, {"model": "resnet18"}, {"stem": "cifar"}])
@@ -34,11 +44,8 @@ def test_the_lines_of_the_card_load_the_encoder(shell, trained, tmp_path, change
     card = (tmp_path / "out" / "README.md").read_text()
     is_timms = "stem" not in changes
     assert ("library_name: timm" in card) == (tmp_path / "out" / "config.json").exists() == is_timms
-    (block,) = re.findall(r"```python\n(.*?)```", card, re.S)
     Image.effect_noise((50, 40), 60).convert("RGB").save(tmp_path / "out" / "picture.jpg")
-    names = {}
-    with contextlib.chdir(tmp_path / "out"):
-        exec(block, names)
+    names = run_lines(tmp_path / "out")
     image = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(names["encoder"](image), encoder.eval()(image), rtol=0, atol=1e-5)
     if is_timms:
@@ -46,7 +53,8 @@ def test_the_lines_of_the_card_load_the_encoder(shell, trained, tmp_path, change
 
 
 def test_the_folder_is_timms_and_ours(shell, command, folder, trained, tmp_path):
-    command(linear_eval, trained / "ckpt.safetensors", "--batch_size", 16)
+    for more in ([], ["--cached"]):
+        command(linear_eval, trained / "ckpt.safetensors", "--batch_size", 16, *more)
     _, judged, _ = command(knn_eval, trained, "--k", 20)
     command(knn_eval, trained, "--k", 20, "--labels", 0.5)  # whose floors are others
     code, lines, err = shell(export, trained, "--to", "deep/er/out", "--license", "no")
@@ -57,14 +65,16 @@ def test_the_folder_is_timms_and_ours(shell, command, folder, trained, tmp_path)
     assert [list(view["mean"]), list(view["std"]), view["crop_pct"]] == [described[x] for x in ("mean", "std", "crop")]
     _, header, text = (out / "README.md").read_text().split("---\n", 2)
     facts = yaml.safe_load(header)
-    assert facts["license"] == "no" and facts["pipeline_tag"] == "image-feature-extraction" and "byol" in facts["tags"]
-    linear = next(row for row in reversed(rows_of(trained)) if row["stage"] == "linear_eval")
+    assert "\n# out\n" in text and facts["license"] == "no"
+    assert facts["pipeline_tag"] == "image-feature-extraction" and "byol" in facts["tags"]
+    linear, cached = [row for row in rows_of(trained) if row["stage"] == "linear_eval" and "top5" in row][-2:]
     by = {row["of"]: row for row in judged}
     for protocol, row in (
         ("weighted vote of the 20 nearest neighbours", by["trained"]),
         ("the same vote on a random network", by["untrained"]),
         ("the same vote on the pixels", by["pixels"]),
-        ("80 epochs of SGD, batch 16, rate 0.2 per 256 images", linear),
+        ("crops and flips, 80 epochs of SGD, batch 16, rate 0.2 per 256 images", linear),
+        ("no crops or flips, 80 epochs of SGD, batch 16, rate 0.2 per 256 images", cached),
     ):
         (line,) = [line for line in text.splitlines() if protocol in line]
         assert line.endswith(f"| {row['top1']:.1f} | {row['top5']:.1f} |")
@@ -76,6 +86,19 @@ def test_the_folder_is_timms_and_ours(shell, command, folder, trained, tmp_path)
         assert str(folder.parent).encode() not in content and str(trained.parent).encode() not in content
     code, again, err = command(knn_eval, out, "--dataset", folder, "--k", 20, "--nofloors")
     assert code == 0 and again[0]["top1"] == by["trained"]["top1"] and again[0]["own_data"], err
+
+
+@pytest.mark.parametrize("name", os.listdir(ROOT / "results" / "encoders"))
+def test_an_encoder_to_take_away(command, name):
+    """By its card's lines; with the folder of the pictures in CIFAR10_JPEG, to the digits of its card."""
+    folder = ROOT / "results" / "encoders" / name
+    names = run_lines(folder)
+    with torch.no_grad():
+        features = names["encoder"](torch.randn(8, 3, 32, 32))
+    assert features.shape == (8, names["encoder"].num_features) and features.std(0).mean() > 0
+    if "CIFAR10_JPEG" in os.environ:
+        _, (row,), _ = command(knn_eval, folder, "--dataset", os.environ["CIFAR10_JPEG"], "--k", 20, "--nofloors")
+        assert f"| {row['top1']:.1f} | {row['top5']:.1f} |" in (folder / "README.md").read_text()
 
 
 def test_a_command_keeps_its_flags_without_their_paths():

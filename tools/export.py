@@ -40,6 +40,7 @@ view = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder)
 image = Image.open("picture.jpg").convert("RGB")
 features = encoder(view(image)[None])"""
 LOAD_BY_US = """from harness.checkpoint import load_encoder  # of the code named above, as timm has no name for it
+
 encoder, description = load_encoder("model.safetensors")  # description["view"]: size, crop, mean and std"""
 CARD = """---
 {metadata}
@@ -91,7 +92,7 @@ def export(
     tensors, description = checkpoint.load_file(Path(run, WEIGHTS))
     description = without_paths(description)
     config = Path(run, CONFIG)
-    text = card(Path(run).resolve().name, log, description, config.is_file(), license)
+    text = card(folder.name, log, description, config.is_file(), license)
     write_folder(folder, tensors, description, config, text)
     print(f"{to}: {', '.join(sorted(os.listdir(folder)))}; licence of the weights: {license}")
     print(f"hf upload NAME {shlex.quote(to)}  # NAME: user/repository")
@@ -151,7 +152,7 @@ def card(name: str, log: RunLog, description: dict, is_timms: bool, license: str
 def scores(log: RunLog) -> list[str]:
     """Write the scores of a run's log, with the protocol of each."""
     rows = {}
-    knn, linear = log.score_row("knn_eval"), log.score_row("linear_eval")
+    knn = log.score_row("knn_eval")
     if knn:
         vote = "weighted vote of the 20 nearest neighbours (cosine, temperature 0.07) in the training set"
         rows[f"{vote}, on the test set"] = knn
@@ -160,9 +161,10 @@ def scores(log: RunLog) -> list[str]:
             is_of_one_vote = all(row.get(name, knn.get(name)) == knn.get(name) for name in PROTOCOL)
             if row.get("of") in FLOORS and is_of_one_vote:
                 rows[f"the same vote on {FLOORS[row['of']]}"] = row  # the last one counts
-    if linear:
-        fit = f"{linear['epochs']} epochs of SGD, batch {linear['batch_size']}, rate {linear['lr']:g} per 256 images"
-        rows[f"linear classifier on frozen features, crops and flips, {fit}, on the test set"] = linear
+    for features, inputs in (("augmented", "crops and flips"), ("cached", "no crops or flips")):
+        if linear := log.score_row("linear_eval", features=features):
+            fit = f"{linear['epochs']} epochs of SGD, batch {linear['batch_size']}, rate {linear['lr']:g} per 256"
+            rows[f"linear classifier on frozen features, {inputs}, {fit} images, on the test set"] = linear
     if not rows:
         return ["The log holds no score of the finished run."]
     lines = [f"| {protocol} | {row['top1']:.1f} | {row['top5']:.1f} |" for protocol, row in rows.items()]
