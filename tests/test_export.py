@@ -16,7 +16,8 @@ import models
 from harness import checkpoint
 from knn_eval import knn_eval
 from linear_eval import linear_eval
-from tools.export import export, without_paths
+from tools.export import export, scores, without_paths
+from tools.logs import read_log
 
 
 def run_lines(folder):
@@ -88,10 +89,11 @@ def test_the_folder_is_timms_and_ours(shell, command, folder, trained, tmp_path)
     assert code == 0 and again[0]["top1"] == by["trained"]["top1"] and again[0]["own_data"], err
 
 
-@pytest.mark.parametrize("name", os.listdir(ROOT / "results" / "encoders"))
-def test_an_encoder_to_take_away(command, name):
-    """By its card's lines; with the folder of the pictures in CIFAR10_JPEG, to the digits of its card."""
+@pytest.mark.parametrize("name, run", [("byol", "cpu-lr-0.24-seed-0"), ("amhe", "cpu-lr-0.24-reg-amhe-seed-0")])
+def test_an_encoder_to_take_away(command, name, run):
+    """Its card's lines load it, and its card has the log's scores; with CIFAR10_JPEG, a folder, it gives them again."""
     folder = ROOT / "results" / "encoders" / name
+    assert "\n".join(scores(read_log(ROOT / "results" / "cifar10" / run))) in (folder / "README.md").read_text()
     names = run_lines(folder)
     with torch.no_grad():
         features = names["encoder"](torch.randn(8, 3, 32, 32))

@@ -192,7 +192,7 @@ def trainer(accelerator: Accelerator, batch_size: int, **flags) -> tuple[Trainin
 def step(accelerator: Accelerator) -> Iterator[Contest]:
     """What a step takes beside its networks, and what the regularizer adds to it: the paper's ResNet-18 and heads.
 
-    The first loss stands in the row: with --dynamo_backend inductor it is to be that of a run without.
+    The row has the first loss, which --dynamo_backend inductor may change by rounding alone.
     """
     # as in a run, a GPU still computes one step while the next one is launched
     sizes, n = ({1024: "<= 1.02", 128: "<= 1.10"}, 8) if accelerator.device.type == "cuda" else ({256: "<= 1.06"}, 1)

@@ -49,8 +49,9 @@ def values_of(group: list[RunLog], key: str) -> list[float]:
     """Return a column's numbers of a group of seeds, without those that a run does not have, or not to the end."""
     if key in HEADS:
         stage = "linear_eval" if key in ("linear", "cached") else "knn_eval"
-        protocol = {"of": key} if key in FLOORS else {"features": key} if key == "cached" else {}
-        scores = [run.score(stage, **protocol) for run in group]
+        of = key if key in FLOORS else "trained"
+        features = "cached" if key == "cached" else "augmented"
+        scores = [run.score(stage, of, features) for run in group]
         return [score for score in scores if score is not None]
     found = []
     for run in group:
