@@ -12,7 +12,6 @@ the run, all others to the network.
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -46,14 +45,9 @@ def digest(tensors: dict[str, Tensor], description: dict) -> str:
     """Compute SHA-256 over a description and over names, types, shapes and bytes of tensors on the CPU."""
     sha = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
-        _add(sha, name, tensor)
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
-
-
-def _add(sha, name: str, tensor: Tensor) -> None:
-    """Add a tensor to a digest."""
-    sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 # ---- The encoder alone, for timm -------------------------------------------------------------------------------------
@@ -125,11 +119,8 @@ def description_of(path: str | Path) -> dict | None:
     return description
 
 
-def load_file(path: str | Path, is_wanted: Callable = lambda name: True) -> tuple[dict[str, Tensor], dict]:
-    """Read the tensors of a file that `save` wrote, those whose names are wanted, and its description.
-
-    All tensors pass one by one, for the digest. InputError for another, a damaged or a missing file.
-    """
+def load_file(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """Read the tensors of a file that `save` wrote, and its description; InputError for another, or a damaged file."""
     if not Path(path).is_file():
         fault = f"a folder without {CKPT}" if Path(path).is_dir() else "no such file"
         raise InputError(f"{path}: {fault}; name a run's folder, its {CKPT}, or its encoder")
@@ -138,18 +129,13 @@ def load_file(path: str | Path, is_wanted: Callable = lambda name: True) -> tupl
             description = description_of(path)
             if description is None:
                 raise InputError(f"{path}: not written by pretrain.py; name its --model and --dataset")
-            stored_digest = description.pop("digest")
-            sha = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
-            tensors = {}
-            for name in sorted(file.keys()):
-                tensor = file.get_tensor(name)
-                _add(sha, name, tensor)
-                if is_wanted(name):
-                    tensors[name] = tensor.clone()  # one that maps the file would keep its space on the disk
+            # one that maps the file would keep its space on the disk
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
         advice = "take another if it is cut short; of another project's a judge takes --model and --dataset"
         raise InputError(f"{path}: cannot be read as a safetensors file ({e}); {advice}") from e
-    if sha.hexdigest() != stored_digest:
+    stored_digest = description.pop("digest")
+    if digest(tensors, description) != stored_digest:
         raise InputError(f"{path}: damaged: its content is not what was written (the digest differs)")
     return tensors, description
 
@@ -171,7 +157,8 @@ def load_network(path: str | Path) -> tuple[nn.Module, dict]:
 
     Returns it with the file's description. InputError as from `load_file`, and for a description that does not fit.
     """
-    tensors, description = load_file(path, lambda name: "/" not in name)
+    tensors, description = load_file(path)
+    tensors = {name: x for name, x in tensors.items() if "/" not in name}
     try:
         with torch.device("meta"):  # a hostile description may ask for more than there is memory
             network = build_described(description["holds"], description["settings"])

@@ -119,13 +119,19 @@ def name_of_weights(path: str) -> str:
     return file.name.partition(".")[0]
 
 
-def refuse_idle_flags(flags: dict, defaults: dict) -> None:
-    """Raise InputError for a flag that has no effect beside another."""
-    own_flags = models.METHODS[flags["method"]].flags
+def idle_flags(values: dict) -> dict[str, str]:
+    """Return the flags that have no effect beside the value of another, and that other, by name."""
+    own_flags = models.METHODS[values["method"]].flags
     idle_beside = {name: "method" for method in models.METHODS.values() for name in {*method.flags} - {*own_flags}}
     for (other, value), names in IDLE.items():
-        if flags[other] == value:
+        if values.get(other) == value:
             idle_beside |= dict.fromkeys(names, other)
+    return idle_beside
+
+
+def refuse_idle_flags(flags: dict, defaults: dict) -> None:
+    """Raise InputError for a flag that has no effect beside another, or on the data set."""
+    idle_beside = idle_flags(flags)
     if has_no_data_dir(flags["dataset"]):
         idle_beside["data_dir"] = "dataset"
     if flags["model"] == "alexnet" or encoders.is_vit(flags["model"]):

@@ -156,26 +156,20 @@ def _resampling(start: Tensor, length: Tensor, size: int, full: int) -> Tensor:
 
 
 # ---- Colour: images are (b, 3, h, w) in [0, 1], a factor is (b, 1, 1, 1) ---------------------------------------------
-def luma(x: Tensor) -> Tensor:
-    """0.2989 r + 0.5870 g + 0.1140 b of images: (b, 1, h, w), Appendix B.5."""
-    r, g, b = x[:, :, None].unbind(1)
-    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
-
-
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
     """Images drawn to black, by a factor below 1, or away from it."""
     return (factor * x).clamp_(0, 1)
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Images drawn to the mean of their luma, or away from it."""
-    mean = luma(x.mean((2, 3), keepdim=True))
+    """Images drawn to the mean of their luma, 0.2989 r + 0.5870 g + 0.1140 b, Appendix B.5, or away from it."""
+    mean = F.rgb_to_grayscale(x.mean((2, 3), keepdim=True))
     return torch.lerp(mean, x, factor).clamp_(0, 1)
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
     """Images drawn to their luma, or away from it; grey images by a factor of 0."""
-    return torch.lerp(luma(x), x, factor).clamp_(0, 1)
+    return torch.lerp(F.rgb_to_grayscale(x), x, factor).clamp_(0, 1)
 
 
 def hue(x: Tensor, shift: Tensor) -> Tensor:

@@ -269,8 +269,7 @@ def leave(exit_code: int) -> None:
     interpreter's clean-up, in which gloo's threads abort some.
     """
     if exit_code:
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error at the end of a worker
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error at the end of a worker
         for worker in multiprocessing.active_children():
             worker.kill()
     if os.environ.get("WORLD_SIZE", "1") != "1":

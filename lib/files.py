@@ -1,7 +1,7 @@
 """The names of a run's files, the one way in which files are written, whole or not at all, and locks on them."""
 
 import contextlib
-import errno
+import fcntl
 import os
 import sys
 from collections.abc import Iterator
@@ -9,11 +9,6 @@ from pathlib import Path
 from typing import IO, BinaryIO, TextIO
 
 from lib.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # Windows has other locks
-    fcntl = None
 
 LOG = "metrics.jsonl"  # a JSON object a row
 CKPT = "ckpt.safetensors"  # the whole state of a run
@@ -73,8 +68,6 @@ def lock(file: IO, wait: bool) -> None:
     BlockingIOError if another process has it, unless this one is to wait; OSError where there are no locks, as on some
     network file systems. lockf, not flock, which workers of the loader would hold for seconds after this one is killed.
     """
-    if fcntl is None:
-        raise OSError(errno.ENOLCK, "no locks on this system")
     fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 

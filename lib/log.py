@@ -150,7 +150,7 @@ def log_of(checkpoint: str, description: dict) -> Path | None:
         is_same = is_same and first_row["stage"] == "pretrain" and not other_data(description, first_row)
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    return log if is_same and os.access(log, os.W_OK) else None
+    return log if is_same and all(os.access(place, os.W_OK) for place in (log, log.parent)) else None
 
 
 def contents(images, holdout: bool = False) -> dict:

@@ -8,7 +8,6 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", ACCELERATE_USE_CPU="
 
 import contextlib
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -27,8 +26,6 @@ ROOT = Path(__file__).parent.parent
 TINY = {"recipe": "cifar10-300", "model": "test_resnet", "stem": "imagenet", "hidden_dim": 32, "out_dim": 16}
 TINY |= {"batch_size": 16}
 VIT = {name: x for name, x in TINY.items() if name != "stem"} | {"model": "test_vit", "optimizer": "adamw"}
-REPRODUCE = (ROOT / "docs" / "reproduce.md").read_text()
-ROWS = re.findall(r"^\| (\S+, [^|]+) \| `(--dataset [^`]+)` \| ([\d.]+)", REPRODUCE, re.M)  # name, flags and top-1
 SETTINGS = {"method": "byol", "model": "test_resnet", "stem": "imagenet", "norm": "bn", "hidden_dim": 16, "out_dim": 8}
 SETTINGS |= {"dataset": "photos", "data_dir": "data", "seed": 0, "predictor": "mlp", "queue": 0, "skip_broken": False}
 VIEW = {"size": 32, "crop": 0.875, "mean": [0.5] * 3, "std": [0.2] * 3}  # both of the description of a file

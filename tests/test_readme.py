@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import ROOT, ROWS, rows_of
+from conftest import ROOT, rows_of
 from packaging.version import Version
 
 import data
@@ -23,6 +23,7 @@ from tools.figures import figures
 from tools.fingerprint import fingerprint
 from tools.leaderboard import leaderboard
 from tools.notebook import notebook
+from tools.paper import paper_rows
 from tools.reproduce import reproduce
 from tools.trial import trial
 
@@ -73,8 +74,9 @@ def test_commands_are_found():
 def test_every_row_of_the_papers_tables_is_there():
     """Tables 1 and 2: 2 each, 3: 12, 4: 4, 5: 6 that its text makes certain, C.6: 5, C.7: 7, C.8: 12."""
     counts = {}
-    for row, _, _ in ROWS:
-        counts[row.split(",")[0]] = counts.get(row.split(",")[0], 0) + 1
+    for row in paper_rows():
+        table, *_ = row.name.split(",")
+        counts[table] = counts.get(table, 0) + 1
     assert counts == {"1": 2, "2": 2, "3": 12, "4": 4, "5": 6, "C.6": 5, "C.7": 7, "C.8": 12}
 
 
@@ -85,7 +87,7 @@ def test_settings_of_a_row_are_in_force(dataset, monkeypatch, tmp_path):
     split = data.Split(torch.empty(50_000, 0), torch.arange(50_000) % 10)
     facts = data.FACTS[dataset] | {"mean": (0.5,) * 3, "std": (0.2,) * 3}
     images = data.Dataset(tuple("0123456789"), split, split, None, **facts)
-    rows = {flags for _, flags, _ in ROWS if f"--dataset {dataset} " in f"{flags} "}
+    rows = {row.flags for row in paper_rows() if f"--dataset {dataset} " in f"{row.flags} "}
     assert len(rows) > 1
     for row in rows:
         typed, flags, values = resolved(shlex.split(row))

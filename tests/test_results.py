@@ -59,7 +59,7 @@ def series(run, column):
 def by_seed(place, flags, column):
     """The series of the runs in a folder of logs that have these flags."""
     recipe = logs_of(place)[0].settings["recipe"]
-    settings = PaperRow(place, f"--recipe {recipe} {flags}", 0, "").settings()
+    settings = PaperRow(place, f"--recipe {recipe} {flags}", 0).settings()
     runs = [run for run in logs_of(place) if all(run.settings[name] == settings[name] for name in SETTINGS)]
     numbers = {run.settings["seed"]: series(run, column) for run in runs}
     return {seed: x for seed, x in numbers.items() if x}

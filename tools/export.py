@@ -30,7 +30,6 @@ from tools.groups import method_name
 from tools.logs import RunLog, read_log
 
 LICENSE = "mit"  # that of this code; the weights are the user's to license
-PROTOCOL = ("split", "k", "temperature", "eval_crop", "dataset", "precision", "labels")  # columns of a vote
 FLOORS = {"untrained": "a random network", "init": "the weights that it began from", "pixels": "the pixels of the view"}
 LOAD_BY_TIMM = """import timm
 from PIL import Image
@@ -156,11 +155,9 @@ def scores(log: RunLog) -> list[str]:
     if knn:
         vote = "weighted vote of the 20 nearest neighbours (cosine, temperature 0.07) in the training set"
         rows[f"{vote}, on the test set"] = knn
-        for row in log.rows:
-            # rows of pretrain.py leave out columns, which then count as equal
-            is_of_one_vote = all(row.get(name, knn.get(name)) == knn.get(name) for name in PROTOCOL)
-            if row.get("of") in FLOORS and is_of_one_vote:
-                rows[f"the same vote on {FLOORS[row['of']]}"] = row  # the last one counts
+        for of, name in FLOORS.items():
+            if floor := log.score_row("knn_eval", of):
+                rows[f"the same vote on {name}"] = floor
     for features, inputs in (("augmented", "crops and flips"), ("cached", "no crops or flips")):
         if linear := log.score_row("linear_eval", features=features):
             fit = f"{linear['epochs']} epochs of SGD, batch {linear['batch_size']}, rate {linear['lr']:g} per 256"

@@ -8,8 +8,8 @@
 
 circle: Figures 3 and 7. energy: Figure 4. dynamics: Figure 5. knn: Figure 6. rank: effective rank of features, which
 falls in a collapse. batch: Figure 8. table: mean and sample standard deviation over seeds. views: what augmentations
-look like. neighbours: test pictures, each with its nearest training pictures. paper: the paper's tables, as
-docs/reproduce.md shows them. Runs that differ in their seed alone make one line, with a band of one standard deviation.
+look like. neighbours: test pictures, each with its nearest training pictures. Runs that differ in their seed alone make
+one line, with a band of one standard deviation.
 Each command prints the files that it wrote, PNG and SVG, or Markdown and CSV.
 """
 
@@ -32,7 +32,6 @@ from lib import cli
 from lib.errors import InputError
 from lib.files import CKPT, write_whole
 from lib.sources import has_no_data_dir
-from tools import paper
 from tools.groups import Groups, by_data, groups, mean_and_std, wrapped
 from tools.logs import RunLog, read_log
 from tools.table import FLOORS, write_table
@@ -43,7 +42,7 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import MaxNLocator
 
-from tools.neighbours import neighbours
+from tools.neighbours import neighbours, pixels_of
 
 plt.rcParams["font.size"] = 9  # points
 
@@ -66,7 +65,7 @@ WIDTH, KAPPA = 0.1, 100.0  # of the kernels: a standard deviation, and von Mises
 
 def figures(
     name: Annotated[
-        Literal["circle", "energy", "dynamics", "knn", "rank", "batch", "table", "views", "neighbours", "paper"],
+        Literal["circle", "energy", "dynamics", "knn", "rank", "batch", "table", "views", "neighbours"],
         "what to draw or print",
     ],
     *runs: Annotated[str, "folders that pretrain.py made"],
@@ -76,9 +75,6 @@ def figures(
 ):
     """Draw a figure, or make a table, of run folders."""
     refuse_idle_arguments(name, runs, dataset, data_dir)
-    if name == "paper":
-        print(*paper.markdown(), sep="\n")
-        return
     if name == "views":
         images = data.load(dataset, data_dir or "data", pretraining=True)
         save_figure(contact_sheet(images), Path(out, f"views-{Path(dataset).resolve().name}"))
@@ -103,7 +99,6 @@ def refuse_idle_arguments(name: str, runs: tuple[str, ...], dataset: str | None,
     """Raise InputError for arguments that a figure does not take, and for those that it lacks."""
     rules = {
         "views": ("--dataset and no runs", dataset and not runs),
-        "paper": ("no runs and no --dataset", not runs and not dataset),
         "neighbours": ("one run folder, or a checkpoint in it", len(runs) == 1),
     }
     takes, is_right = rules.get(name, ("run folders", runs and not dataset))
@@ -358,7 +353,7 @@ def contact_sheet(images: data.Dataset, n: int = 8, pairs: int = 3):
     plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
     columns = []
     for crop in (1.0, data.EVAL_CROP):
-        columns.append(torch.cat([*data.evaluation_views(sample, images.size, crop, **plain)]))
+        columns.append(pixels_of(sample, images.view(crop)))
     for crops, order, u in data.batches(sample, images.size, n, seed=0, steps=range(pairs)):
         views = data.two_views(crops, u, **plain, blur_p=images.blur_p, solarise_p=images.solarise_p)
         columns += [view[order.argsort()] for view in views]

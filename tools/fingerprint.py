@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from safetensors import safe_open
 from torchvision.io import write_jpeg
 
 import data
+from harness import checkpoint
 from lib import cli
 from lib.errors import InputError
 from lib.files import CKPT, LOG, WEIGHTS, write_whole
@@ -68,7 +68,7 @@ def fingerprint(
         for name, flags in RUNS.items():
             run = Path(place, name)
             if name == "killed":
-                process = launch("pretrain.py", f"{flags} --out {run}", place)
+                process = launch("pretrain.py", f"{flags} --out {run}", place, subprocess.PIPE)
                 for line in process.stdout:
                     if '"epoch": 1, ' in line:
                         process.kill()
@@ -83,12 +83,12 @@ def fingerprint(
             print(f"{name:10} {LOG:25} {digest_of_rows(run / LOG, place)}", flush=True)
 
 
-def launch(script: str, flags: str, folder: str) -> subprocess.Popen:
-    """Start a stage in a folder, as a process on one thread of the CPU, with its standard output to read."""
+def launch(script: str, flags: str, folder: str, stdout: int = subprocess.DEVNULL) -> subprocess.Popen:
+    """Start a stage in a folder, as a process on one thread of the CPU."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, str(ROOT / script), *flags.split()]
-    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=nothing, text=True)
+    nothing = subprocess.DEVNULL
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=stdout, stderr=nothing, text=True)
 
 
 def make_pictures(folder: Path, heights: tuple[int, int] = (32, 24)) -> None:
@@ -104,13 +104,8 @@ def make_pictures(folder: Path, heights: tuple[int, int] = (32, 24)) -> None:
 
 def digest_of_tensors(path: Path) -> str:
     """Digest of names, types, shapes and bytes of all tensors of a safetensors file."""
-    sha = hashlib.sha256()
-    with safe_open(path, "pt") as file:
-        for name in sorted(file.keys()):
-            tensor = file.get_tensor(name)
-            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()[:16]
+    tensors, _ = checkpoint.load_file(path)
+    return checkpoint.digest(tensors, {})[:16]
 
 
 def digest_of_rows(path: Path, place: str) -> str:

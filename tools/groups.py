@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 
 import models
-from harness.settings import IDLE, TERMS, name_of_weights
+from harness.settings import TERMS, idle_flags, name_of_weights
 from lib.errors import InputError
 from lib.log import PLACES, other_data
 from tools.logs import RunLog
@@ -59,12 +59,7 @@ def groups(runs: list[RunLog], apart: tuple[str, ...] = ()) -> Groups:
 def value_of(run: RunLog, name: str):
     """Return the value of a setting, or the precision; NO_EFFECT where it does not act on the run."""
     settings = run.settings | {"precision": run.rows[0].get("precision", "no")}
-    own_flags = models.METHODS[settings["method"]].flags
-    idle = {flag for facts in models.METHODS.values() for flag in facts.flags if flag not in own_flags}
-    for (other, value), flags in IDLE.items():
-        if settings.get(other) == value:
-            idle.update(flags)
-    value = NO_EFFECT if name in idle else settings.get(name)
+    value = NO_EFFECT if name in idle_flags(settings) else settings.get(name)
     return tuple(value) if isinstance(value, list) else value
 
 

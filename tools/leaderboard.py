@@ -18,6 +18,7 @@ from lib.files import LOG, write_whole
 from lib.log import other_data
 from tools.groups import by_data, groups, mean_and_std
 from tools.logs import RunLog, read_log
+from tools.table import values_of
 
 RESULTS = Path(__file__).parent.parent / "results"
 FLOORS = {"untrained": "untrained", "pixels": "raw pixels"}
@@ -85,8 +86,8 @@ def row_of(method: str, entry: list[RunLog]) -> dict[str, str]:
         "method": method,
         "network": network(entry[0].settings),
         "epochs": str(entry[0].settings["epochs"]),
-        "k-NN": in_words([run.score("knn_eval") for run in entry]),
-        "linear": in_words(linear_scores(entry)),
+        "k-NN": in_words(values_of(entry, "k-NN")),
+        "linear": in_words(values_of(entry, "cached")),
         "seeds": ", ".join(str(seed) for seed in sorted(run.settings["seed"] for run in entry)),
         "machine": " or ".join(sorted({machine(first) for first in firsts})),
         "minutes": f"{statistics.median(minutes(run) for run in entry):.1f}",
@@ -120,12 +121,6 @@ def in_words(values: list[float]) -> str:
         return ""
     mean, std = mean_and_std(values)
     return f"{mean:.1f} ± {std:.1f}" if len(values) > 1 else f"{mean:.1f}"
-
-
-def linear_scores(entry: list[RunLog]) -> list[float]:
-    """Return the top-1 accuracies by `linear_eval.py --cached` of those runs that have one."""
-    scores = [run.score("linear_eval", features="cached") for run in entry]
-    return [top1 for top1 in scores if top1 is not None]
 
 
 def network(settings: dict) -> str:

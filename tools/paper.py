@@ -23,7 +23,6 @@ class PaperRow:
     name: str  # table and row: "5, g and q"
     flags: str  # of pretrain.py, that make it
     top1: float  # of the linear evaluation, in percent
-    cell: str  # top-1, and what else the paper says beside it
 
     def settings(self) -> dict:
         """Return the settings that the flags come to, as a log has them."""
@@ -41,16 +40,10 @@ def paper_rows() -> list[PaperRow]:
     with open(TABLES, newline="") as file:
         for line in csv.DictReader(file):
             name = f"{line['table']}, {line['row']}"
-            rows.append(PaperRow(name, line["flags"], float(line["top1"]), line["top1"] + line["more"]))
+            rows.append(PaperRow(name, line["flags"], float(line["top1"])))
     return rows
 
 
 def is_row(settings: dict, row: dict) -> bool:
     """Whether the settings of a run are those of a row of the paper."""
     return all(settings.get(name) == value for name, value in row.items())
-
-
-def markdown() -> list[str]:
-    """Write the lines of the table in docs/reproduce.md."""
-    lines = [f"| {row.name} | `{row.flags}` | {row.cell} | not run here |" for row in paper_rows()]
-    return ["| table, row | flags | paper | here |", "|---|---|---|---|", *lines]

@@ -9,7 +9,6 @@ import io
 import itertools
 from pathlib import Path
 
-from harness.measure import DEAD, DEAD_G2
 from lib.files import write_whole
 from tools.groups import by_data, groups, mean_and_std, wrapped
 from tools.logs import RunLog
@@ -69,11 +68,8 @@ def is_finished(run: RunLog) -> bool:
 
 def is_dead(run: RunLog) -> bool:
     """Whether the network of the last epoch gives all images the same projections or features."""
-    std = list(run.series("std").values())
-    if std and std[-1] * run.settings["out_dim"] ** 0.5 < DEAD:
-        return True
-    g2 = list(run.series("g2", "representations").values())
-    return bool(g2) and g2[-1] > DEAD_G2
+    last = {row.get("of"): row for row in run.rows if row["stage"] == "pretrain"}  # of each kind
+    return any(last.get(of, {}).get("dead", False) for of in (None, "representations"))
 
 
 def cell(row: dict, key: str) -> str:
