@@ -61,7 +61,7 @@ Its input is {size} x {size} pixels, the central {crop:g} of the picture's side,
 ## How it was trained
 
 On {images} images of `{dataset}`, whose labels were not used, for {done} of {epochs} epochs,
-by `{command}`, with {versions}.
+by `{command}`, in {precision}, with {versions}.
 
 ```text
 {formula}
@@ -142,6 +142,7 @@ def card(name: str, log: RunLog, description: dict, is_timms: bool, license: str
         done=description["epoch"],
         epochs=settings["epochs"],
         command=description["command"],
+        precision=log.rows[0].get("precision", "no").replace("no", "fp32"),
         versions=", ".join(f"{package} {version}" for package, version in description["versions"].items()),
         formula="\n".join(formula(cfg, models.neurons(network, cfg.reg_on))),
         scores="\n".join(scores(log)),
