@@ -38,7 +38,7 @@ GROUPS |= {"temperature": "recipe", "blur_p": "views", "seed": "run"}
 TERMS = {"none": None, "mhe": "energy", "amhe": "energy", "uniform": "uniformity"}  # what --weight weighs
 TERMS |= {"ortho": "ortho", "koleo": "koleo", "sigreg": "sigreg"}
 ON_NEURONS = ("energy", "ortho")  # terms on which --reg_on acts
-RIVAL_WEIGHTS = {"ortho": 1.0, "koleo": 1.0, "sigreg": 1.0}  # lambda of terms of others; not tuned
+RIVAL_WEIGHTS = {"ortho": 1.0, "koleo": 0.3, "sigreg": 0.1}  # lambda of terms of others, docs/results.md
 FORMULAS = {
     "uniformity": "log E exp(-2 |z_i - z_j|^2) of unit rows, averaged over both views (Eq. 2)",
     "ortho": "sum over layers of the mean over i != j of (w_i . w_j)^2 of unit rows (Bansal et al. 2018)",
