@@ -93,7 +93,8 @@ def test_the_folder_is_timms_and_ours(shell, command, folder, trained, tmp_path)
 def test_an_encoder_to_take_away(command, name):
     """Its card's lines load it, and its card has the log's scores; with CIFAR10_JPEG, a folder, it gives them again."""
     folder = ROOT / "results" / "encoders" / name
-    assert "\n".join(scores(read_log(ROOT / "results" / "cifar10-60-epochs" / name))) in (folder / "README.md").read_text()
+    log = read_log(ROOT / "results" / "cifar10-60-epochs" / name)
+    assert "\n".join(scores(log)) in (folder / "README.md").read_text()
     names = run_lines(folder)
     with torch.no_grad():
         features = names["encoder"](torch.randn(8, 3, 32, 32))
