@@ -120,7 +120,10 @@ def description_of(path: str | Path) -> dict | None:
 
 
 def load_file(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """Read the tensors of a file that `save` wrote, and its description; InputError for another, or a damaged file."""
+    """Read the tensors of a file that `save` wrote, and its description.
+
+    InputError for another, a damaged or a missing file.
+    """
     if not Path(path).is_file():
         fault = f"a folder without {CKPT}" if Path(path).is_dir() else "no such file"
         raise InputError(f"{path}: {fault}; name a run's folder, its {CKPT}, or its encoder")

@@ -161,11 +161,13 @@ FIRST = '{"stage": "pretrain", "settings": {"seed": 1}}'
         ("\n\ufeff" + FIRST + "\n", "\n\ufeff" + FIRST + "\n"),  # as an editor may leave it
     ],
 )
-def test_a_judge_adds_its_row_to_the_log_of_a_run(tmp_path, capsys, before, kept):
+def test_a_judge_adds_its_row_to_the_log_of_a_run(tmp_path, capsys, monkeypatch, before, kept):
     log = tmp_path / "metrics.jsonl"
     log.write_text(before)
     assert log_of(tmp_path / "ckpt.safetensors", {"settings": {"seed": 1}}) == log
     assert log_of(tmp_path / "ckpt.safetensors", {"settings": {"seed": 2}}) is None  # a checkpoint of another run
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)  # its lock cannot be made beside it
+    assert log_of(tmp_path / "ckpt.safetensors", {"settings": {"seed": 1}}) is None
     capsys.readouterr()
     emit({"stage": "knn_eval", "b": [0.5, None]}, log)
     with pytest.raises(ValueError):
