@@ -38,9 +38,9 @@ encoder = timm.create_model("local-dir:.", pretrained=True).eval()  # in this fo
 view = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
 image = Image.open("picture.jpg").convert("RGB")
 features = encoder(view(image)[None])"""
-LOAD_BY_US = """from harness.checkpoint import load_encoder  # of the code named above, as timm has no name for it
+LOAD_BY_US = """from harness.checkpoint import load_encoder  # at the top of this code's clone: timm has no name for it
 
-encoder, description = load_encoder("model.safetensors")  # description["view"]: size, crop, mean and std"""
+encoder, description = load_encoder("path/to/{name}/model.safetensors")  # its "view": size, crop, mean and std"""
 CARD = """---
 {metadata}
 ---
@@ -61,7 +61,7 @@ Its input is {size} x {size} pixels, the central {crop:g} of the picture's side,
 ## How it was trained
 
 On {images} images of `{dataset}`, whose labels were not used, for {done} of {epochs} epochs,
-by `{command}`, in {precision}, with {versions}.
+by `{command}` at commit {git}, in {precision}, with {versions}.
 
 ```text
 {formula}
@@ -100,7 +100,7 @@ def export(
 def without_paths(description: dict) -> dict:
     """Cut the paths in a description to their last names: those of a machine are nobody else's matter."""
     settings = description["settings"]
-    shown = settings | {name: Path(settings[name]).name for name in PLACES if settings[name]}
+    shown = settings | {name: Path(settings[name]).resolve().name for name in PLACES if settings[name]}
     words = [re.sub(r"^(--[\w-]+=)?.*/(?=[^/])", r"\1", word) for word in shlex.split(description["command"])]
     return {**description, "settings": shown, "command": shlex.join(words)}
 
@@ -135,13 +135,14 @@ def card(name: str, log: RunLog, description: dict, is_timms: bool, license: str
         name=name,
         model=settings["model"],
         method=method_name(settings),
-        code=LOAD_BY_TIMM if is_timms else LOAD_BY_US,
+        code=LOAD_BY_TIMM if is_timms else LOAD_BY_US.format(name=name),
         **view,
         images=description["images"],
         dataset=settings["dataset"],
         done=description["epoch"],
         epochs=settings["epochs"],
         command=description["command"],
+        git=description["git"] or "unknown",
         precision=log.rows[0].get("precision", "no").replace("no", "fp32"),
         versions=", ".join(f"{package} {version}" for package, version in description["versions"].items()),
         formula="\n".join(formula(cfg, models.neurons(network, cfg.reg_on))),
