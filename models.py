@@ -57,7 +57,7 @@ NORMS = {"bn": ViewNorm, "none": nn.Identity}  # none: Table 4
 
 
 def with_norm(network: nn.Module, norm: str) -> nn.Module:
-    """Replace each BatchNorm of the network by a fresh layer of NORMS."""
+    """Replace each BatchNorm by a fresh layer of NORMS, whose scale is one, as in BYOL; timm makes some zero."""
     for name, module in list(network.named_modules()):
         if isinstance(module, _BatchNorm):
             network.set_submodule(name, NORMS[norm](module.num_features, affine=module.affine))
@@ -69,12 +69,12 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int, norm: str = "bn", ends_in_no
     """Build a projector or predictor, (b, in_dim) to (b, out_dim), Section 3.6; the last layer has no bias."""
     head = nn.Sequential()
     head.hidden = nn.Linear(in_dim, hidden_dim)
-    head.norm = nn.BatchNorm1d(hidden_dim)
+    head.norm = NORMS[norm](hidden_dim)
     head.relu = nn.ReLU(inplace=True)
     head.out = nn.Linear(hidden_dim, out_dim, bias=False)
     if ends_in_norm:
-        head.end = nn.BatchNorm1d(out_dim, affine=False)
-    return with_norm(head, norm)
+        head.end = NORMS[norm](out_dim, affine=False)
+    return head
 
 
 class Method(nn.Module):

@@ -268,9 +268,10 @@ def epoch_row(training: Training, means: dict, lr: float, tau: float) -> dict:
     cfg = training.cfg
     row = {**means, "lr": lr}
     if cfg.term != "energy":  # then it is that of the weights as they are now
-        with torch.no_grad():
-            of_weights = layer_energies(training.layers, cfg)
-        for name, energy in of_weights.items():
+        weights = {}
+        for name, weight in training.layers.items():
+            weights[name] = weight.detach()
+        for name, energy in layer_energies(weights, cfg).items():
             row[name] = energy.item()
     if training.network.has_target:
         row["tau"] = tau

@@ -164,14 +164,15 @@ def load_network(path: str | Path) -> tuple[nn.Module, dict]:
     tensors = {name: x for name, x in tensors.items() if "/" not in name}
     try:
         with torch.device("meta"):  # a hostile description may ask for more than there is memory
-            network = build_described(description["holds"], description["settings"])
-        network.load_state_dict(tensors, assign=True)
+            build_described(description["holds"], description["settings"]).load_state_dict(tensors, assign=True)
+        network = build_described(description["holds"], description["settings"])
+        network.load_state_dict(tensors)
     except InputError:
         raise
     except Exception as e:  # the constructors raise errors of many types on a wrong description
         reason = " ".join(str(e).split())[:200]
         raise InputError(f"{path}: its tensors are not those of its description ({reason})") from e
-    return network.to(memory_format=torch.channels_last).eval(), description
+    return network.eval(), description
 
 
 def build_described(holds: str, settings: dict) -> nn.Module:

@@ -72,20 +72,20 @@ class Run:
         hardware = processes.hardware(self.accelerator)
         rows = rewind(self.folder, self.whole_epochs if self.step else -1) if self.log_file.exists() else []
         if rows:
-            goes_on = "goes on after" if self.step < self.steps else "is finished,"
+            goes_on = "goes on after" if self.whole_epochs < self.cfg.epochs else "is finished,"
             print(f"{self.folder}: {goes_on} step {self.step}", file=sys.stderr)
             print_changes(rows[0], self.description, hardware)
             self.warned = {row["about"] for row in rows if row.get("of") == "warning"}
             self.latest = {row["of"]: row for row in rows if row["stage"] == "pretrain" and "of" in row}
         else:
             emit({"stage": "pretrain", **self.description, **hardware}, self.log_file, f"run folder {self.folder}")
-        if self.step < self.steps:
+        if self.whole_epochs < self.cfg.epochs:
             self.accelerator.init_trackers("pretrain", {name: str(x) for name, x in vars(self.cfg).items()})
             print(*lines, sep="\n  ", file=sys.stderr)
 
     def __enter__(self) -> "Run":
         """Show progress, and keep a first SIGTERM or SIGINT for the step to be finished; a second one ends it."""
-        is_silent = self.log_file is None or self.step == self.steps
+        is_silent = self.log_file is None or self.whole_epochs == self.cfg.epochs
         self._bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=is_silent)
         is_new = not all((self.folder / name).exists() for name in (CKPT, WEIGHTS))
         self._schedule = state.Schedule(self.flags["save_every"], self.step, is_new)

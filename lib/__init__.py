@@ -1,4 +1,4 @@
-"""What knows nothing of the method: tensors in and out, pictures, processes, the command line. No file imports a page.
+"""What imports no page: pictures and augmentations, encoders, norms, rivals, files, processes, the command line.
 
 Each file imports only those above it.
 

@@ -210,12 +210,12 @@ def solarise(x: Tensor, threshold: Tensor) -> Tensor:
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Images x (b, 3, n, n), each blurred with its sigma (b, 1, 1, 1), in pixels; 23x23 at 224 pixels, Appendix B.5.
 
-    The kernel has an odd side of about n / 10 and sees the image reflected at its edges. ValueError for images that are
-    too small for it.
+    The kernel has an odd side of about n / 10 and sees the image reflected at its edges. Smaller than 20 pixels, an
+    image stays as it is.
     """
     radius = x.shape[-1] // SMALLEST_BLURRED
     if radius == 0:
-        raise ValueError(f"blur changes nothing in images below {SMALLEST_BLURRED} pixels, such as {tuple(x.shape)}")
+        return x
     distances = torch.arange(radius + 1, device=x.device)
     deviations = distances / sigma.view(-1, 1)
     weights = torch.exp(-0.5 * deviations.square())

@@ -13,14 +13,14 @@ from lib.errors import InputError
 
 
 def of_timm(name: str) -> ResNet | VisionTransformer:
-    """Build a ViT, or a ResNet whose blocks' last BatchNorm scale starts at one, as in BYOL; timm's default is zero."""
+    """Build a ViT, or a ResNet with BatchNorm, without a classifier."""
     if not timm.is_model(name):
         suggestions = difflib.get_close_matches(name, timm.list_models(["*res*", "*vit*"]), 1)
         hint = f" (did you mean {suggestions[0]}?)" if suggestions else ""
         raise InputError(f"model {name}: not a name timm knows{hint}")
     if not is_vit(name) and timm.model_entrypoint(name).__module__ != ResNet.__module__:
         raise InputError(f"model {name}: not of timm.models.resnet or vision_transformer; resnet18 is the paper's")
-    options = {"dynamic_img_size": True} if is_vit(name) else {"zero_init_last": False}
+    options = {"dynamic_img_size": True} if is_vit(name) else {}
     try:
         encoder = timm.create_model(name, num_classes=0, **options)
     except RuntimeError as e:  # an unknown tag after the name

@@ -16,5 +16,4 @@ class Stopped(Exception):
 
     def __init__(self, reason: str, exit_code: int):
         super().__init__(reason, exit_code)
-        self.reason = reason
         self.exit_code = exit_code

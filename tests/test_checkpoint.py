@@ -139,13 +139,15 @@ def encoder_folder(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("model", ["resnet18.a1_in1k", "resnet26d"])  # resnet26d's first layer is conv1.0
+# resnet26d's first layer is conv1.0; resnetblur18 has buffers that are in no file
+@pytest.mark.parametrize("model", ["resnet18.a1_in1k", "resnet26d", "resnetblur18"])
 def test_timm_builds_the_encoder_and_prepares_its_images(encoder_folder, monkeypatch, model):
     monkeypatch.setattr("socket.socket", None)  # nothing is asked for elsewhere
     ours, folder = encoder_folder(model)
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(theirs(x), ours(x), rtol=0, atol=1e-5)
+    assert torch.equal(checkpoint.load_encoder(folder / "model.safetensors")[0](x), ours(x))
     view = timm.data.resolve_model_data_config(theirs)
     assert view == {
         "input_size": [3, 32, 32], "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center",

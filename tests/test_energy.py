@@ -125,7 +125,7 @@ def test_layers_of_one_file_alone_are_named(rows):
 def test_what_is_no_layer_is_named(rows):
     left_out = {
         "an embedding": ["wte.weight", "model.embed_tokens.weight", "pos_embed", "cls_token", "x.token_emb.weight"],
-        "a bias, norm or mask": ["attn.bias", "norm.weight"],
+        "a bias, norm, mask or queue": ["attn.bias", "norm.weight", "queue"],
         "state of an optimizer": ["optimizer.state.0.exp_avg"],
         "a part of an adapter, which counts once it is merged into its layer's weight": [
             *("q_proj.lora_A.default.weight", "fc.oft_R", "to_q_lora.down.weight", "fc.vblora_logits_A.x"),

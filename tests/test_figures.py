@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -61,6 +62,7 @@ def write_run(folder, seed=0, scores=(60.0, 70.0), linear=None, images=None, **c
     probe = {"stage": "linear_eval", "features": "augmented", "top1": linear, **where}
     probe |= {"epochs": 80, "weight_decay": 0.0, "lr": 0.2, "swept": False}
     variants = [{**probe, "epochs": 1, "top1": 6.0}, {**probe, "lr": 5.0, "top1": 7.0}]
+    variants += [{**probe, "batch_size": 1000, "train": 1800, "top1": 8.0}]
     cached = [{**probe, "features": "cached", "top1": linear - 1}] if linear else []
     rows += [probe, *variants, *cached] if linear is not None else []
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -172,14 +174,16 @@ def test_table_is_numpys_mean_and_sample_standard_deviation(shell, tmp_path):
     assert "| BYOL | 3     | 62.9 ± 1.8 | 81.5 ± 0.7 (2) | 80.5 ± 0.7 (2) | 31.0 ± 1.0 | 20.0 ± 0.0 |" in lines
 
 
-def test_the_table_fits_a_terminal(tmp_path):
-    """A long name goes on below, between two settings where they fit; all of it is there."""
+def test_the_table_fits_a_terminal(tmp_path, monkeypatch):
+    """A long name goes on below, between two settings where they fit; all of it is there, also beside many numbers."""
     for reg_on in (["projector"], ["encoder", "projector", "predictor"]):
         write_run(tmp_path / str(len(reg_on)), reg="amhe", reg_on=reg_on, out_dim=len(reg_on), linear=70.0)
-    lines = table_lines(table([read(tmp_path / "1"), read(tmp_path / "3")]))
-    assert max(map(len, lines)) <= 100
-    names = "".join(line.split("|")[1].replace(" ", "") for line in lines if line.startswith("| "))
-    assert "BYOL-aMHE,s=2,reg_onencoder+projector+predictor,out_dim3" in names
+    rows = table([read(tmp_path / "1"), read(tmp_path / "3")])
+    assert max(map(len, table_lines(rows))) <= 100
+    for width in (100, 60):
+        monkeypatch.setattr("tools.table.WIDTH", width)
+        names = "".join(line.split("|")[1].replace(" ", "") for line in table_lines(rows) if line.startswith("| "))
+        assert "BYOL-aMHE,s=2,reg_onencoder+projector+predictor,out_dim3" in names
 
 
 @pytest.fixture
@@ -229,8 +233,10 @@ def test_circle_from_real_runs(command, shell, folder):
     flags = "--model test_resnet --hidden_dim 32 --out_dim 2 --batch_size 16 --epochs 1".split()
     for out, method in (("simclr", ["--method", "simclr"]), ("byol", ["--norm", "none"])):
         assert command(pretrain, "--dataset", folder, *flags, *method, "--out", out)[0] == 0
-    code, lines, err = shell(figures, "circle", "simclr", "byol")
-    assert code == 0 and lines == ["figures/circle.png", "figures/circle.svg"], err
+    moved = shutil.copytree(folder, "moved")
+    for words in (["simclr", "byol"], ["byol", "--dataset", moved]):
+        code, lines, err = shell(figures, "circle", *words)
+        assert code == 0 and lines == ["figures/circle.png", "figures/circle.svg"], err
 
 
 def test_views_of_a_data_set(shell, folder):
@@ -285,6 +291,7 @@ def test_neighbours_of_pictures_in_files_and_without_classes(shell, trained, fol
         ("circle run", "run: projects to 256 dimensions; a circle takes pretrain.py --out_dim 2"),
         ("knn empty", "empty/metrics.jsonl: its first row does not hold the settings of a run"),
         ("knn run other", "knn: runs of different data sets in one figure: cifar10, photos"),
+        ("knn run silent", "silent: has no row with top1 yet; leave it out"),
         ("energy silent", "no run has energies of blocks"),
         ("batch run silent", "batch: not all runs have been judged"),
         ("batch run", "batch: takes runs that differ in --accumulate"),

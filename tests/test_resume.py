@@ -70,9 +70,9 @@ def assert_goes_on(train, whole, since, **changes):
     assert_same_run(RUN, whole)
 
 
-@pytest.mark.parametrize("how, at", [("SIGTERM", 3), ("SIGINT", 4)])
+@pytest.mark.parametrize("how, at", [("SIGTERM", 3), ("SIGINT", 4), ("SIGTERM", 9)])
 def test_a_run_that_a_signal_stops_goes_on_to_the_same_bits(train, whole, how, at):
-    """It is kept to the end of the step: the last one of an epoch, and the first."""
+    """It is kept to the end of the step: the last one of an epoch, the first, and the last of all."""
     with acting_after(at, lambda: os.kill(os.getpid(), signal.Signals[how])) as steps:
         code, _, err = train()
     assert code == 128 + signal.Signals[how] and len(steps) == at

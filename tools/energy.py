@@ -38,7 +38,7 @@ OPTIMIZER = re.compile(r"(^|\.)(optim\w*|exp_avg\w*|momentum_buffer)(\.|$)")
 ADAPTER = re.compile(r"(^|[._])(?i:[a-z]*lora[._]|(oft|boft|hada|lokr|vera|hra|c3a|ia3|miss)_)")  # the names of peft
 PART = re.compile(r"(^|[._])parametrizations\.|weight_([gv]|orig)$")
 EMBEDDING = re.compile(r"embed|token|(^|_)emb(_|$)|^w[tp]e$|rel_pos|relative_position")
-NO_WEIGHT = re.compile(r"bias|norm|mask|^ln|^bn")
+NO_WEIGHT = re.compile(r"bias|norm|mask|^queue|^ln|^bn")
 CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")  # names of GPT-2; its Conv1D has weights (in, N)
 
 WEIGHT_NORM = {  # what stands for .weight: the lengths g of the neurons and, of any length, their directions v
@@ -166,7 +166,7 @@ def why_no_layer(name: str, tensor: Tensor) -> str:
     if EMBEDDING.search(module) and tensor.ndim < 4:  # patch_embed may be a convolution
         return "an embedding"
     if NO_WEIGHT.search(module):
-        return "a bias, norm or mask"
+        return "a bias, norm, mask or queue"
     if tensor.ndim > 2 and tensor.shape[1] == 1:
         return "a depthwise convolution, or one of a single channel"
     lengths = tensor.flatten(1).double().norm(dim=1) if tensor.is_floating_point() else torch.tensor(torch.nan)

@@ -69,14 +69,14 @@ def figures(
         "what to draw or print",
     ],
     *runs: Annotated[str, "folders that pretrain.py made"],
-    dataset: Annotated[str, "of views and neighbours, as in pretrain.py"] | None = None,
+    dataset: Annotated[str, "of views, neighbours and circle, as in pretrain.py"] | None = None,
     data_dir: Annotated[str, "of these and circle, as in pretrain.py; None = data, or as in training"] | None = None,
     out: Annotated[str, "folder that the files are written to"] = "figures",
 ):
     """Draw a figure, or make a table, of run folders."""
     refuse_idle_arguments(name, runs, dataset, data_dir)
     if name == "views":
-        images = data.load(dataset, data_dir or "data", pretraining=True)
+        images = data.load(dataset, data_dir or "data", pretraining=dataset not in data.FACTS)
         save_figure(contact_sheet(images), Path(out, f"views-{Path(dataset).resolve().name}"))
         return
     if name == "neighbours":
@@ -91,7 +91,7 @@ def figures(
     if len(datasets) > 1:
         raise InputError(f"{name}: runs of different data sets in one figure: {', '.join(sorted(datasets))}")
     draw = {"energy": energy, "dynamics": dynamics, "knn": knn, "rank": rank, "batch": batch}
-    figure = circle(logs, data_dir) if name == "circle" else draw[name](logs)
+    figure = circle(logs, dataset, data_dir) if name == "circle" else draw[name](logs)
     save_figure(figure, Path(out, name))
 
 
@@ -99,6 +99,7 @@ def refuse_idle_arguments(name: str, runs: tuple[str, ...], dataset: str | None,
     """Raise InputError for arguments that a figure does not take, and for those that it lacks."""
     rules = {
         "views": ("--dataset and no runs", dataset and not runs),
+        "circle": ("run folders", runs),
         "neighbours": ("one run folder, or a checkpoint in it", len(runs) == 1),
     }
     takes, is_right = rules.get(name, ("run folders", runs and not dataset))
@@ -171,6 +172,8 @@ def draw_lines(axis, lines: list, key: str, of: str | None, name: str, per_epoch
     """Draw one line a group of seeds, at the steps that all its seeds have. InputError where there is nothing."""
     for label, group, style in lines:
         series = [run.series(key, of) for run in group]
+        if any(series) and not all(series):
+            raise InputError(f"{group[series.index({})].folder}: has no row with {key} yet; leave it out")
         steps = sorted(set.intersection(*(set(values) for values in series)))
         if not steps:
             continue
@@ -281,7 +284,7 @@ def batch(runs: list[RunLog]):
     return figure
 
 
-def circle(runs: list[RunLog], data_dir: str | None = None):
+def circle(runs: list[RunLog], dataset: str | None = None, data_dir: str | None = None):
     """Draw Figures 3 and 7: projections of the test set on the circle, the first run's untrained network in front."""
     labels = {run.folder: label for label, group in groups(runs).items() for run in group}
     columns = []
@@ -291,7 +294,7 @@ def circle(runs: list[RunLog], data_dir: str | None = None):
             raise InputError(f"{run.folder}: projects to {out_dim} dimensions; a circle takes pretrain.py --out_dim 2")
         network, description = load_network(run.folder / CKPT)
         columns.append((score_title(labels[run.folder], run), network, description["view"]))
-    images = open_images(description, None, data_dir, skip_broken=False)
+    images = open_images(description, dataset, data_dir, skip_broken=False)
     settings = runs[0].settings
     torch.manual_seed(settings["seed"])
     columns.insert(0, ("untrained", build_described("checkpoint", settings), columns[0][2]))

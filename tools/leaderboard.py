@@ -86,8 +86,8 @@ def row_of(method: str, entry: list[RunLog]) -> dict[str, str]:
         "method": method,
         "network": network(entry[0].settings),
         "epochs": str(entry[0].settings["epochs"]),
-        "k-NN": in_words(values_of(entry, "k-NN")),
-        "linear": in_words(values_of(entry, "cached")),
+        "k-NN": mean_in_words(values_of(entry, "k-NN"), len(entry)),
+        "linear": mean_in_words(values_of(entry, "cached"), len(entry)),
         "seeds": ", ".join(str(seed) for seed in sorted(run.settings["seed"] for run in entry)),
         "machine": " or ".join(sorted({machine(first) for first in firsts})),
         "minutes": f"{statistics.median(minutes(run) for run in entry):.1f}",
@@ -109,18 +109,19 @@ def floors(runs: list[RunLog]) -> list[dict[str, str]]:
     rows = []
     for (method, of_network), by_seed in votes.items():
         row = dict.fromkeys(COLUMNS, "")
-        row |= {"method": method, "network": of_network, "k-NN": in_words([*by_seed.values()])}
+        row |= {"method": method, "network": of_network, "k-NN": mean_in_words([*by_seed.values()], len(by_seed))}
         row["seeds"] = ", ".join(str(seed) for seed in sorted(by_seed))
         rows.append(row)
     return rows
 
 
-def in_words(values: list[float]) -> str:
-    """Write the mean and the sample standard deviation, if there are any."""
+def mean_in_words(values: list[float], seeds: int) -> str:
+    """Write the mean and the sample standard deviation, and how many there are where some seed has none."""
     if not values:
         return ""
     mean, std = mean_and_std(values)
-    return f"{mean:.1f} ± {std:.1f}" if len(values) > 1 else f"{mean:.1f}"
+    spread = f" ± {std:.1f}" if len(values) > 1 else ""
+    return f"{mean:.1f}{spread}" + (f" ({len(values)})" if len(values) != seeds else "")
 
 
 def network(settings: dict) -> str:

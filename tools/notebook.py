@@ -38,6 +38,7 @@ import torch
 import data
 import regularizers
 
+torch.manual_seed(0)
 images = data.load("photos")
 model = timm.create_model("resnet18", num_classes=len(images.classes))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

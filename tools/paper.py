@@ -13,7 +13,7 @@ from pretrain import RECIPES, pretrain
 
 TABLES = Path(__file__).parent / "paper_tables.csv"
 # settings that make no difference to what a row of the paper says
-IDLE = ("seed", "data_dir", "eval_every", "eval_crop", "skip_broken")
+NOT_COMPARED = ("seed", "data_dir", "eval_every", "eval_crop", "skip_broken")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PaperRow:
         facts = FACTS[values["dataset"]]
         values["stem"] = flags["stem"] or facts["stem"]
         values["blur_p"] = facts.get("blur_p", (0.0, 0.0))
-        return as_json({name: value for name, value in values.items() if name not in IDLE})
+        return as_json({name: value for name, value in values.items() if name not in NOT_COMPARED})
 
 
 def paper_rows() -> list[PaperRow]:

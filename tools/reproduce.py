@@ -111,7 +111,6 @@ def reproduce(
 def time_steps(results: Path, environment: dict[str, str], seconds: int) -> list[str]:
     """Time a step eagerly and as Inductor compiles it, unless a table of it is there; return what failed."""
     failed = []
-    results.mkdir(parents=True, exist_ok=True)
     for backend in ("no", "inductor"):
         table = results / f"step-{backend}.md"
         if not table.exists():
@@ -211,7 +210,6 @@ def collect(folder: Path, results: Path, runs: list[str]) -> int:
         with contextlib.suppress(InputError):
             if any("loss" in row for row in read_log(run).rows):
                 copy = results / run.name
-                copy.mkdir(parents=True, exist_ok=True)
                 with write_whole(copy / LOG) as file:  # another part may read it
                     file.write((run / LOG).read_bytes())
                 copies.append(str(copy))

@@ -19,7 +19,7 @@ OF_FEATURES = ("rank", "uniformity_share")
 FLOORS = {"untrained": "untrained", "init": "init", "pixels": "raw pixels"}  # and what tables and figures call them
 HEADS = {"k-NN": "k-NN (%)", "linear": "linear (%)", "cached": "cached (%)"} | FLOORS  # the numbers that are printed
 COLUMNS = (*HEADS, *OF_PROJECTIONS, "energy", *OF_FEATURES, "images_per_s")  # those of table.csv
-WIDTH = 100  # of a printed line
+WIDTH = 100  # of a printed line, where the numbers leave 20 for the name
 
 
 def table(runs: list[RunLog]) -> list[dict]:
@@ -95,7 +95,7 @@ def table_lines(rows: list[dict]) -> list[str]:
             table.append([name, str(row["seeds"]), *(cell(row, key) for key in HEADS), row["paper"]])
         columns = [column for column in zip(*table) if any(column[1:])]
         widths = [max(map(len, column)) for column in columns]
-        widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - len(" | ") * len(widths) - 1)
+        widths[0] = min(widths[0], max(20, WIDTH - sum(widths[1:]) - len(" | ") * len(widths) - 1))
         lines += ["", f"### {dataset}", ""]
         for i, (name, *cells) in enumerate(zip(*columns)):
             for part in wrapped(name, widths[0]):
