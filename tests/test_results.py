@@ -25,7 +25,7 @@ TABLES = [  # heading, folder of the logs, flags of all rows, and those of a row
     ("### Plain BYOL", "cifar10-holdout", "", ALL),
     ("### Half the rate", "cifar10", "--lr 0.24", ALL),
     ("### Three times as long", "cifar10-60-epochs", "--lr 0.24", ALL),
-    ("### The regularizers of others", "cifar10-5000-holdout", "", ALL),
+    ("### The λ of the regularizers", "cifar10-5000-holdout", "", ALL),
     ("### Small micro-batches", "cifar10", "", OTHERS),
 ]
 STUDENT = 4.303  # the mean of three differences exceeds as many standard errors by chance once in twenty times

@@ -62,7 +62,7 @@ class RunLog:
         return None
 
     def _counts(self, row: dict) -> bool:
-        """Whether a row is of the finished training, on its data, in fp32, by the default batch, and rate or a sweep."""
+        """Whether a row is of the finished training on its data, in fp32, by the default batch and rate or a sweep."""
         # rows of old versions, all in fp32, do not say so
         epochs, place = self.settings["epochs"], self.settings["dataset"]
         is_finished = row.get("trained_epochs", epochs) == epochs
