@@ -135,7 +135,7 @@ def load_file(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             # one that maps the file would keep its space on the disk
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
-        advice = "take another if it is cut short; of another project's a judge takes --model and --dataset"
+        advice = "take another if it is cut short; for a file of another project give a judge --model and --dataset"
         raise InputError(f"{path}: cannot be read as a safetensors file ({e}); {advice}") from e
     stored_digest = description.pop("digest")
     if digest(tensors, description) != stored_digest:
@@ -165,7 +165,7 @@ def load_network(path: str | Path) -> tuple[nn.Module, dict]:
     try:
         with torch.device("meta"):  # a hostile description may ask for more than there is memory
             build_described(description["holds"], description["settings"]).load_state_dict(tensors, assign=True)
-        network = build_described(description["holds"], description["settings"])
+        network = build_described(description["holds"], description["settings"])  # with buffers that no file holds
         network.load_state_dict(tensors)
     except InputError:
         raise

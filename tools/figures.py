@@ -16,6 +16,7 @@ Each command prints the files that it wrote, PNG and SVG, or Markdown and CSV.
 import math
 import os
 import statistics
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -99,13 +100,15 @@ def refuse_idle_arguments(name: str, runs: tuple[str, ...], dataset: str | None,
     """Raise InputError for arguments that a figure does not take, and for those that it lacks."""
     rules = {
         "views": ("--dataset and no runs", dataset and not runs),
-        "circle": ("run folders", runs),
         "neighbours": ("one run folder, or a checkpoint in it", len(runs) == 1),
     }
-    takes, is_right = rules.get(name, ("run folders", runs and not dataset))
+    takes, is_right = rules.get(name, ("run folders", runs))
     if not is_right:
         raise InputError(f"{name}: takes {takes}")
-    takes_place = name in ("circle", "views", "neighbours") and not (dataset and has_no_data_dir(dataset))
+    has_pictures = name in ("circle", "views", "neighbours")
+    if dataset and not has_pictures:
+        raise InputError(f"--dataset {dataset}: has no effect on {name}")
+    takes_place = has_pictures and not (dataset and has_no_data_dir(dataset))
     if data_dir and not takes_place:
         raise InputError(f"--data_dir {data_dir}: has no effect on {name} {dataset or ''}".rstrip())
 
@@ -173,9 +176,10 @@ def draw_lines(axis, lines: list, key: str, of: str | None, name: str, per_epoch
     for label, group, style in lines:
         series = [run.series(key, of) for run in group]
         if any(series) and not all(series):
-            raise InputError(f"{group[series.index({})].folder}: has no row with {key} yet; leave it out")
+            raise InputError(f"{group[series.index({})].folder}: has no row with {key}; leave it out")
         steps = sorted(set.intersection(*(set(values) for values in series)))
         if not steps:
+            print(f"{label}: has no row with {key}, so no line", file=sys.stderr)
             continue
         epoch_of = {row["step"]: row["epoch"] for row in group[0].rows if "step" in row}
         x = [epoch_of[step] for step in steps] if per_epoch else steps
