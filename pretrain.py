@@ -268,7 +268,7 @@ def epoch_row(training: Training, means: dict, lr: float, tau: float) -> dict:
     cfg = training.cfg
     row = {**means, "lr": lr}
     if cfg.term != "energy":  # then it is that of the weights as they are now
-        weights = {}
+        weights = {}  # that ask for no gradients, which would cost as much again
         for name, weight in training.layers.items():
             weights[name] = weight.detach()
         for name, energy in layer_energies(weights, cfg).items():

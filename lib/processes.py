@@ -53,7 +53,7 @@ def start(accumulate: int | None = None, tracker: str = "none", folder: Path | N
         accelerator = Accelerator(kwargs_handlers=handlers, gradient_accumulation_plugin=micro_batches, **options)
     except (ValueError, ImportError) as e:  # a precision that the device, or what is installed, does not have
         raise InputError(f"accelerate launch: {e}") from e
-    torch.set_float32_matmul_precision("highest")  # of linear layers; with --dynamo_backend Accelerate sets TF32
+    torch.set_float32_matmul_precision("highest")  # fp32 in linear layers; with --dynamo_backend Accelerate sets TF32
     _refuse_launch(accelerator)
     # The launcher gives each process on a CPU one thread, unless it is told not to: nearly all cores would idle.
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"

@@ -71,7 +71,7 @@ def figures(
     ],
     *runs: Annotated[str, "folders that pretrain.py made"],
     dataset: Annotated[str, "of views, neighbours and circle, as in pretrain.py"] | None = None,
-    data_dir: Annotated[str, "of these and circle, as in pretrain.py; None = data, or as in training"] | None = None,
+    data_dir: Annotated[str, "of these, as in pretrain.py; None = data, or as in training"] | None = None,
     out: Annotated[str, "folder that the files are written to"] = "figures",
 ):
     """Draw a figure, or make a table, of run folders."""
@@ -172,7 +172,7 @@ def explain(figure, runs: list[RunLog], seeds: set[int], spread: str) -> None:
 
 
 def draw_lines(axis, lines: list, key: str, of: str | None, name: str, per_epoch: bool) -> None:
-    """Draw one line a group of seeds, at the steps that all its seeds have. InputError where there is nothing."""
+    """Draw one line a group of seeds, at the steps that all its seeds have. InputError where some or all have none."""
     for label, group, style in lines:
         series = [run.series(key, of) for run in group]
         if any(series) and not all(series):

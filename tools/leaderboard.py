@@ -16,9 +16,9 @@ from lib import cli
 from lib.errors import InputError
 from lib.files import LOG, write_whole
 from lib.log import other_data
-from tools.groups import by_data, groups, mean_and_std
+from tools.groups import by_data, groups
 from tools.logs import RunLog, read_log
-from tools.table import values_of
+from tools.table import cell, summary, values_of
 
 RESULTS = Path(__file__).parent.parent / "results"
 FLOORS = {"untrained": "untrained", "pixels": "raw pixels"}
@@ -116,12 +116,8 @@ def floors(runs: list[RunLog]) -> list[dict[str, str]]:
 
 
 def mean_in_words(values: list[float], seeds: int) -> str:
-    """Write the mean and the sample standard deviation, and how many there are where some seed has none."""
-    if not values:
-        return ""
-    mean, std = mean_and_std(values)
-    spread = f" ± {std:.1f}" if len(values) > 1 else ""
-    return f"{mean:.1f}{spread}" + (f" ({len(values)})" if len(values) != seeds else "")
+    """Write the mean and its spread as the tables of `tools.figures table` do."""
+    return cell({"seeds": seeds, **summary("top1", values)}, "top1")
 
 
 def network(settings: dict) -> str:

@@ -62,15 +62,15 @@ class RunLog:
         return None
 
     def _counts(self, row: dict) -> bool:
-        """Whether a row is of the finished training on its data, in fp32, by the default batch and rate or a sweep."""
+        """Whether a row is of the finished training, on its data, in fp32, of the default batch and rate or a sweep."""
         # rows of old versions, all in fp32, do not say so
         epochs, place = self.settings["epochs"], self.settings["dataset"]
         is_finished = row.get("trained_epochs", epochs) == epochs
-        is_other_rate = row["stage"] == "linear_eval" and not row.get("swept") and row.get("lr", 0.2) != 0.2
-        is_other_batch = row["stage"] == "linear_eval" and row.get("batch_size", 100) != 100 and row["train"] > 100
+        of_usual_rate = row.get("swept") or row.get("lr", 0.2) == 0.2
+        of_usual_batch = row.get("batch_size", 100) == 100 or row["train"] < 100
         in_fp32 = row.get("precision", "no") == "no"
         on_own_data = row.get("own_data", same_place(row.get("dataset", place), place))
-        return is_finished and in_fp32 and on_own_data and not is_other_rate and not is_other_batch
+        return is_finished and in_fp32 and on_own_data and of_usual_rate and of_usual_batch
 
 
 def read_log(folder: Path) -> RunLog:

@@ -32,9 +32,7 @@ def table(runs: list[RunLog]) -> list[dict]:
             places = [i for i, (_, expected) in enumerate(paper) if is_row(settings, expected)]
             row = {"run": label, "dataset": dataset, "seeds": len(group)}
             for key in COLUMNS:
-                values = values_of(group, key)
-                mean, std = mean_and_std(values) if values else (None, None)
-                row |= {key: mean, f"{key} std": std if len(values) > 1 else None, f"{key} n": len(values)}
+                row |= summary(key, values_of(group, key))
             row["dead"] = sum(is_dead(run) for run in group)
             row["paper"] = "/".join(dict.fromkeys(f"{paper[i][0].top1:.2f}" for i in places))
             row["paper's rows"] = "; ".join(paper[i][0].name for i in places)
@@ -70,6 +68,12 @@ def is_dead(run: RunLog) -> bool:
     """Whether the network of the last epoch gives all images the same projections or features."""
     last = {row.get("of"): row for row in run.rows if row["stage"] == "pretrain"}  # of each kind
     return any(last.get(of, {}).get("dead", False) for of in (None, "representations"))
+
+
+def summary(key: str, values: list[float]) -> dict:
+    """Return a column's mean, its sample standard deviation, of two numbers or more, and how many there are."""
+    mean, std = mean_and_std(values) if values else (None, None)
+    return {key: mean, f"{key} std": std if len(values) > 1 else None, f"{key} n": len(values)}
 
 
 def cell(row: dict, key: str) -> str:
