@@ -1,7 +1,8 @@
 """The state of a run: how it is copied and restored, and when it is saved.
 
-A state is a dict of tensors. Names without a slash are the network's; `rng/...`, `sums/...`, of the epoch in progress,
-and the optimizer's are the run's: `momentum/...` of LARS and SGD; `step/...`, `exp_avg/...`, `exp_avg_sq/...` of AdamW.
+A state is a dict of tensors. Names without a slash are the network's; `sums/...`, of the epoch in progress, and the
+optimizer's are the run's: `momentum/...` of LARS and SGD; `step/...`, `exp_avg/...`, `exp_avg_sq/...` of AdamW. Random
+numbers have no state: all that a step draws are functions of the seed and the step.
 """
 
 import re
@@ -18,15 +19,11 @@ from lib.errors import InputError
 def captured(network: nn.Module, optimizer: Optimizer, sums: dict[str, Tensor], accelerator: Accelerator) -> dict:
     """Copy a state to the memory of the CPU, where no step changes it: {name: tensor}.
 
-    All processes call this: random numbers and sums are those of each of them, (processes, ...).
+    All processes call this; each has its own sums, in the state (processes,).
     """
     tensors = dict(network.state_dict())
-    mine = {f"sums/{name}": total for name, total in sums.items()}
-    mine["rng/cpu"] = torch.get_rng_state()
-    if accelerator.device.type == "cuda":
-        mine["rng/cuda"] = torch.cuda.get_rng_state(accelerator.device)
-    for name, x in mine.items():
-        tensors[name] = accelerator.gather(x[None].to(accelerator.device))
+    for name, total in sums.items():
+        tensors[f"sums/{name}"] = accelerator.gather(total[None])
     for name, parameter in network.named_parameters():
         for key, x in optimizer.state[parameter].items():
             tensors[f"{key.removesuffix('_buffer')}/{name}"] = x
@@ -36,10 +33,7 @@ def captured(network: nn.Module, optimizer: Optimizer, sums: dict[str, Tensor], 
 def restore(
     tensors: dict[str, Tensor], network: nn.Module, optimizer: Optimizer, accelerator: Accelerator
 ) -> dict[str, Tensor]:
-    """Bring network, optimizer and random numbers to a state; return the sums of its epoch.
-
-    Where the number of processes has changed, each takes the mean of the sums, and keeps its own random numbers.
-    """
+    """Bring network and optimizer to a state; return its epoch's sums, or their mean if it has other processes."""
     network.load_state_dict({name: x for name, x in tensors.items() if "/" not in name})
     parameters = dict(network.named_parameters())
     for name, x in tensors.items():
@@ -48,16 +42,11 @@ def restore(
             key = "momentum_buffer" if kind == "momentum" else kind
             like = parameters[of] if x.ndim else x  # AdamW's step stays on the CPU
             optimizer.state[parameters[of]][key] = torch.empty_like(like).copy_(x)
-    rank = accelerator.process_index
-    same_world = len(tensors["rng/cpu"]) == accelerator.num_processes
-    if same_world:
-        torch.set_rng_state(tensors["rng/cpu"][rank].clone())  # clone: torch crashes on a row within a tensor
-    if same_world and accelerator.device.type == "cuda" and "rng/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng/cuda"][rank].clone(), accelerator.device)
     sums = {}
     for name, x in tensors.items():
         if name.startswith("sums/"):
-            total = x[rank] if same_world else x.mean(0)
+            has_mine = len(x) == accelerator.num_processes
+            total = x[accelerator.process_index] if has_mine else x.mean(0)
             sums[name.removeprefix("sums/")] = total.to(accelerator.device)
     return sums
 

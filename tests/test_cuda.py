@@ -209,10 +209,7 @@ def test_judges_and_measurements_stay_on_the_device():
         assert features.device == labels.device == CUDA and len(features) == 8
 
 
-def test_a_state_is_saved_from_the_device_and_restored_to_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.arange(4, dtype=torch.uint8))
-    restored = []
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append(state.tolist()))
+def test_a_state_is_saved_from_the_device_and_restored_to_it():
     with PretendCuda():
         first, second = training_of(reg="mhe"), training_of()
         crops, _, u = next(batches_on_cuda())
@@ -221,6 +218,6 @@ def test_a_state_is_saved_from_the_device_and_restored_to_it(monkeypatch):
         stored = {name: x.detach().cpu() for name, x in tensors.items()}
         again = second.network, second.optimizer
         sums = state.restore(stored, *again, second.accelerator)
-        assert restored == [[0, 1, 2, 3]] and sums["loss"].device == CUDA
+        assert sums["loss"].device == CUDA
         copied = state.captured(*again, sums, second.accelerator)
         assert all(torch.equal(x.cpu(), stored[name]) for name, x in copied.items())
