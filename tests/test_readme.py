@@ -25,11 +25,10 @@ from tools.leaderboard import leaderboard
 from tools.notebook import notebook
 from tools.paper import paper_rows
 from tools.reproduce import reproduce
-from tools.trial import trial
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STAGES = {f"{stage.__name__}.py": stage for stage in (pretrain, knn_eval, linear_eval)}
-TOOLS = (export, figures, bench, reproduce, trial, fingerprint, energy, embed, leaderboard, notebook)
+TOOLS = (export, figures, bench, reproduce, fingerprint, energy, embed, leaderboard, notebook)
 STAGES |= {f"tools.{tool.__name__}": tool for tool in TOOLS}
 
 

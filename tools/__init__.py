@@ -6,7 +6,7 @@ embed        the features of a data set's images, with labels and paths, in one 
 reproduce    the paper's runs on CIFAR-10, one after the other; paper_tables.csv, read by paper, has its numbers
 export       a trained encoder as a folder for the Hugging Face Hub, with its model card
 bench        what each part costs beside what a user would otherwise use
-fingerprint  digests of what six short runs compute, and stored losses; trial: runs that are killed and go on
+fingerprint  the losses of six kinds of runs, compared with stored ones
 notebook     the README's commands as a notebook, with their outputs
 leaderboard  the tables of results/README.md, from the logs
 """

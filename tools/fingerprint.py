@@ -1,27 +1,21 @@
-"""Digests of what six short runs compute: equal before and after a change that must change no result.
+"""Losses of the steps of six kinds of runs, as a file holds them: equal before and after a change of no result.
 
-    python -m tools.fingerprint > before.txt
-    python -m tools.fingerprint > after.txt && diff before.txt after.txt
     python -m tools.fingerprint --check results/fingerprint.json
-
-Each run is started by its command line, on one thread of the CPU, so that this file needs to know no other. A digest
-covers the names and bytes of the tensors of a file, or the rows of a log without what depends on the clock, the command
-and the commit. The digests depend on the processor and on the versions of the packages.
+    python -m tools.fingerprint --store mine.json
 
 --check holds on any processor: it trains the runs of a file again, a step an epoch, and compares the loss of each step
 with the stored one. They may differ by the file's tolerance, a part of the loss, or of 1 if that is more: another
 processor rounds otherwise. On the processor and with the torch that the file names they have to be the same bits.
+--store replaces the losses of a file, such as a copy of that one, by those of this processor.
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import math
 import os
 import platform
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -31,25 +25,11 @@ import torch
 from torchvision.io import write_jpeg
 
 import data
-from harness import checkpoint
 from lib import cli
 from lib.errors import InputError
-from lib.files import CKPT, LOG, WEIGHTS, write_whole
+from lib.files import write_whole
 from lib.log import read_rows
 from pretrain import pretrain
-
-ROOT = Path(__file__).parent.parent
-SMALL = "--model test_resnet --hidden_dim 32 --out_dim 16 --batch_size 250 --epochs 2 --eval_every 1 --lr 2"
-RUNS = {
-    "amhe": f"{SMALL} --reg amhe --s 2",
-    "uniform": f"{SMALL} --reg uniform --accumulate 2",
-    "simclr": f"{SMALL} --method simclr --reg mhe --s 1 --holdout",
-    "no-norm": f"{SMALL} --norm none --reg amhe --reg_on encoder,projector,predictor",
-    "streamed": "--dataset pictures --model test_resnet --hidden_dim 32 --out_dim 16 --batch_size 16 --epochs 2 --lr 2",
-    "killed": f"{SMALL} --reg mhe --save_every 3steps",
-}
-JUDGES = {"knn_eval.py": "--k 5,20", "linear_eval.py": "--epochs 2"}
-NOT_COMPARED = ("images_per_s", "command", "git")
 
 
 def fingerprint(
@@ -57,38 +37,10 @@ def fingerprint(
     check: Annotated[str, "file of losses to compare with; exit code 1 if one differs"] | None = None,
     store: Annotated[str, "file whose losses are replaced by those of this processor"] | None = None,
 ):
-    """Print one line for each file of each run: run, file, digest; or check or store the losses of a file's runs."""
-    if check and store:
-        raise InputError("--store: replaces what --check compares with; give one of the two")
-    if check or store:
-        compare_losses(Path(check or store), replaces=bool(store))
-        return
-    with tempfile.TemporaryDirectory() as place:
-        make_pictures(Path(place, "pictures"))
-        for name, flags in RUNS.items():
-            run = Path(place, name)
-            if name == "killed":
-                process = launch("pretrain.py", f"{flags} --out {run}", place, subprocess.PIPE)
-                for line in process.stdout:
-                    if '"epoch": 1, ' in line:
-                        process.kill()
-                        break
-                process.wait()
-            if launch("pretrain.py", f"{flags} --out {run}", place).wait():
-                sys.exit(f"{name}: did not end well")
-            for script, judge_flags in JUDGES.items():
-                launch(script, f"{run / CKPT} {judge_flags}", place).wait()
-            for file in (CKPT, WEIGHTS):
-                print(f"{name:10} {file:25} {digest_of_tensors(run / file)}", flush=True)
-            print(f"{name:10} {LOG:25} {digest_of_rows(run / LOG, place)}", flush=True)
-
-
-def launch(script: str, flags: str, folder: str, stdout: int = subprocess.DEVNULL) -> subprocess.Popen:
-    """Start a stage in a folder, as a process on one thread of the CPU."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, str(ROOT / script), *flags.split()]
-    nothing = subprocess.DEVNULL
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=stdout, stderr=nothing, text=True)
+    """Train the runs of a file of losses anew, and check or store the loss of each step."""
+    if (check is None) == (store is None):
+        raise InputError("--check, --store: give one of the two, with a file such as results/fingerprint.json")
+    compare_losses(Path(check or store), replaces=store is not None)
 
 
 def make_pictures(folder: Path, heights: tuple[int, int] = (32, 24)) -> None:
@@ -102,23 +54,6 @@ def make_pictures(folder: Path, heights: tuple[int, int] = (32, 24)) -> None:
                 write_jpeg(image[:, : heights[i % 2]].contiguous(), str(place / f"{i:02}.jpg"))
 
 
-def digest_of_tensors(path: Path) -> str:
-    """Digest of names, types, shapes and bytes of all tensors of a safetensors file."""
-    tensors, _ = checkpoint.load_file(path)
-    return checkpoint.digest(tensors, {})[:16]
-
-
-def digest_of_rows(path: Path, place: str) -> str:
-    """Digest and number of the rows of a log, without what depends on the clock, the command and the folder."""
-    rows = []
-    for line in path.read_text().replace(place, "").splitlines():
-        row = json.loads(line)
-        rows.append({name: x for name, x in row.items() if name not in NOT_COMPARED})
-    digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-    return f"{digest[:16]} ({len(rows)} rows)"
-
-
-# ---- Stored losses ---------------------------------------------------------------------------------------------------
 def compare_losses(path: Path, replaces: bool) -> None:
     """Train a file's runs, on one thread of the CPU, and name the first loss of each that differs; or store them."""
     try:
