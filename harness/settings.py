@@ -11,12 +11,12 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 
 import data
@@ -87,8 +87,8 @@ def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
         raise InputError(f"--out {folder}: already holds a run; name another folder, or take --resume auto")
     if flags["init"] and not os.path.exists(folder / CKPT):  # a run that goes on has its own weights
         refuse_unfit_weights(flags)
-    if flags["tracker"] != "none":
-        refuse_missing(flags["tracker"])
+    if flags["tracker"] not in ("none", *map(str, get_available_trackers())):
+        raise InputError(f"--tracker {flags['tracker']}: is not installed; pip install {flags['tracker']}")
     with torch.device("meta"):
         encoder = models.build_encoder(flags["model"], "imagenet")
     if "encoder" in (flags["reg_on"] or ()):
@@ -142,14 +142,6 @@ def refuse_idle_flags(flags: dict, defaults: dict) -> None:
         if flags[name] != defaults[name]:
             typed = ",".join(flags[name]) if isinstance(flags[name], tuple) else f"{flags[name]}".removesuffix(".0")
             raise InputError(f"--{name} {typed}: has no effect with --{other} {flags[other]}")
-
-
-def refuse_missing(tracker: str) -> None:
-    """Raise InputError for a tracker that is not installed."""
-    try:
-        version(tracker)  # not find_spec, which takes a folder of that name for the package
-    except PackageNotFoundError:
-        raise InputError(f"--tracker {tracker}: is not installed; pip install {tracker}") from None
 
 
 def refuse_unwritable(folder: Path) -> None:
