@@ -30,7 +30,6 @@ from lib.errors import InputError, Stopped
 from lib.files import CKPT, LOG, WEIGHTS
 from lib.log import PLACES, contents, emit, provenance, read_rows, rewind, same_place
 
-STEPS_TO_FORETELL = 10  # how long the rest will take
 SECONDS_BETWEEN_LOOKS = 5  # of several processes, for a signal or a save that is due: each look makes all of them wait
 
 
@@ -89,7 +88,6 @@ class Run:
         self._bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=is_silent)
         is_new = not all((self.folder / name).exists() for name in (CKPT, WEIGHTS))
         self._schedule = state.Schedule(self.flags["save_every"], self.step, is_new)
-        self._foretold_at = self.step + STEPS_TO_FORETELL
         self._looked_at, self._look_step, self._next_look = time.monotonic(), self.step, self.step + 1
         self._handlers = {}
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -143,10 +141,6 @@ class Run:
             return
         self.step += 1
         self._bar.update()
-        if self.step == self._foretold_at and self.step < self.steps:
-            left = self.steps - self.step
-            seconds = left * self.cfg.batch_size / max(self.images_per_s, 0.1)
-            processes.say(f"about {tqdm.format_interval(seconds)} for the {left} steps that are left, without votes")
         if self._saving and self._saving.done():
             self._end_save()  # raises what it has raised
         caught, is_due = self._look()
