@@ -17,7 +17,6 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import data
-import models
 from harness import judging
 from harness.judging import Judged
 from lib import cli, processes
@@ -107,9 +106,7 @@ def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyp
 def features_of(judged: Judged, split: data.Split) -> Features:
     """Compute the features of a split's evaluation views."""
     split = split.to(judged.accelerator.device)
-    views = data.evaluation_views(processes.own_share(split), **judged.view)
-    features = processes.gather(models.embed(judged.encoder, views))
-    return Features(features[: len(split.labels)], split.labels)
+    return Features(judging.embedded(judged, split, "features"), split.labels)
 
 
 def scores_of(classifier: nn.Linear, features: Features) -> dict[str, float]:

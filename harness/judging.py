@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import data
 import models
@@ -17,7 +18,7 @@ from harness.foreign import adopt
 from lib import encoders, processes
 from lib.errors import InputError
 from lib.files import weights_file
-from lib.log import contents, log_of, other_data
+from lib.log import contents, is_main, log_of, other_data
 from lib.sources import IN_DATA_DIR, MAKERS, WITHOUT_FILES, Channels, has_no_data_dir
 
 DEFAULT_DATA_DIR = "data"
@@ -147,6 +148,13 @@ def untrained_encoder(judged: Judged) -> nn.Module:
     encoder = build_described("encoder", judged.settings).to(judged.accelerator.device)
     encoder.forward = judged.accelerator.autocast()(encoder.forward)
     return encoder
+
+
+def embedded(judged: Judged, split: data.Split, name: str) -> Tensor:
+    """Embed the evaluation views of a split, (n, d), which all processes divide; a bar at a terminal has this name."""
+    views = data.evaluation_views(processes.own_share(split.to(judged.accelerator.device)), **judged.view)
+    bar = tqdm(views, desc=name, unit="batch", disable=None if is_main() else True)
+    return processes.gather(models.embed(judged.encoder, bar))[: len(split.labels)]
 
 
 def open_images(

@@ -12,12 +12,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from accelerate import Accelerator
-from torch import Tensor, nn
-from tqdm import tqdm
-
 import data
-import models
 from harness import checkpoint, judging
 from harness.judging import Judged
 from lib import cli, processes
@@ -36,25 +31,25 @@ def embed(
     place = Path(out)
     if os.path.lexists(place) or not os.access(place.parent, os.W_OK):
         raise InputError(f"--out {out}: takes a new file, in a folder that can be written to")
-    accelerator = processes.start()
-    judged = judging.open_judged(accelerator, ckpt, shared, without_classes=True)
+    judged = judging.open_judged(processes.start(), ckpt, shared, without_classes=True)
     splits = {"train": judged.images.train, "test": judged.images.test}
     splits = {name: part for name, part in splits.items() if split in ("both", name) and len(part.labels)}
     if not splits:
         raise InputError(f"--split {split}: dataset {judged.dataset} has no such images; take --split train")
     description = describe(judged, ckpt, splits)
     counts = {name: len(part.labels) for name, part in splits.items()}
-    emit({"stage": "embed", "ckpt": ckpt, **description["protocol"], "view": judged.view, "images": counts})
+    row = {"stage": "embed", "ckpt": ckpt, **description["protocol"], "view": judged.view, "images": counts}
+    emit(row, text=f"{judged.dataset}: images {counts}")
 
     tensors = {}
     for name, part in splits.items():
-        tensors[f"{name}.features"] = features_of(judged.encoder, part, judged.view, accelerator, name)
+        tensors[f"{name}.features"] = judging.embedded(judged, part, name)
         if judged.images.classes:
             tensors[f"{name}.labels"] = part.labels
     if is_main():
         checkpoint.save(out, tensors, description)
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    emit({"stage": "embed", "of": "file", "out": out, "tensors": shapes})
+    emit({"stage": "embed", "of": "file", "out": out, "tensors": shapes}, text=f"{out}: {shapes}")
 
 
 def describe(judged: Judged, ckpt: str, splits: dict[str, data.Split]) -> dict:
@@ -70,13 +65,6 @@ def describe(judged: Judged, ckpt: str, splits: dict[str, data.Split]) -> dict:
         description["folder"] = folder
         description["paths"] = {name: [os.path.relpath(path, folder) for path in part] for name, part in paths.items()}
     return description
-
-
-def features_of(encoder: nn.Module, split: data.Split, view: dict, accelerator: Accelerator, name: str) -> Tensor:
-    """Compute the features (n, d) of the evaluation views of a split in all processes, with a bar of this name."""
-    views = data.evaluation_views(processes.own_share(split.to(accelerator.device)), **view)
-    features = models.embed(encoder, tqdm(views, desc=name, unit="batch", disable=None if is_main() else True))
-    return accelerator.gather(features)[: len(split.labels)]
 
 
 if __name__ == "__main__":

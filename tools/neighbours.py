@@ -18,7 +18,6 @@ from harness.settings import name_of_weights
 from lib import processes
 from lib.errors import InputError
 from lib.nearest import nearest
-from tools.embed import features_of
 from tools.groups import method_name
 
 QUERIES = 10
@@ -57,8 +56,8 @@ def find_neighbours(ckpt: str, dataset: str | None, data_dir: str | None) -> She
     judged = judging.open_judged(accelerator, ckpt, {"dataset": dataset, "data_dir": data_dir})
     bank, test = judged.images.train, judged.images.test
     queries = test.rows(draw_queries(test.labels, QUERIES))
-    bank_features = features_of(judged.encoder, bank, judged.view, accelerator, "train")
-    query_features = features_of(judged.encoder, queries, judged.view, accelerator, "queries")
+    bank_features = judging.embedded(judged, bank, "train")
+    query_features = judging.embedded(judged, queries, "queries")
     n = len(bank.labels)
     cosines, rows = (found.cpu() for found in nearest(query_features, [bank_features], n, NEIGHBOURS))
     m, k = cosines.shape
