@@ -232,14 +232,13 @@ def loader(make: Callable, keys: Iterable, n_workers: int, **options) -> Iterato
         batch_sampler=keys,
         num_workers=n_workers,
         worker_init_fn=_leave_signals_to_main,
-        generator=torch.Generator(),  # of its own: it draws at each start, and a run that goes on has more starts
         **options,
     )
     try:
         yield from batches
     except InputError as e:  # a worker's is the traceback there, whose last line is "...InputError: message"
         message = str(e).strip().splitlines()[-1].split("InputError: ", 1)[-1]
-        raise InputError(f"{message}; --skip_broken leaves such pictures out") from None
+        raise InputError(f"{message}; mend or remove it; --skip_broken of a stage leaves such pictures out") from None
 
 
 @dataclass

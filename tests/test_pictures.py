@@ -196,7 +196,7 @@ def test_broken_pictures_stop_the_run_or_are_skipped(command, crowd, picture, tm
     code, rows, err = command(pretrain, "--dataset", crowd, *TINY)
     assert code == 2 and rows == [] and not (tmp_path / "run").exists()
     assert "a b/cut.png: not a picture" in err.splitlines()[-1]
-    assert err.endswith("; --skip_broken leaves such pictures out\n")
+    assert err.endswith("; mend or remove it; --skip_broken of a stage leaves such pictures out\n")
     for i in range(10):
         (crowd / "test" / "ü" / f"empty{i}.png").write_bytes(b"")
     code, rows, err = command(pretrain, "--dataset", crowd, *TINY, "--skip_broken")
@@ -232,7 +232,7 @@ def test_what_is_left_out_is_counted(pair, picture, capsys):
     assert capsys.readouterr().err == f"dataset {pair}: {line}\n"
     (pair / "train" / "a" / "gone.png").symlink_to(pair / "nowhere.png")
     with pytest.raises(
-        InputError, match=r"gone.png: not a picture that can be read \(No such file or directory\); --s"
+        InputError, match=r"gone.png: not a picture that can be read \(No such file or directory\); mend"
     ):
         data.load(str(pair))
 
