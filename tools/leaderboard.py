@@ -7,21 +7,18 @@ the test set. Other logs are left out, and those of `photos`. What stands in REA
 by hand, and stays.
 """
 
-import csv
-import io
 import statistics
 from pathlib import Path
 
 from lib import cli
 from lib.errors import InputError
-from lib.files import LOG, write_whole
+from lib.files import LOG
 from lib.log import other_data
 from tools.groups import by_data, groups
 from tools.logs import RunLog, read_log
-from tools.table import cell, summary, values_of
+from tools.table import FLOORS, cell, summary, values_of, write_csv, write_lines
 
 RESULTS = Path(__file__).parent.parent / "results"
-FLOORS = {"untrained": "untrained", "pixels": "raw pixels"}
 SEEDS = {0, 1, 2}
 NOISY = "photos"  # 500 test patches: most differences are within their noise, docs/results.md
 COLUMNS = ("method", "network", "epochs", "k-NN", "linear", "seeds", "machine", "minutes", "commit", "logs")
@@ -35,13 +32,8 @@ def leaderboard():
     for data in dict.fromkeys(row["data"] for row in rows):
         lines += ["", f"## {data}", "", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
         lines += [f"| {' | '.join(row[key] for key in COLUMNS)} |" for row in rows if row["data"] == data]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ("data", *COLUMNS), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    for path, content in ((page, "\n".join([*lines, ""])), (table, text.getvalue())):
-        with write_whole(path) as file:
-            file.write(content.encode())
+    write_lines(page, lines)
+    write_csv(table, rows)
     print(page, table, sep="\n")
 
 
@@ -102,7 +94,7 @@ def floors(runs: list[RunLog]) -> list[dict[str, str]]:
     for run in runs:
         for of, name in FLOORS.items():
             top1 = run.score("knn_eval", of)
-            is_network = of == "untrained"
+            is_network = of != "pixels"
             key = (name, network(run.settings) if is_network else "")
             if top1 is not None:
                 votes.setdefault(key, {})[run.settings["seed"] if is_network else ""] = top1

@@ -115,11 +115,21 @@ def write_table(runs: list[RunLog], folder: Path) -> None:
     """Write table.md and table.csv; print the first, and the names of both. InputError from `files.write_whole`."""
     rows = table(runs)
     lines = table_lines(rows)
+    write_lines(folder / "table.md", lines)
+    write_csv(folder / "table.csv", rows)
+    print(*lines, folder / "table.md", folder / "table.csv", sep="\n")
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows, which all have the same columns, with a head."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    for name, content in (("table.md", "\n".join([*lines, ""])), ("table.csv", text.getvalue())):
-        with write_whole(folder / name) as file:
-            file.write(content.encode(errors="backslashreplace"))
-    print(*lines, folder / "table.md", folder / "table.csv", sep="\n")
+    write_lines(path, text.getvalue().splitlines())
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    """Write lines of text."""
+    with write_whole(path) as file:
+        file.write("\n".join([*lines, ""]).encode(errors="backslashreplace"))
