@@ -120,7 +120,9 @@ def network(settings: dict) -> str:
 
 def machine(first: dict) -> str:
     """Name what the first row of a log says of the machine."""
-    facts = [first.get("processor", first["device"]), f"{first['threads']} thread" if "threads" in first else ""]
+    n = first.get("threads", 0)
+    threads = f"{n} thread{'s' if n > 1 else ''}" if n else ""
+    facts = [first.get("processor", first["device"]), threads]
     precision = first.get("precision", "no")
     facts.append("" if precision == "no" else precision)
     return ", ".join(filter(None, facts))
