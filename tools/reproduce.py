@@ -46,7 +46,7 @@ PLAN = [
 SMALL = "--recipe folder --model test_resnet --stem stride2 --epochs 20 --eval_every 5"
 CPU_PLAN = [
     *[f"{SMALL} {method} --seed {seed}" for seed in (0, 1, 2) for method in FIVE],
-    *[f"{SMALL} {method} --accumulate 8" for method in ("", "--reg amhe")],  # Figure 8
+    *[f"{SMALL} {method} --accumulate 8" for method in ("", "--reg amhe", "--reg uniform")],  # Figure 8
     *[f"{SMALL} --norm none {reg}" for reg in ("", f"--reg amhe {ALL}")],  # Table 4
 ]
 QUARTER_PLAN = [f"{method} --epochs 30" for method in ("", "--reg amhe", "--reg uniform", "--method simclr")]
