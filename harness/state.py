@@ -2,7 +2,7 @@
 
 A state is a dict of tensors. Names without a slash are the network's; `sums/...`, of the epoch in progress, and the
 optimizer's are the run's: `momentum/...` of LARS and SGD; `step/...`, `exp_avg/...`, `exp_avg_sq/...` of AdamW. Random
-numbers have no state: all that a step draws are functions of the seed and the step.
+numbers have no state: what a step draws is a function of the seed and the step.
 """
 
 import re
@@ -33,7 +33,7 @@ def captured(network: nn.Module, optimizer: Optimizer, sums: dict[str, Tensor], 
 def restore(
     tensors: dict[str, Tensor], network: nn.Module, optimizer: Optimizer, accelerator: Accelerator
 ) -> dict[str, Tensor]:
-    """Bring network and optimizer to a state; return its epoch's sums, or their mean if it has other processes."""
+    """Bring network and optimizer to a state; return the sums of its epoch, their mean if processes came or went."""
     network.load_state_dict({name: x for name, x in tensors.items() if "/" not in name})
     parameters = dict(network.named_parameters())
     for name, x in tensors.items():

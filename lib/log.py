@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -47,9 +48,7 @@ def emit(row: dict, log: Path | None = None, text: str | None = None) -> None:
     if log is not None:
         with _alone(log), open(log, "ab+") as file:
             if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # its process was killed within the row, which `read_rows` leaves out
-                    file.write(b"\n")
+                _end_last_line(file)
             file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())  # as of a checkpoint: a power cut must not take the rows before it
@@ -69,6 +68,17 @@ def show(text: str) -> None:
 def _for_people() -> bool:
     """Whether standard output is a terminal, and --json is not given."""
     return sys.stdout.isatty() and not rows_wanted
+
+
+def _end_last_line(file: BinaryIO) -> None:
+    """End the last line of an open log, or drop one that a process has left cut short when it was killed."""
+    file.seek(0)
+    content = file.read()
+    last_line = content.rpartition(b"\n")[2]
+    if _row(last_line):
+        file.write(b"\n")
+    else:
+        file.truncate(len(content) - len(last_line))
 
 
 def read_rows(folder: Path) -> list[dict]:

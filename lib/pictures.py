@@ -238,7 +238,8 @@ def loader(make: Callable, keys: Iterable, n_workers: int, **options) -> Iterato
         yield from batches
     except InputError as e:  # a worker's is the traceback there, whose last line is "...InputError: message"
         message = str(e).strip().splitlines()[-1].split("InputError: ", 1)[-1]
-        raise InputError(f"{message}; mend or remove it; --skip_broken of a stage leaves such pictures out") from None
+        advice = "mend or remove it; pretrain.py and the judges leave such out by --skip_broken"
+        raise InputError(f"{message}; {advice}") from None
 
 
 @dataclass

@@ -156,7 +156,7 @@ FIRST = '{"stage": "pretrain", "settings": {"seed": 1}}'
 @pytest.mark.parametrize(
     "before, kept",
     [
-        (FIRST + '\n{"stage": "pretr', FIRST + '\n{"stage": "pretr\n'),  # cut short: its process was killed
+        (FIRST + '\n{"stage": "pretr', FIRST + "\n"),  # cut short: its process was killed
         (FIRST, FIRST + "\n"),  # a whole row that lacks its end
         ("\n\ufeff" + FIRST + "\n", "\n\ufeff" + FIRST + "\n"),  # as an editor may leave it
     ],

@@ -39,7 +39,7 @@ def embed(
     description = describe(judged, ckpt, splits)
     counts = {name: len(part.labels) for name, part in splits.items()}
     row = {"stage": "embed", "ckpt": ckpt, **description["protocol"], "view": judged.view, "images": counts}
-    emit(row, text=f"{judged.dataset}: images {counts}")
+    emit(row, text=f"{judged.dataset}: {in_words(counts)}")
 
     tensors = {}
     for name, part in splits.items():
@@ -49,7 +49,7 @@ def embed(
     if is_main():
         checkpoint.save(out, tensors, description)
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    emit({"stage": "embed", "of": "file", "out": out, "tensors": shapes}, text=f"{out}: {shapes}")
+    emit({"stage": "embed", "of": "file", "out": out, "tensors": shapes}, text=f"{out}: {in_words(shapes)}")
 
 
 def describe(judged: Judged, ckpt: str, splits: dict[str, data.Split]) -> dict:
@@ -65,6 +65,11 @@ def describe(judged: Judged, ckpt: str, splits: dict[str, data.Split]) -> dict:
         description["folder"] = folder
         description["paths"] = {name: [os.path.relpath(path, folder) for path in part] for name, part in paths.items()}
     return description
+
+
+def in_words(facts: dict) -> str:
+    """Say for people what stands in a row as a dict."""
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
 if __name__ == "__main__":

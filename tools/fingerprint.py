@@ -1,12 +1,12 @@
-"""Losses of the steps of six kinds of runs, as a file holds them: equal before and after a change of no result.
+"""Losses of the steps of six kinds of runs, compared with those that a file holds.
 
     python -m tools.fingerprint --check results/fingerprint.json
-    python -m tools.fingerprint --store mine.json
+    cp results/fingerprint.json mine.json && python -m tools.fingerprint --store mine.json
 
 --check holds on any processor: it trains the runs of a file again, a step an epoch, and compares the loss of each step
 with the stored one. They may differ by the file's tolerance, a part of the loss, or of 1 if that is more: another
 processor rounds otherwise. On the processor and with the torch that the file names they have to be the same bits.
---store replaces the losses of a file, such as a copy of that one, by those of this processor.
+--store replaces the losses of a file by those of this processor, for --check after a change that must change none.
 """
 
 import contextlib

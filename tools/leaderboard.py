@@ -16,9 +16,10 @@ from lib.files import LOG
 from lib.log import other_data
 from tools.groups import by_data, groups
 from tools.logs import RunLog, read_log
-from tools.table import FLOORS, cell, summary, values_of, write_csv, write_lines
+from tools.table import cell, summary, values_of, write_csv, write_text
 
 RESULTS = Path(__file__).parent.parent / "results"
+FLOORS = {"untrained": "untrained", "pixels": "raw pixels"}
 SEEDS = {0, 1, 2}
 NOISY = "photos"  # 500 test patches: most differences are within their noise, docs/results.md
 COLUMNS = ("method", "network", "epochs", "k-NN", "linear", "seeds", "machine", "minutes", "commit", "logs")
@@ -27,12 +28,14 @@ COLUMNS = ("method", "network", "epochs", "k-NN", "linear", "seeds", "machine", 
 def leaderboard():
     """Write the tables of results/README.md and results/leaderboard.csv anew, and print their names."""
     rows = board(RESULTS)
+    if not rows:
+        raise InputError(f"{RESULTS}: holds no setting with the seeds 0, 1 and 2")
     page, table = RESULTS / "README.md", RESULTS / "leaderboard.csv"
     lines = page.read_text().partition("\n## ")[0].rstrip().splitlines()
     for data in dict.fromkeys(row["data"] for row in rows):
         lines += ["", f"## {data}", "", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
         lines += [f"| {' | '.join(row[key] for key in COLUMNS)} |" for row in rows if row["data"] == data]
-    write_lines(page, lines)
+    write_text(page, "\n".join([*lines, ""]))
     write_csv(table, rows)
     print(page, table, sep="\n")
 
@@ -94,7 +97,7 @@ def floors(runs: list[RunLog]) -> list[dict[str, str]]:
     for run in runs:
         for of, name in FLOORS.items():
             top1 = run.score("knn_eval", of)
-            is_network = of != "pixels"
+            is_network = of == "untrained"
             key = (name, network(run.settings) if is_network else "")
             if top1 is not None:
                 votes.setdefault(key, {})[run.settings["seed"] if is_network else ""] = top1

@@ -115,7 +115,7 @@ def write_table(runs: list[RunLog], folder: Path) -> None:
     """Write table.md and table.csv; print the first, and the names of both. InputError from `files.write_whole`."""
     rows = table(runs)
     lines = table_lines(rows)
-    write_lines(folder / "table.md", lines)
+    write_text(folder / "table.md", "\n".join([*lines, ""]))
     write_csv(folder / "table.csv", rows)
     print(*lines, folder / "table.md", folder / "table.csv", sep="\n")
 
@@ -126,10 +126,10 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_lines(path, text.getvalue().splitlines())
+    write_text(path, text.getvalue())
 
 
-def write_lines(path: Path, lines: list[str]) -> None:
-    """Write lines of text."""
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8; what that lacks, as parts of names of folders may, is escaped."""
     with write_whole(path) as file:
-        file.write("\n".join([*lines, ""]).encode(errors="backslashreplace"))
+        file.write(text.encode(errors="backslashreplace"))
