@@ -33,8 +33,9 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as e:
+        reason = f"{path.parent} is no folder" if path.parent.is_file() else e.strerror
         kept = "; its old content is unchanged" if path.exists() else ""
-        raise InputError(f"{path}: cannot be written ({e.strerror}){kept}") from e
+        raise InputError(f"{path}: cannot be written ({reason}){kept}") from e
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -102,7 +102,8 @@ def opened(path: str) -> Iterator[Image.Image]:
                 raise ValueError("fractions or 32 bits, of an unknown range; save it with 8 or 16 bits a pixel")
             yield picture
     except Exception as e:  # Pillow raises errors of many types on broken files
-        reason = getattr(e, "strerror", None) or " ".join(str(e).split())  # an OSError's text names the path again
+        text = " ".join(str(e).split()).partition(" <")[0]  # Pillow's ends in the file as Python prints it
+        reason = getattr(e, "strerror", None) or text  # an OSError's text names the path again
         raise InputError(f"{path}: not a picture that can be read ({reason})") from e
 
 

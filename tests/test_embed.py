@@ -80,7 +80,8 @@ def test_the_encoder_of_another_project_and_a_set_without_files(command, trained
 @pytest.mark.parametrize(
     "words, line",
     [
-        ("CKPT --out there", "--out there: takes a new file, in a folder that can be written to"),
+        ("CKPT --out there", "--out there: is already there; name a new file"),
+        ("CKPT --out nowhere/f", "--out nowhere/f: nowhere is no folder that can be written to"),
         ("CKPT --labels 0.5 --dataset flat", "--labels 0.5: the pictures have no classes"),
         ("CKPT --split test --dataset flat", "--split test: dataset flat has no such images; take --split train"),
     ],

@@ -29,8 +29,10 @@ def embed(
 ):
     """Write the features of a data set's images by a checkpoint's encoder, their labels and paths, to a file."""
     place = Path(out)
-    if os.path.lexists(place) or not os.access(place.parent, os.W_OK):
-        raise InputError(f"--out {out}: takes a new file, in a folder that can be written to")
+    if os.path.lexists(place):
+        raise InputError(f"--out {out}: is already there; name a new file")
+    if not os.access(place.parent, os.W_OK):
+        raise InputError(f"--out {out}: {place.parent} is no folder that can be written to")
     judged = judging.open_judged(processes.start(), ckpt, shared, without_classes=True)
     splits = {"train": judged.images.train, "test": judged.images.test}
     splits = {name: part for name, part in splits.items() if split in ("both", name) and len(part.labels)}

@@ -63,7 +63,7 @@ def compare_losses(path: Path, replaces: bool) -> None:
         is_named = stored["processor"] == processor()
         tolerance = 0.0 if is_named else float(stored["tolerance"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise InputError(f"{path}: no file of losses such as results/fingerprint.json ({e!r})") from e
+        raise InputError(f"{path}: no file of losses such as results/fingerprint.json") from e
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(1)
     largest, different = 0.0, set()
