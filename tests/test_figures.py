@@ -295,7 +295,7 @@ def test_neighbours_of_pictures_in_files_and_without_classes(shell, trained, fol
         ("energy silent", "no run has energies of blocks"),
         ("batch run silent", "batch: not all runs have been judged"),
         ("batch run", "batch: takes runs that differ in --accumulate"),
-        ("knn run --out run/metrics.jsonl", "run/metrics.jsonl/knn.png: cannot be written (run/metrics.jsonl is no folder)"),
+        ("knn run --out run/metrics.jsonl", "knn.png: cannot be written (run/metrics.jsonl is no folder)"),
         ("knn run run", "run and run have the same settings and seed; name one"),
         ("dynamics run chord", "energies (angle, s = 2, sum over 2 layers, predictor and projector) and (chord, s"),
         ("dynamics run one", "(angle, s = 2, sum over 1 layers, projector) and (angle, s = 2, sum over 2 layers, pred"),
