@@ -81,11 +81,9 @@ def nearest_neighbours(
     encoder: nn.Module, bank: Split, queries: Split, view: dict, k=(20,), temperature=0.07
 ) -> Scores:
     """Take the `vote` on an encoder's features of the evaluation views of two splits; k = 20 and 0.07 are DINO's."""
-    query_views = evaluation_views(processes.own_share(queries), **view)
-    query_features = processes.gather(models.embed(encoder, query_views))
+    query_features = judging.embedded(encoder, queries, view)
     bank_views = evaluation_views(processes.own_part(bank), **view)
     bank_features = (models.embed(encoder, views) for views in in_parts(bank_views))  # ImageNet's take 10 GB
-    query_features = query_features[: len(queries.labels)]
     return vote(bank_features, bank.labels, query_features, queries.labels, k, temperature)
 
 

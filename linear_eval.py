@@ -106,7 +106,7 @@ def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyp
 def features_of(judged: Judged, split: data.Split) -> Features:
     """Compute the features of a split's evaluation views."""
     split = split.to(judged.accelerator.device)
-    return Features(judging.embedded(judged, split, "features"), split.labels)
+    return Features(judging.embedded(judged.encoder, split, judged.view, "features"), split.labels)
 
 
 def scores_of(classifier: nn.Linear, features: Features) -> dict[str, float]:

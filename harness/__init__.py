@@ -8,5 +8,5 @@ Each file imports only those above it, and no judge or pretrain.py.
     settings    flags checked, recipes applied: every setting with the value in force
     measure     what is measured beside loss and accuracy
     run         a run's folder, and how a run that was stopped goes on
-    judging     what both judges open
+    judging     what both judges share
 """

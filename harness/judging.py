@@ -1,4 +1,4 @@
-"""What both judges open: an encoder from the file of a run or of another project, and the data it is judged on."""
+"""What both judges share: an encoder from a file of any project, the data it is judged on, and its features of them."""
 
 import math
 from dataclasses import dataclass, replace
@@ -150,11 +150,11 @@ def untrained_encoder(judged: Judged) -> nn.Module:
     return encoder
 
 
-def embedded(judged: Judged, split: data.Split, name: str) -> Tensor:
-    """Embed the evaluation views of a split, (n, d), which all processes divide; a bar at a terminal has this name."""
-    views = data.evaluation_views(processes.own_share(split.to(judged.accelerator.device)), **judged.view)
-    bar = tqdm(views, desc=name, unit="batch", disable=None if is_main() else True)
-    return processes.gather(models.embed(judged.encoder, bar))[: len(split.labels)]
+def embedded(encoder: nn.Module, split: data.Split, view: dict, name: str | None = None) -> Tensor:
+    """Embed the evaluation views of a split, (n, d), which all processes divide; with a name, under a bar of it."""
+    views = data.evaluation_views(processes.own_share(split), **view)
+    bar = tqdm(views, desc=name, unit="batch", disable=None if name and is_main() else True)
+    return processes.gather(models.embed(encoder, bar))[: len(split.labels)]
 
 
 def open_images(

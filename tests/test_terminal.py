@@ -9,6 +9,7 @@ from conftest import SMALL, rows_of
 from knn_eval import knn_eval
 from linear_eval import linear_eval
 from pretrain import pretrain
+from tools.embed import embed
 
 
 @pytest.fixture
@@ -76,3 +77,11 @@ def test_the_judges_say_a_table_and_a_sentence(terminal, trained):
     assert (
         lines[7].startswith(f"linear classifier, lr {row['lr']}: top-1 {row['top1']:.1f} %  top-5 ") and not lines[8:]
     )
+
+
+def test_embed_says_what_it_embeds_and_what_the_file_holds(terminal, folder, trained):
+    code, (read, written), _ = terminal(embed, trained)
+    assert code == 0 and read == f"{folder}: train 48, test 18"
+    assert written.startswith("features.safetensors: train.features [48, ") and written.endswith("test.labels [18]")
+    code, lines, _ = terminal(embed, trained, "--out", "again.safetensors", "--json")
+    assert code == 0 and [json.loads(line)["stage"] for line in lines] == ["embed", "embed"]

@@ -45,7 +45,8 @@ def embed(
 
     tensors = {}
     for name, part in splits.items():
-        tensors[f"{name}.features"] = judging.embedded(judged, part, name)
+        on_device = part.to(judged.accelerator.device)
+        tensors[f"{name}.features"] = judging.embedded(judged.encoder, on_device, judged.view, name)
         if judged.images.classes:
             tensors[f"{name}.labels"] = part.labels
     if is_main():

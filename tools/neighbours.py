@@ -56,8 +56,8 @@ def find_neighbours(ckpt: str, dataset: str | None, data_dir: str | None) -> She
     judged = judging.open_judged(accelerator, ckpt, {"dataset": dataset, "data_dir": data_dir})
     bank, test = judged.images.train, judged.images.test
     queries = test.rows(draw_queries(test.labels, QUERIES))
-    bank_features = judging.embedded(judged, bank, "train")
-    query_features = judging.embedded(judged, queries, "queries")
+    bank_features = judging.embedded(judged.encoder, bank.to(accelerator.device), judged.view, "train")
+    query_features = judging.embedded(judged.encoder, queries.to(accelerator.device), judged.view, "queries")
     n = len(bank.labels)
     cosines, rows = (found.cpu() for found in nearest(query_features, [bank_features], n, NEIGHBOURS))
     m, k = cosines.shape
