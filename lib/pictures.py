@@ -239,7 +239,7 @@ def loader(make: Callable, keys: Iterable, n_workers: int, **options) -> Iterato
         yield from batches
     except InputError as e:  # a worker's is the traceback there, whose last line is "...InputError: message"
         message = str(e).strip().splitlines()[-1].split("InputError: ", 1)[-1]
-        advice = "mend or remove it; pretrain.py and the judges leave such out by --skip_broken"
+        advice = "mend or remove it, or leave it out by --skip_broken of pretrain.py or a judge"
         raise InputError(f"{message}; {advice}") from None
 
 

@@ -57,6 +57,16 @@ def test_only_entries_have_a_row(results):
     assert sorted(methods) == sorted(expected)
 
 
+def test_results_without_an_entry_are_refused(results):
+    """Before anything is written."""
+    shutil.rmtree(results / "cifar10")
+    (results / "README.md").write_text("# Leaderboard")
+    with pytest.raises(InputError, match=r": holds no setting with the seeds 0, 1 and 2$"):
+        leaderboard.leaderboard()
+    assert [path.name for path in results.iterdir()] == ["README.md"]
+    assert (results / "README.md").read_text() == "# Leaderboard"
+
+
 def test_votes_of_another_protocol_are_no_scores(results):
     before = leaderboard.board(results)
     log = results / "cifar10" / "cpu-seed-0" / "metrics.jsonl"

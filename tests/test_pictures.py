@@ -196,7 +196,7 @@ def test_broken_pictures_stop_the_run_or_are_skipped(command, crowd, picture, tm
     code, rows, err = command(pretrain, "--dataset", crowd, *TINY)
     assert code == 2 and rows == [] and not (tmp_path / "run").exists()
     assert "a b/cut.png: not a picture" in err.splitlines()[-1]
-    assert err.endswith("; mend or remove it; pretrain.py and the judges leave such out by --skip_broken\n")
+    assert err.endswith("; mend or remove it, or leave it out by --skip_broken of pretrain.py or a judge\n")
     for i in range(10):
         (crowd / "test" / "ü" / f"empty{i}.png").write_bytes(b"")
     code, rows, err = command(pretrain, "--dataset", crowd, *TINY, "--skip_broken")

@@ -123,8 +123,8 @@ def network(settings: dict) -> str:
 
 def machine(first: dict) -> str:
     """Name what the first row of a log says of the machine."""
-    n = first.get("threads", 0)
-    threads = f"{n} thread{'s' if n > 1 else ''}" if n else ""
+    n = first.get("threads")
+    threads = {None: "", 1: "1 thread"}.get(n, f"{n} threads")
     facts = [first.get("processor", first["device"]), threads]
     precision = first.get("precision", "no")
     facts.append("" if precision == "no" else precision)

@@ -121,7 +121,7 @@ def write_table(runs: list[RunLog], folder: Path) -> None:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows, which all have the same columns, with a head."""
+    """Write the names of the columns, and below them the rows, which all have these."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
@@ -130,6 +130,6 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8; what that lacks, as parts of names of folders may, is escaped."""
+    """Write a text in UTF-8; letters that it has no bytes for, as names of folders may have, are escaped."""
     with write_whole(path) as file:
         file.write(text.encode(errors="backslashreplace"))
