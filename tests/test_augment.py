@@ -23,15 +23,6 @@ def recolour(x, u, jitter=1.0, grey_p=0.2):
     return x
 
 
-def test_each_draw_has_a_name_and_is_used_once():
-    u = torch.arange(2.0 * DRAWS_PER_IMAGE).view(2, DRAWS_PER_IMAGE)
-    draws = named_draws(u)
-    names = "area, aspect, corner, flip, jitter, factors, order, grey, blur, sigma, solarise"
-    assert ", ".join(draws) == names and torch.equal(torch.column_stack(list(draws.values())), u)
-    assert named_draws(u[None].expand(3, 2, -1))["corner"].shape == (3, 2, 2)
-    assert named_draws(u[None].expand(3, 2, -1))["flip"].shape == (3, 2)
-
-
 @pytest.mark.parametrize("height, width, size", [(32, 32, 32), (48, 40, 32), (24, 64, 32)])
 def test_crop_flip_is_torchvisions_resized_crop(photos, height, width, size):
     images = F.resize(photos.train.images[::40], [height, width], antialias=True)

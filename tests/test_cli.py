@@ -49,7 +49,7 @@ def stage(
         ("--file x --reg amhe --s 1", {"file": "x", "reg": "amhe", "s": 1.0}),
         ("-3 -s 1e-3 --norm encoder,projector", {"file": "-3", "s": 1e-3, "norm": ["encoder", "projector"]}),
         ("x --epochs -3 --data-dir=1e3 --floors True", {"epochs": -3, "data_dir": "1e3", "floors": True}),
-        ("x --epochs None --floors None --s 1", {"epochs": None, "floors": None, "s": 1.0}),
+        ("x --epochs None --floors none --s 1", {"epochs": None, "floors": None, "s": 1.0}),
         ("--floors x", {"floors": True, "file": "x"}),
         ("--floors=false x --norm (encoder,)", {"floors": False, "norm": ["encoder"]}),
         ("--no-floors x", {"floors": False, "file": "x"}),

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -22,14 +21,11 @@ from torch import nn
 import data
 import models
 from harness.checkpoint import load_encoder
-from harness.measure import representations
-from harness.settings import resolve_images, resolve_recipe
-from lib import cli
 from pretrain import RECIPES, pretrain
 from tools.figures import ANGLES, GRID, angle_density, batch, dynamics, figures, knn, plane_density, rank
 from tools.groups import by_data, groups
 from tools.logs import read_log as read
-from tools.neighbours import RIGHT, WRONG, draw_queries, find_neighbours, neighbours
+from tools.neighbours import RIGHT, WRONG, draw_queries, draw_sheet, find_neighbours
 from tools.paper import is_row, paper_rows
 from tools.table import table, table_lines
 
@@ -125,16 +121,6 @@ def test_densities_are_sums_of_kernels():
         point = [GRID[column], GRID[row]]  # x, y
         theirs = np.mean([scipy.stats.multivariate_normal.pdf(point, c, 0.01) for c in z.numpy()])
         assert density[row, column] == pytest.approx(theirs, rel=1e-4, abs=1e-9)
-
-
-def test_g2_of_known_representations(monkeypatch):
-    """Four unit vectors, two and two opposite: of six pairs four are at d^2 = 2 and two at d^2 = 4."""
-    points = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
-    monkeypatch.setattr("models.embed", lambda encoder, views: 7 * points)
-    split = data.Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4))
-    view = {"size": 8, "crop": 1.0, "mean": (0,) * 3, "std": (1,) * 3}
-    row = representations(nn.Flatten(), split, view)
-    assert row["g2"] == pytest.approx((4 * math.exp(-4) + 2 * math.exp(-8)) / 6, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind, change", [("loss", {"uniformity": -4.0}), ("g2", {"g2": 1.0})])
@@ -257,9 +243,8 @@ def test_neighbours_are_the_nearest_training_pictures_framed_by_their_class(trai
     )
     torch.testing.assert_close(torch.einsum("md,mkd->mk", query, found.view(4, 8, -1)), sheet.cosines)
     torch.testing.assert_close((query @ bank.T).topk(8).values, sheet.cosines)
-    figure, name = neighbours(str(trained / "encoder"))
-    right = int(sheet.is_right.sum())
-    assert name == "run" and f"{right} of 32 have the class of their query" in figure.get_suptitle()
+    figure, right = draw_sheet(sheet), int(sheet.is_right.sum())
+    assert f"{right} of 32 have the class of their query" in figure.get_suptitle()
     frames = [axis.spines["left"] for axis in figure.axes if axis.images]
     colours = [to_hex(frame.get_edgecolor()).upper() for frame in frames if frame.get_visible()]
     assert (colours.count(RIGHT), colours.count(WRONG)) == (right, 32 - right) and 0 < right < 32
@@ -339,16 +324,7 @@ def test_a_notebooks_backend_is_not_taken(tmp_path):
     assert done.returncode == 0 and "BYOL" in done.stdout, done.stderr
 
 
-def test_rows_of_the_paper_have_the_settings_of_a_run(photos):
-    """What pretrain.py makes of their flags, and of a few what the paper says."""
-    for row in paper_rows():
-        given = pretrain.__kwdefaults__ | cli.values_of(shlex.split(row.flags), pretrain)
-        facts = {k: x for k, x in data.FACTS[given["dataset"]].items() if k not in ("mean", "std")}
-        many = data.Split(torch.zeros(1), torch.zeros(10_000))
-        images = dataclasses.replace(photos, unlabeled=many, **facts)
-        cfg = resolve_images(resolve_recipe(given, RECIPES, world=1), given, images)
-        settings = json.loads(json.dumps(vars(cfg)))
-        assert is_row(settings, row.settings()) and not is_row({**settings, "epochs": 1}, row.settings()), row
+def test_rows_of_the_paper_have_the_settings_that_it_says():
     rows = {row.name: row.settings() for row in paper_rows()}
     every = ["encoder", "projector", "predictor"]
     assert is_row(rows["4, MHE"], {"norm": "none", "reg": "amhe", "reg_on": every, "weight": 10.0, "model": "resnet18"})

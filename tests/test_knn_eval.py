@@ -74,13 +74,6 @@ def test_a_bank_is_embedded_in_parts(photos, monkeypatch, embedded):
     assert [len(features) for _, _, features in embedded] == [500, 180, 180, 140]  # the queries, then the bank
 
 
-def test_a_class_without_a_vote_is_a_miss_also_of_two():
-    bank, of_bank = torch.eye(2), torch.tensor([0, 1])
-    for labels, part in (([0, 1], 100.0), ([1, 0], 0.0)):
-        scores = {"top1": part, "top5": part, "balanced": part}
-        assert vote([bank], of_bank, bank, torch.tensor(labels), (1,), 0.07) == {1: scores}
-
-
 @pytest.mark.parametrize("file", ["ckpt.safetensors", "encoder"])
 def test_both_files_are_judged_alike(command, trained, file):
     code, rows, _ = command(knn_eval, trained / file, "--k", "5,20,100", "--floors")

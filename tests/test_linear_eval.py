@@ -109,9 +109,6 @@ def test_a_rate_that_diverges_leaves_the_sweep(command, trained, monkeypatch):
     code, rows, err = command(linear_eval, trained / "encoder", *flags)
     told = "--lr 100000000.0: the loss is not finite after epoch 1; take a smaller one\n"
     assert code == 2 and rows == [] and err.endswith(told)
-    monkeypatch.setattr("linear_eval.LR", 1e9)
-    code, rows, err = command(linear_eval, trained / "encoder", *flags[1:])
-    assert code == 2 and rows == [] and "--lr 1000000000.0: the loss is not finite after epoch 1" in err
 
 
 def test_linear_eval_leaves_the_encoder_as_it_was(command, trained, monkeypatch):

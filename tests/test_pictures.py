@@ -127,14 +127,17 @@ def test_16_bits_become_8(pair, picture, bits):
 
 
 def test_what_is_refused(tmp_path):
-    """Numbers of an unknown range, a cut file, and an EPS called jpg, for which Pillow would run Ghostscript."""
+    """Numbers of an unknown range, a cut file, a huge one, and an EPS called jpg, for which Pillow runs Ghostscript."""
+    huge = struct.pack("<IIIIiiHHIIiiII", 99, 0, 54, 40, 99999, 99999, 1, 24, 0, 0, 0, 0, 0, 0)
+    (tmp_path / "huge.bmp").write_bytes(b"BM" + huge)
     PIL.Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "fractions.tiff")
     PIL.Image.fromarray(np.zeros((4, 4), np.int32)).save(tmp_path / "int32.tiff")
     PIL.Image.new("RGB", (64, 64)).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-60])
     (tmp_path / "eps.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
     reasons = {"fractions.tiff": "fractions or 32 bits", "int32.tiff": "fractions or 32 bits", "cut.jpg": "truncated"}
-    for name, reason in {**reasons, "eps.jpg": r"cannot identify image file\)"}.items():
+    reasons |= {"huge.bmp": "exceeds limit", "eps.jpg": r"cannot identify image file\)"}
+    for name, reason in reasons.items():
         with pytest.raises(InputError, match=rf"{name}: not a picture that can be read \(.*{reason}"):
             pictures.rgb(str(tmp_path / name))
 

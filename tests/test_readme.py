@@ -13,6 +13,7 @@ import data
 from harness import settings
 from knn_eval import knn_eval
 from lib import cli
+from lib.log import as_json
 from linear_eval import linear_eval
 from pretrain import RECIPES, pretrain
 from tools.bench import bench
@@ -23,7 +24,7 @@ from tools.figures import figures
 from tools.fingerprint import fingerprint
 from tools.leaderboard import leaderboard
 from tools.notebook import notebook
-from tools.paper import paper_rows
+from tools.paper import is_row, paper_rows
 from tools.reproduce import reproduce
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -86,11 +87,13 @@ def test_settings_of_a_row_are_in_force(dataset, monkeypatch, tmp_path):
     split = data.Split(torch.empty(50_000, 0), torch.arange(50_000) % 10)
     facts = data.FACTS[dataset] | {"mean": (0.5,) * 3, "std": (0.2,) * 3}
     images = data.Dataset(tuple("0123456789"), split, split, None, **facts)
-    rows = {row.flags for row in paper_rows() if f"--dataset {dataset} " in f"{row.flags} "}
+    rows = [row for row in paper_rows() if f"--dataset {dataset} " in f"{row.flags} "]
     assert len(rows) > 1
     for row in rows:
-        typed, flags, values = resolved(shlex.split(row))
+        typed, flags, values = resolved(shlex.split(row.flags))
         cfg = settings.resolve_images(values, flags, images)
+        written = as_json(vars(cfg))
+        assert is_row(written, row.settings()) and not is_row({**written, "epochs": 1}, row.settings()), row
         recipe = dataclasses.asdict(RECIPES[cfg.recipe])
         weight = {"none": 0, "uniform": recipe["uniformity_weight"]}.get(cfg.reg, recipe["energy_weight"])
         recipe = {name: value for name, value in recipe.items() if not name.endswith("_weight")}

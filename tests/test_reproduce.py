@@ -84,6 +84,15 @@ def test_list_goes_on_where_it_stopped(typed, shell, folder, tmp_path, monkeypat
     assert "the list stops at new/epochs-2-eval_every-0 (exit code 2), for the reason above" in err
 
 
+def test_a_table_that_cannot_be_written_is_no_success(tmp_path):
+    run = tmp_path / "r" / reproduce.name_of("--epochs 2")
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"stage": "pretrain", "loss": 1.0}\n')
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(InputError, match=r"metrics.jsonl: cannot be written \(Not a directory\)"):
+        reproduce.collect(tmp_path / "r", tmp_path / "out", ["--epochs 2"])
+
+
 def test_a_signal_is_passed_on_and_awaited(tmp_path):
     stage, ended = tmp_path / "stage.py", tmp_path / "ended"
     stage.write_text(

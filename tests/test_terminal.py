@@ -39,6 +39,7 @@ def test_a_run_says_a_line_an_epoch_and_a_vote_with_its_floors(terminal, folder,
         f"representations: rank {inner['rank']:.1f}  uniformity {inner['uniformity']:.2f}",
     ]
     assert code == 0 and lines[:6] == expected and len(lines) == 9
+    assert "| 6/6 [" in err and "| 1/6 [" not in err  # into a file, where each update of the bar is kept
     last = [line.strip() for line in err.splitlines()[-4:]]
     assert last == ["a/ckpt.safetensors is complete", lines[-2]] + [
         f"python {judge}.py a/ckpt.safetensors" for judge in ("knn_eval", "linear_eval")

@@ -44,7 +44,7 @@ KNN = {
     "nowhere.safetensors": "nowhere.safetensors: no such file",
     "bare": "bare: a folder without ckpt.safetensors; name a run's folder, its ckpt.safetensors, or its encoder",
     "huge.safetensors": "huge.safetensors: its tensors are not those of its description",
-    "plain.safetensors": "plain.safetensors: not written by pretrain.py; name its --model and --dataset",
+    "plain.safetensors": "plain.safetensors: not written by pretrain.py; a judge takes it with --model and --dataset",
     "list.pth --model resnet18 --dataset photos": "list.pth: holds no tensors with names",
     "good.safetensors --model resnet18 --dataset photos": "--model resnet18 has no effect, the file says what it is",
     "weights.pth --model resnet18 --dataset photos --mean 0.5": "--mean 0.5 --std None: give both, or neither",
