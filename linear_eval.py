@@ -22,7 +22,7 @@ from harness.judging import Judged
 from lib import cli, processes
 from lib.augment import normalise
 from lib.errors import InputError
-from lib.log import emit
+from lib.log import emit, is_main
 
 LR = 0.2  # per 256 images, Appendix D
 BATCH_SIZE = 100  # Appendix D
@@ -70,11 +70,7 @@ def linear_eval(
     protocol = {**hyper, "lr": lr, "swept": sweep}
     protocol |= {"train": len(train.labels), "test": len(test.labels)}
     row["epoch"] = epochs
-    log_row(judged, row | scores | protocol | judged.columns)
-
-
-def log_row(judged: Judged, row: dict) -> None:
-    """Print a row, or at a terminal what people want to know of it, and add it to the log of the run."""
+    row |= scores | protocol | judged.columns
     emit(row, judged.log, classifier_line(row))
 
 
@@ -98,7 +94,8 @@ def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyp
     top1_of = {}  # not of a rate that diverged
     for rate, classifier in fit(judged, train, rows, **hyper).items():
         scores = scores_of(classifier, held_out)
-        log_row(judged, {**rows[rate], "epoch": hyper["epochs"], **scores, "split": "holdout"})
+        judged_row = {**rows[rate], "epoch": hyper["epochs"], **scores, "split": "holdout"}
+        emit(judged_row, judged.log, classifier_line(judged_row))
         top1_of[rate] = scores["top1"]
     return max(top1_of, key=top1_of.get)
 
@@ -133,8 +130,7 @@ def fit(
     steps = steps_per_epoch * epochs
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     batches = feature_batches(judged, train, epochs, batch_size, seed)
-    is_first = judged.accelerator.is_main_process
-    with tqdm(total=steps, unit="step", disable=not is_first) as bar:
+    with tqdm(total=steps, unit="step", disable=not is_main()) as bar:
         for epoch in range(1, epochs + 1):
             total_loss, correct = torch.zeros(2, len(classifiers), device=device)
             rates_now = dict(zip(rows, schedule.get_last_lr()))
@@ -154,7 +150,8 @@ def fit(
             for rate, loss, top1 in zip([*classifiers], mean_loss, train_top1):
                 if math.isfinite(loss) and classifiers[rate].weight.isfinite().all():
                     numbers = {"loss": loss, "train_top1": round(top1, 4), "rate": rates_now[rate]}
-                    log_row(judged, {**rows[rate], "epoch": epoch, **numbers})
+                    epoch_row = {**rows[rate], "epoch": epoch, **numbers}
+                    emit(epoch_row, judged.log, classifier_line(epoch_row))
                     continue
                 del classifiers[rate]
                 if not classifiers:

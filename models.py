@@ -222,7 +222,7 @@ METHODS = {
 
 
 def neurons(network: nn.Module, parts: Iterable[str]) -> Layers:
-    """Return `layers_of` parts: encoder, projector, predictor, or a layer, predictor.out. InputError if grouped."""
+    """Return weights by layer: all of a part such as projector, or one, predictor.out. InputError for grouped ones."""
     weights = {}
     for part in parts:
         module = network.get_submodule(part)

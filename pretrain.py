@@ -130,7 +130,7 @@ def pretrain(
     set_seed(cfg.seed)
     training = build(cfg, images, accelerator)
     encoder = training.network.encoder
-    run = Run(folder, training, steps, flags)  # goes on with the run in the folder, if there is one
+    run = Run(folder, training, steps, flags["save_every"])  # goes on with the run in the folder, if there is one
     run.announce(settings.announcement(cfg, flags, training.layers))
     share = (accelerator.process_index, accelerator.num_processes)
     rest = range(run.step, steps)

@@ -24,7 +24,7 @@ import models
 from lib.errors import InputError
 from lib.files import CKPT, CONFIG, WEIGHTS, write_whole
 
-FORMAT = 1  # of a description; another number where what a reader relies on is another
+FORMAT = 1  # of a description; raise it when an older reader would misread a file
 
 
 def save(path: str | Path, tensors: dict[str, Tensor], description: dict) -> None:
@@ -71,7 +71,7 @@ def timm_config(settings: dict, view: dict, in_files: bool = False) -> dict | No
     timm shrinks a picture's shorter side to floor(size / crop_pct) pixels, `data.evaluation_views` of pictures in files
     to round(size / crop): where these differ, crop_pct is one that leads timm to the same number.
     """
-    if not is_timms(settings):
+    if settings["model"] == "alexnet" or settings["stem"] != "imagenet" or settings["norm"] != "bn":
         return None
     name = settings["model"].partition(".")[0]  # without the name of timm's weights, from which no run begins
     size, crop = view["size"], view["crop"]
@@ -93,11 +93,6 @@ def timm_config(settings: dict, view: dict, in_files: bool = False) -> dict | No
     positions = {"dynamic_img_size": True, "img_size": timms.input_size[-1]}  # else timm would resample those of a ViT
     options = {"model_args": positions} if timms.fixed_input_size else {}
     return {"architecture": name, "num_classes": 0, **options, "pretrained_cfg": pretrained_cfg}
-
-
-def is_timms(settings: dict) -> bool:
-    """Whether timm builds the encoder of these settings by its name alone."""
-    return settings["model"] != "alexnet" and settings["stem"] == "imagenet" and settings["norm"] == "bn"
 
 
 # ---- Files read back -------------------------------------------------------------------------------------------------
@@ -131,7 +126,7 @@ def load_file(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         with safe_open(path, "pt") as file:
             description = description_of(path)
             if description is None:
-                raise InputError(f"{path}: not written by pretrain.py; name its --model and --dataset")
+                raise InputError(f"{path}: not written by pretrain.py; a judge takes it with --model and --dataset")
             # one that maps the file would keep its space on the disk
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:

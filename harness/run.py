@@ -36,9 +36,9 @@ SECONDS_BETWEEN_LOOKS = 5  # of several processes, for a signal or a save that i
 class Run:
     """A run from the claim of its folder to its end: position, sums of the epoch in progress, log, signals, files."""
 
-    def __init__(self, folder: Path, training, steps: int, flags: dict):
+    def __init__(self, folder: Path, training, steps: int, save_every: str):
         """Claim a folder, and bring a `pretrain.Training` to its state. InputError if another run is, or was, in it."""
-        self.folder, self.training, self.steps, self.flags = folder, training, steps, flags
+        self.folder, self.training, self.steps, self.save_every = folder, training, steps, save_every
         self.cfg, self.accelerator = training.cfg, training.accelerator
         self.steps_per_epoch = steps // self.cfg.epochs
         with processes.first_alone(self.accelerator):
@@ -56,7 +56,7 @@ class Run:
                 self.accelerator.scaler.load_state_dict(stored["scaler"])
         if processes.are_several():
             facts = {name: self.description[name] for name in ("settings", "view", "steps")}
-            processes.agree(**facts, step=self.step, save_every=flags["save_every"])
+            processes.agree(**facts, step=self.step, save_every=save_every)
         self.numbers = {}  # of the latest micro-batch, or of the first that was not finite
         self.log_file, self.signals, self.warned = folder / LOG if self.lock else None, [], set()
         self.latest = {}  # the last row of each kind, by its "of"
@@ -85,9 +85,10 @@ class Run:
     def __enter__(self) -> "Run":
         """Show progress, and keep a first SIGTERM or SIGINT for the step to be finished; a second one ends it."""
         is_silent = self.log_file is None or self.whole_epochs == self.cfg.epochs
-        self._bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=is_silent)
+        seconds = 0.1 if sys.stderr.isatty() else 30  # between its updates: each is a line more in a file
+        self._bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=is_silent, mininterval=seconds)
         is_new = not all((self.folder / name).exists() for name in (CKPT, WEIGHTS))
-        self._schedule = state.Schedule(self.flags["save_every"], self.step, is_new)
+        self._schedule = state.Schedule(self.save_every, self.step, is_new)
         self._looked_at, self._look_step, self._next_look = time.monotonic(), self.step, self.step + 1
         self._handlers = {}
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -97,7 +97,7 @@ def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
 
 
 def run_name(flags: dict, defaults: dict) -> str:
-    """Name a run by its data set, method, regularizer and every other flag that is not a default: photos-amhe-s1."""
+    """Name a run by its data set, method, regularizer and every other flag that is not a default: photos-amhe-s1.0."""
     unnamed = ("dataset", "method", "reg", "data_dir", *NOT_SETTINGS)  # named already, or no matter of the run
     parts = [Path(flags["dataset"]).resolve().name]
     if flags["method"] != "byol" or flags["reg"] == "none":
@@ -187,7 +187,7 @@ def resolve_recipe(flags: dict, recipes: Mapping, world: int) -> dict:
     given = {name: value for name, value in flags.items() if value is not None}
     values = {name: given.get(name, defaults[name]) for name in flags if name not in NOT_SETTINGS}
     values["reg_on"] = [part for part in trained_parts(flags) if part in (flags["reg_on"] or HEADS)]
-    if flags["reg_on"] is None and min(values["hidden_dim"], values["out_dim"] // 4) < NARROW:  # 4: see predictor_width
+    if flags["reg_on"] is None:
         values["reg_on"] = wide_layers(values)
     if values["optimizer"] == "adamw" and not flags["lr"]:
         raise InputError("--optimizer adamw: takes --lr, too, such as 0.004; those of the recipes are for LARS and SGD")
@@ -298,9 +298,10 @@ def refuse_other_run(folder: Path, description: dict, stored: dict) -> None:
 def announcement(cfg: Settings, flags: dict, layers: dict[str, Tensor]) -> list[str]:
     """Write the objective and the numbers in force: lines."""
     lines = formula(cfg, layers)
-    if cfg.term in ON_NEURONS and flags["reg_on"] is None and cfg.reg_on != trained_parts(vars(cfg))[1:]:
+    heads = trained_parts(vars(cfg))[1:]
+    if cfg.term in ON_NEURONS and flags["reg_on"] is None and cfg.reg_on != heads:
         narrow = f"layers whose neurons have fewer than {NARROW} dimensions"
-        lines.append(f"left out: {narrow}; --reg_on projector,predictor takes them in")
+        lines.append(f"left out: {narrow}; --reg_on {','.join(heads)} takes them in")
     names = (*ANNOUNCED, *models.METHODS[cfg.method].flags)
     numbers = ", ".join(f"{name} {getattr(cfg, name)}" for name in names if getattr(cfg, name) is not None)
     lines.append(f"recipe {cfg.recipe} and flags: {numbers}; peak rate {cfg.peak_lr:g} (lr * batch_size / 256)")

@@ -35,19 +35,17 @@ def restore(
 ) -> dict[str, Tensor]:
     """Bring network and optimizer to a state; return the sums of its epoch, their mean if processes came or went."""
     network.load_state_dict({name: x for name, x in tensors.items() if "/" not in name})
-    parameters = dict(network.named_parameters())
+    parameters, sums = dict(network.named_parameters()), {}
     for name, x in tensors.items():
         kind, _, of = name.partition("/")
-        if of in parameters:
+        if kind == "sums":
+            has_mine = len(x) == accelerator.num_processes
+            total = x[accelerator.process_index] if has_mine else x.mean(0)
+            sums[of] = total.to(accelerator.device)
+        elif of in parameters:
             key = "momentum_buffer" if kind == "momentum" else kind
             like = parameters[of] if x.ndim else x  # AdamW's step stays on the CPU
             optimizer.state[parameters[of]][key] = torch.empty_like(like).copy_(x)
-    sums = {}
-    for name, x in tensors.items():
-        if name.startswith("sums/"):
-            has_mine = len(x) == accelerator.num_processes
-            total = x[accelerator.process_index] if has_mine else x.mean(0)
-            sums[name.removeprefix("sums/")] = total.to(accelerator.device)
     return sums
 
 

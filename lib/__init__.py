@@ -9,7 +9,7 @@ Each file imports only those above it.
     files       the names of a run's files, and files that appear whole or not at all
     log         rows out to metrics.jsonl and back
     processes   what is different where several processes run one program
-    cli         flags and exit codes: Fire calls a stage with the values that its signature allows
+    cli         flags and exit codes: a stage is called with the values that its signature allows
     encoders    networks by name: timm's ResNets and ViTs, and an AlexNet
     tensors     tensors out of a file of any project, whatever its name
     nearest     the nearest rows of a large bank, which passes in parts, divided over processes

@@ -1,6 +1,6 @@
 """What the views are made of: crop and flip, colour operations, blur, solarisation, of whole batches of images.
 
-    v1, v2 = crop_flip(images, u, size)         # u: (2, b, DRAWS_PER_IMAGE), uniform on [0, 1)
+    v1, v2 = crop_flip(images, u, size)         # u: (2, b, DRAWS_PER_IMAGE), uniform on [0, 1), on the CPU
     change(v1, [(hue, is_turned, shift)])       # some images of the batch, each by a number of its own
 
 torchvision's transforms draw once a batch; here each image has numbers of its own. Strengths and probabilities stand in
@@ -114,7 +114,7 @@ def crop_flip(images: Tensor, u: Tensor, size: int) -> Tensor:
 
 
 def crop_boxes(u: Tensor, height: int, width: int) -> Tensor:
-    """Return crops (b, 5) by u (b, DRAWS_PER_IMAGE): top, left, height, width, and 1 for one that is flipped.
+    """Return crops (b, 5) by u (b, DRAWS_PER_IMAGE) on the CPU: top, left, height, width, and 1 for a flipped one.
 
     It is the first of ten tries that fits, else the image's centre. In NumPy: on the few numbers of one picture, as
     loader workers have them, torch takes three times as long.

@@ -174,7 +174,7 @@ def parse(text: str | tuple[str, ...], annotation: Any) -> Any:
         return tuple(parse(each, annotation) for each in text)
     origin, args = get_origin(annotation), get_args(annotation)
     if NoneType in args:
-        return None if text == "None" else parse(text, args[0])
+        return None if text.lower() == "none" else parse(text, args[0])
     if origin is Annotated:
         value = parse(text, args[0])
         bounds = [note.split() for note in args[1:] if note.startswith((">", "<"))]
@@ -263,7 +263,7 @@ def fail(reason: object, exit_code: int, wait: bool = False) -> None:
 
 
 def leave(exit_code: int) -> None:
-    """End the program, unless it may simply return: alone and without a fault.
+    """End the program; a single process without a fault just returns.
 
     Workers are killed: they outlive SIGTERM by half a minute. One of several processes ends at once, without the
     interpreter's clean-up, in which gloo's threads abort some.

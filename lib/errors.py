@@ -12,8 +12,4 @@ class InputError(ValueError):
 
 
 class Stopped(Exception):
-    """The end of a stage by a signal: the reason, in words, and the exit code that a shell expects then."""
-
-    def __init__(self, reason: str, exit_code: int):
-        super().__init__(reason, exit_code)
-        self.exit_code = exit_code
+    """The end of a stage by a signal; its args: the reason, in words, and the exit code that a shell expects then."""

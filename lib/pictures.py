@@ -62,9 +62,9 @@ def is_hidden(name: str) -> bool:
 def find(folder: str | Path, left_out: Counter, places: dict[str, str]) -> list[str]:
     """Return the paths of all pictures below a folder, sorted: those in it, then those of its sub-folders.
 
-    Links are followed, but to no folder twice, and to none that the first folder lies in: that holds the other classes.
-    Counts in `left_out` files that are no pictures, by the reason, and adds to `places`, empty at first, the folders by
-    their real paths. OSError for a folder that may not be read.
+    Links are followed, but to no folder twice, and to none above the first one, which holds the other classes. Counts
+    in `left_out` files that are no pictures, by the reason, and adds to `places`, empty at first, the folders by their
+    real paths. OSError for a folder that may not be read.
     """
     real_folder = os.path.realpath(folder)
     is_above = Path(next(iter(places), "")).is_relative_to(real_folder)
@@ -254,7 +254,7 @@ class _Made:
 
 
 def fitting_workers() -> int:
-    """Return how many processes can read pictures: one a core, or fewer where shared memory is small, as in Docker."""
+    """Return how many processes can read pictures: one a core, 16 at most, or fewer where shared memory is small."""
     n = min(16, processes.cores())
     if not os.path.ismount(SHARED_MEMORY):  # as on a Mac
         return n

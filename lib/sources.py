@@ -132,8 +132,8 @@ def folder(
     """Return classes, parts and facts of a folder with train/ and test/ or val/, each with a sub-folder a class.
 
     Pictures of one size are read into memory, if they fit; others, and those of a set with `facts`, ImageNet, stay in
-    files. With `pretraining` own ones may lack classes. `name` begins messages. InputError for another layout, and for
-    a broken picture that is met, unless these are to be skipped.
+    files. With `pretraining` a folder of your own may lack classes. `name` begins messages. InputError for another
+    layout, and for a broken picture that is met, unless these are to be skipped.
     """
     try:
         classes, parts, told = _listed(name, root, ["val"] if facts else ["test", "val"], pretraining and not facts)

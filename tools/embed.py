@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import data
 from harness import checkpoint, judging
 from harness.judging import Judged
+from harness.settings import refuse_unwritable
 from lib import cli, processes
 from lib.errors import InputError
 from lib.log import emit, is_main, provenance
@@ -31,8 +32,7 @@ def embed(
     place = Path(out)
     if os.path.lexists(place):
         raise InputError(f"--out {out}: is already there; name a new file")
-    if not os.access(place.parent, os.W_OK):
-        raise InputError(f"--out {out}: {place.parent} is no folder that can be written to")
+    refuse_unwritable(place.parent)
     judged = judging.open_judged(processes.start(), ckpt, shared, without_classes=True)
     splits = {"train": judged.images.train, "test": judged.images.test}
     splits = {name: part for name, part in splits.items() if split in ("both", name) and len(part.labels)}
@@ -41,7 +41,7 @@ def embed(
     description = describe(judged, ckpt, splits)
     counts = {name: len(part.labels) for name, part in splits.items()}
     row = {"stage": "embed", "ckpt": ckpt, **description["protocol"], "view": judged.view, "images": counts}
-    emit(row, text=f"{judged.dataset}: {in_words(counts)}")
+    emit(row, text=f"{judged.dataset}: {listed(counts)}")
 
     tensors = {}
     for name, part in splits.items():
@@ -52,7 +52,7 @@ def embed(
     if is_main():
         checkpoint.save(out, tensors, description)
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    emit({"stage": "embed", "of": "file", "out": out, "tensors": shapes}, text=f"{out}: {in_words(shapes)}")
+    emit({"stage": "embed", "of": "file", "out": out, "tensors": shapes}, text=f"{out}: {listed(shapes)}")
 
 
 def describe(judged: Judged, ckpt: str, splits: dict[str, data.Split]) -> dict:
@@ -70,7 +70,7 @@ def describe(judged: Judged, ckpt: str, splits: dict[str, data.Split]) -> dict:
     return description
 
 
-def in_words(facts: dict) -> str:
+def listed(facts: dict) -> str:
     """Say for people what stands in a row as a dict."""
     return ", ".join(f"{name} {value}" for name, value in facts.items())
 

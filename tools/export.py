@@ -69,6 +69,8 @@ by `{command}` at commit {git}, in {precision}, with {versions}.
 
 ## Scores
 
+Of this one run:
+
 {scores}
 """
 

@@ -29,6 +29,7 @@ import data
 import models
 from harness.checkpoint import build_described, load_network
 from harness.judging import open_images
+from harness.settings import name_of_weights
 from lib import cli
 from lib.errors import InputError
 from lib.files import CKPT, write_whole
@@ -43,7 +44,7 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import MaxNLocator
 
-from tools.neighbours import neighbours, pixels_of
+from tools.neighbours import draw_sheet, find_neighbours, pixels_of
 
 plt.rcParams["font.size"] = 9  # points
 
@@ -81,8 +82,8 @@ def figures(
         save_figure(contact_sheet(images), Path(out, f"views-{Path(dataset).resolve().name}"))
         return
     if name == "neighbours":
-        figure, run_name = neighbours(runs[0], dataset, data_dir)
-        save_figure(figure, Path(out, f"neighbours-{run_name}"))
+        sheet = find_neighbours(runs[0], dataset, data_dir)
+        save_figure(draw_sheet(sheet), Path(out, f"neighbours-{name_of_weights(runs[0])}"))
         return
     logs = [read_log(Path(run)) for run in runs]
     if name == "table":

@@ -37,25 +37,10 @@ def fingerprint(
     check: Annotated[str, "file of losses to compare with; exit code 1 if one differs"] | None = None,
     store: Annotated[str, "file whose losses are replaced by those of this processor"] | None = None,
 ):
-    """Train the runs of a file of losses anew, and check or store the loss of each step."""
+    """Train the runs of a file anew, on one thread; name the first loss of each that differs, or store the losses."""
     if (check is None) == (store is None):
         raise InputError("--check, --store: give one of the two, with a file such as results/fingerprint.json")
-    compare_losses(Path(check or store), replaces=store is not None)
-
-
-def make_pictures(folder: Path, heights: tuple[int, int] = (32, 24)) -> None:
-    """Write JPEG files of two heights and three classes: parts of the embedded photographs."""
-    photos = data.load("photos")
-    for part, split, count in (("train", photos.train, 16), ("test", photos.test, 6)):
-        for label in range(3):
-            place = folder / part / photos.classes[label]
-            place.mkdir(parents=True)
-            for i, image in enumerate(split.images[split.labels == label][:count]):
-                write_jpeg(image[:, : heights[i % 2]].contiguous(), str(place / f"{i:02}.jpg"))
-
-
-def compare_losses(path: Path, replaces: bool) -> None:
-    """Train a file's runs, on one thread of the CPU, and name the first loss of each that differs; or store them."""
+    path, replaces = Path(check or store), store is not None
     try:
         stored = json.loads(path.read_text())
         flags = {name: f"{stored['flags']} {run['flags']}" for name, run in stored["runs"].items()}
@@ -89,6 +74,17 @@ def compare_losses(path: Path, replaces: bool) -> None:
     allowed = f"allowed {tolerance:g} on {which} the file names"
     print(f"{len(different)} of {len(flags)} runs differ; largest difference {largest:.1e}, {allowed}")
     sys.exit(len(different) > 0)
+
+
+def make_pictures(folder: Path, heights: tuple[int, int] = (32, 24)) -> None:
+    """Write JPEG files of two heights and three classes: parts of the embedded photographs."""
+    photos = data.load("photos")
+    for part, split, count in (("train", photos.train, 16), ("test", photos.test, 6)):
+        for label in range(3):
+            place = folder / part / photos.classes[label]
+            place.mkdir(parents=True)
+            for i, image in enumerate(split.images[split.labels == label][:count]):
+                write_jpeg(image[:, : heights[i % 2]].contiguous(), str(place / f"{i:02}.jpg"))
 
 
 def processor() -> str:

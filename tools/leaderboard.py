@@ -75,7 +75,7 @@ def counts(run: RunLog) -> bool:
 
 
 def row_of(method: str, entry: list[RunLog]) -> dict[str, str]:
-    """Make the row of an entry, which is named by the settings in which runs of its folder differ."""
+    """Make the row of an entry, which is named by the settings in which the entries of its folder differ."""
     firsts = [run.rows[0] for run in entry]
     return {
         "method": method,

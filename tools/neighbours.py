@@ -14,9 +14,7 @@ from torch import Tensor
 
 import data
 from harness import judging
-from harness.settings import name_of_weights
 from lib import processes
-from lib.errors import InputError
 from lib.nearest import nearest
 from tools.groups import method_name
 
@@ -43,16 +41,9 @@ class Sheet:
         return self.neighbours.labels.view_as(self.cosines) == self.queries.labels[:, None]
 
 
-def neighbours(run: str, dataset: str | None = None, data_dir: str | None = None):
-    """Draw queries and their neighbours by the encoder of a run; return the figure, and the name of the run."""
-    return draw_sheet(find_neighbours(run, dataset, data_dir)), name_of_weights(run)
-
-
 def find_neighbours(ckpt: str, dataset: str | None, data_dir: str | None) -> Sheet:
     """Find the nearest training pictures of some queries. dataset, data_dir: None = as in training."""
     accelerator = processes.start()
-    if accelerator.num_processes > 1:
-        raise InputError(f"neighbours: {accelerator.num_processes} processes would do the same; launch one")
     judged = judging.open_judged(accelerator, ckpt, {"dataset": dataset, "data_dir": data_dir})
     bank, test = judged.images.train, judged.images.test
     queries = test.rows(draw_queries(test.labels, QUERIES))

@@ -9,7 +9,6 @@ Runs come in the order in which they tell most. Stop it at any time: the same co
 each run, `results` holds the logs of all and the table that tools.figures makes of them.
 """
 
-import contextlib
 import os
 import re
 import shlex
@@ -23,7 +22,7 @@ from harness.settings import NOT_SETTINGS
 from lib import cli
 from lib.errors import InputError, Stopped
 from lib.files import CKPT, LOG, write_whole
-from lib.log import as_json
+from lib.log import as_json, read_rows
 from pretrain import pretrain
 from tools.logs import read_log
 from tools.paper import is_row
@@ -40,8 +39,8 @@ PLAN = [
     *[f"{method} --epochs 100 --seed {seed}" for seed in (1, 2) for method in FIVE],
     *[f"{method} --epochs 100 --accumulate 8" for method in ("", "--reg uniform", "--reg amhe")],  # Figure 8
     *[f"--norm none --epochs 100 {reg}" for reg in ("", f"--reg amhe {ALL}")],  # Table 4
-    *[f"{CIRCLE} {method}" for method in ("--method simclr", "", "--reg uniform", "--reg mhe")],  # Figure 3
-    *[f"{CIRCLE} --norm none {reg}" for reg in ("", "--reg mhe --reg_on encoder,projector")],  # Figure 7
+    *[f"{CIRCLE} {method}" for method in ("--method simclr", "", "--reg uniform", "--reg amhe")],  # Figure 3
+    *[f"{CIRCLE} --norm none {reg}" for reg in ("", "--reg amhe --reg_on encoder,projector")],  # Figure 7
 ]
 SMALL = "--recipe folder --model test_resnet --stem stride2 --epochs 20 --eval_every 5"
 CPU_PLAN = [
@@ -196,7 +195,8 @@ def run_child(command: list[str], environment: dict[str, str]) -> int:
             try:
                 return child.wait()
             except Stopped as e:
-                child.send_signal(e.exit_code - 128)
+                _, exit_code = e.args
+                child.send_signal(exit_code - 128)
                 raise
     finally:
         for number, handler in handlers.items():
@@ -207,12 +207,11 @@ def collect(folder: Path, results: Path, runs: list[str]) -> int:
     """Copy the logs of the runs that have an epoch behind them, and make their table; return its exit code."""
     copies = []
     for run in (folder / name_of(words) for words in runs):
-        with contextlib.suppress(InputError):
-            if any("loss" in row for row in read_log(run).rows):
-                copy = results / run.name
-                with write_whole(copy / LOG) as file:  # another part may read it
-                    file.write((run / LOG).read_bytes())
-                copies.append(str(copy))
+        if (run / LOG).is_file() and any("loss" in row for row in read_rows(run)):
+            copy = results / run.name
+            with write_whole(copy / LOG) as file:  # another part may read it
+                file.write((run / LOG).read_bytes())
+            copies.append(str(copy))
     if not copies:
         return 0
     return run_child([str(ROOT / "tools" / "figures.py"), "table", *copies, f"--out={results}"], {})
