@@ -14,7 +14,6 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 import data
 from harness import judging
@@ -22,7 +21,7 @@ from harness.judging import Judged
 from lib import cli, processes
 from lib.augment import normalise
 from lib.errors import InputError
-from lib.log import emit, is_main
+from lib.log import emit, progress
 
 LR = 0.2  # per 256 images, Appendix D
 BATCH_SIZE = 100  # Appendix D
@@ -130,7 +129,7 @@ def fit(
     steps = steps_per_epoch * epochs
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     batches = feature_batches(judged, train, epochs, batch_size, seed)
-    with tqdm(total=steps, unit="step", disable=not is_main()) as bar:
+    with progress(steps) as bar:
         for epoch in range(1, epochs + 1):
             total_loss, correct = torch.zeros(2, len(classifiers), device=device)
             rates_now = dict(zip(rows, schedule.get_last_lr()))

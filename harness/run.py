@@ -21,14 +21,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from harness import checkpoint, measure, settings, state
 from harness.settings import Settings
 from lib import files, processes
 from lib.errors import InputError, Stopped
 from lib.files import CKPT, LOG, WEIGHTS
-from lib.log import PLACES, contents, emit, provenance, read_rows, rewind, same_place
+from lib.log import PLACES, contents, emit, progress, provenance, read_rows, rewind, same_place
 
 SECONDS_BETWEEN_LOOKS = 5  # of several processes, for a signal or a save that is due: each look makes all of them wait
 
@@ -84,9 +83,8 @@ class Run:
 
     def __enter__(self) -> "Run":
         """Show progress, and keep a first SIGTERM or SIGINT for the step to be finished; a second one ends it."""
-        is_silent = self.log_file is None or self.whole_epochs == self.cfg.epochs
-        seconds = 0.1 if sys.stderr.isatty() else 30  # between its updates: each is a line more in a file
-        self._bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=is_silent, mininterval=seconds)
+        is_silent = self.whole_epochs == self.cfg.epochs
+        self._bar = progress(self.steps, self.step, is_silent)
         is_new = not all((self.folder / name).exists() for name in (CKPT, WEIGHTS))
         self._schedule = state.Schedule(self.save_every, self.step, is_new)
         self._looked_at, self._look_step, self._next_look = time.monotonic(), self.step, self.step + 1

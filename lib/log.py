@@ -65,6 +65,13 @@ def show(text: str) -> None:
         tqdm.write(text, file=sys.stdout)
 
 
+def progress(total: int, initial: int = 0, is_silent: bool = False) -> tqdm:
+    """Return a bar of steps, of the first process; in a file, which keeps each update, it moves twice a minute."""
+    seconds = 0.1 if sys.stderr.isatty() else 30
+    waits = {"mininterval": seconds, "maxinterval": max(10, seconds)}
+    return tqdm(total=total, initial=initial, unit="step", disable=is_silent or not is_main(), **waits)
+
+
 def _for_people() -> bool:
     """Whether standard output is a terminal, and --json is not given."""
     return sys.stdout.isatty() and not rows_wanted

@@ -81,7 +81,7 @@ def test_the_encoder_of_another_project_and_a_set_without_files(command, trained
     "words, line",
     [
         ("CKPT --out there", "--out there: is already there; name a new file"),
-        ("CKPT --out there/f", "--out there: cannot be written (there is no folder)"),
+        ("CKPT --out there/f", "--out there/f: cannot be written (there is no folder)"),
         ("CKPT --labels 0.5 --dataset flat", "--labels 0.5: the pictures have no classes"),
         ("CKPT --split test --dataset flat", "--split test: dataset flat has no such images; take --split train"),
     ],

@@ -1,6 +1,7 @@
 """The user's journey, as a newcomer types it: pre-train, then both judges."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -29,7 +30,8 @@ def test_from_the_command_line_to_both_scores(tmp_path):
     assert trained["step"] == 8 and trained["loss"] == pytest.approx(trained["byol"] + 10 * trained["energy"], rel=1e-5)
     assert 1.5 < trained["energy"] < 1.8 and 0 < trained["byol"] < 8
     blocks = {f"block/layer{stage}.0" for stage in (1, 2, 3, 4)}
-    assert blocks < inner.keys() and 0 < inner["block/layer4.0"] < inner["block/layer1.0"] < 9 and 0 < inner["g2"] < 1
+    assert blocks < inner.keys() and 0 < inner["block/layer4.0"] < inner["block/layer1.0"] < 9
+    assert inner["g2"] == pytest.approx(math.exp(inner["uniformity"]), rel=1e-4)
     ckpt = Path("runs") / run.name / "ckpt.safetensors"
     for stage in ("knn_eval.py", "linear_eval.py"):
         assert f"python {stage} {ckpt}" in prose

@@ -61,7 +61,7 @@ def test_alexnet_is_the_one_written_by_hand():
 
 
 def test_simsiams_heads():
-    """Its projector ends in BatchNorm without weights, its predictor narrows to a quarter; its gradient stops at z."""
+    """Its projector ends in BatchNorm without weights, its predictor narrows to a quarter."""
     network = models.SimSiam("test_resnet", "imagenet", "bn", 64, 16)
     assert network.predictor.hidden.weight.shape == (4, 16)
     z, _, _ = network(*random(2, 8, 3, 32, 32))
@@ -214,3 +214,13 @@ def test_a_feature_without_variance_correlates_with_nothing(constant):
     loss = twins.loss(twins, dead, dead, dead)
     loss.backward()
     assert loss.item() == pytest.approx(rest.item() + 1, rel=1e-5) and dead.grad.abs().max() < 1
+
+
+def test_the_target_begins_as_a_copy_and_keeps_its_statistics(byol):
+    for part in ("encoder", "projector"):
+        for x, y in zip(byol.target.get_submodule(part).parameters(), byol.get_submodule(part).parameters()):
+            assert torch.equal(x, y)
+    before = byol.target.encoder.bn1.running_mean.clone()
+    byol.encoder.bn1.running_mean += 7
+    byol.update_target(0.75)
+    assert torch.equal(byol.target.encoder.bn1.running_mean, before)

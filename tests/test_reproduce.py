@@ -87,7 +87,9 @@ def test_list_goes_on_where_it_stopped(typed, shell, folder, tmp_path, monkeypat
 def test_a_table_that_cannot_be_written_is_no_success(tmp_path):
     run = tmp_path / "r" / reproduce.name_of("--epochs 2")
     run.mkdir(parents=True)
-    (run / "metrics.jsonl").write_text('{"stage": "pretrain", "loss": 1.0}\n')
+    settings = {"dataset": "x", "method": "byol", "reg": "none", "accumulate": 1}
+    row = {"stage": "pretrain", "settings": settings, "loss": 1.0}
+    (run / "metrics.jsonl").write_text(json.dumps(row))
     (tmp_path / "out").write_text("a file")
     with pytest.raises(InputError, match=r"metrics.jsonl: cannot be written \(Not a directory\)"):
         reproduce.collect(tmp_path / "r", tmp_path / "out", ["--epochs 2"])

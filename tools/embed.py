@@ -32,7 +32,7 @@ def embed(
     place = Path(out)
     if os.path.lexists(place):
         raise InputError(f"--out {out}: is already there; name a new file")
-    refuse_unwritable(place.parent)
+    refuse_unwritable(place)
     judged = judging.open_judged(processes.start(), ckpt, shared, without_classes=True)
     splits = {"train": judged.images.train, "test": judged.images.test}
     splits = {name: part for name, part in splits.items() if split in ("both", name) and len(part.labels)}

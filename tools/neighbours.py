@@ -15,6 +15,7 @@ from torch import Tensor
 import data
 from harness import judging
 from lib import processes
+from lib.errors import InputError
 from lib.nearest import nearest
 from tools.groups import method_name
 
@@ -44,6 +45,8 @@ class Sheet:
 def find_neighbours(ckpt: str, dataset: str | None, data_dir: str | None) -> Sheet:
     """Find the nearest training pictures of some queries. dataset, data_dir: None = as in training."""
     accelerator = processes.start()
+    if accelerator.num_processes > 1:
+        raise InputError(f"neighbours: {accelerator.num_processes} processes would do the same; launch one")
     judged = judging.open_judged(accelerator, ckpt, {"dataset": dataset, "data_dir": data_dir})
     bank, test = judged.images.train, judged.images.test
     queries = test.rows(draw_queries(test.labels, QUERIES))

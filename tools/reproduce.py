@@ -22,7 +22,7 @@ from harness.settings import NOT_SETTINGS
 from lib import cli
 from lib.errors import InputError, Stopped
 from lib.files import CKPT, LOG, write_whole
-from lib.log import as_json, read_rows
+from lib.log import as_json
 from pretrain import pretrain
 from tools.logs import read_log
 from tools.paper import is_row
@@ -207,7 +207,11 @@ def collect(folder: Path, results: Path, runs: list[str]) -> int:
     """Copy the logs of the runs that have an epoch behind them, and make their table; return its exit code."""
     copies = []
     for run in (folder / name_of(words) for words in runs):
-        if (run / LOG).is_file() and any("loss" in row for row in read_rows(run)):
+        try:
+            rows = read_log(run).rows
+        except InputError:  # it has not begun, or is not ours
+            continue
+        if any("loss" in row for row in rows):
             copy = results / run.name
             with write_whole(copy / LOG) as file:  # another part may read it
                 file.write((run / LOG).read_bytes())
