@@ -44,7 +44,7 @@ def test_scores_are_those_of_the_front_page():
     with open(ROOT / "results" / "leaderboard.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["data"] == "cifar10-jpeg"]
     assert {row["k-NN"] for row in rows} >= {score for score in shown if score[0].isdigit()}
-    assert len(rows) == 11 and rows[-1]["k-NN"] == "34.8"
+    assert len(rows) == 12 and rows[-1]["k-NN"] == "34.8"
 
 
 def test_only_entries_have_a_row(results):
@@ -52,7 +52,7 @@ def test_only_entries_have_a_row(results):
     change(results / "cifar10" / "cpu-seed-1" / "metrics.jsonl", git="40e58e3-dirty")
     methods = [row["method"] for row in leaderboard.board(results)]
     of_the_recipe = ["BYOL + uniformity", "BYOL-MHE, s = 2", "BYOL-aMHE, s = 2", "SimCLR"]  # floors: in a log of BYOL
-    of_half_the_rate = ["BYOL", "BYOL-aMHE, s = 2", "BYOL + ortho", "BYOL + uniformity"]
+    of_half_the_rate = ["BYOL", "BYOL-aMHE, s = 2", "BYOL + ortho", "BYOL + uniformity", "BYOL + koleo"]
     expected = [f"{method}, lr 0.48" for method in of_the_recipe] + [f"{name}, lr 0.24" for name in of_half_the_rate]
     assert sorted(methods) == sorted(expected)
 

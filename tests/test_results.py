@@ -12,7 +12,7 @@ from tools.paper import PaperRow
 
 PAGES = ("README.md", "docs/results.md", "docs/claims.md")
 TEXT = "\n".join((ROOT / page).read_text() for page in PAGES).replace("\N{MINUS SIGN}", "-")
-SETTINGS = "method reg s reg_on weight norm predictor accumulate optimizer lr tau out_dim".split()  # rows differ
+SETTINGS = "method reg s reg_on weight norm predictor batch_size accumulate optimizer lr tau out_dim".split()
 ALL, REG, OTHERS, NOT_RATE = r"--\S+ \S+", r"--reg\S* \S+", r"--(?!reg )\S+ \S+", r"--(?!lr )\S+ \S+"
 TABLES = [  # heading, folder of the logs, flags of all rows, and those of a row that its baseline lacks
     ("## Results", "cifar10", "", NOT_RATE),
@@ -61,6 +61,8 @@ def by_seed(place, flags, column):
     """The series of the runs in a folder of logs that have these flags."""
     recipe = logs_of(place)[0].settings["recipe"]
     settings = PaperRow(place, f"--recipe {recipe} {flags}", 0).settings()
+    usual = statistics.mode(run.settings["batch_size"] for run in logs_of(place))
+    settings["batch_size"] = settings["batch_size"] or usual  # by the size of the set
     runs = [run for run in logs_of(place) if all(run.settings[name] == settings[name] for name in SETTINGS)]
     numbers = {run.settings["seed"]: series(run, column) for run in runs}
     return {seed: x for seed, x in numbers.items() if x}
