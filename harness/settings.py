@@ -82,7 +82,8 @@ def check(flags: dict, defaults: dict, recipes: Mapping) -> Path:
     recipe_name(flags, recipes)
     state.Schedule(flags["save_every"], 0, is_new=True)  # InputError for another spelling
     if "predictor" in (flags["reg_on"] or ()) and "predictor" not in trained_parts(flags):
-        raise InputError(f"--reg_on predictor: {flags['method']} has none here; take encoder, projector, or encoder,projector")
+        advice = "take encoder, projector, or encoder,projector"
+        raise InputError(f"--reg_on predictor: {flags['method']} has none here; {advice}")
     if flags["resume"] == "never" and any(os.path.exists(folder / name) for name in RUN_FILES):
         raise InputError(f"--out {folder}: already holds a run; name another folder, or take --resume auto")
     if flags["init"] and not os.path.exists(folder / CKPT):  # a run that goes on has its own weights
