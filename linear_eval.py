@@ -69,7 +69,11 @@ def linear_eval(
     protocol = {**hyper, "lr": lr, "swept": sweep}
     protocol |= {"train": len(train.labels), "test": len(test.labels)}
     row["epoch"] = epochs
-    row |= scores | protocol | judged.columns
+    log_row(judged, row | scores | protocol | judged.columns)
+
+
+def log_row(judged: Judged, row: dict) -> None:
+    """Print a row, or at a terminal what people want to know of it, and add it to the log of the run."""
     emit(row, judged.log, classifier_line(row))
 
 
@@ -93,8 +97,7 @@ def best_rate(judged: Judged, tuning: data.Dataset, cached: bool, row: dict, hyp
     top1_of = {}  # not of a rate that diverged
     for rate, classifier in fit(judged, train, rows, **hyper).items():
         scores = scores_of(classifier, held_out)
-        judged_row = {**rows[rate], "epoch": hyper["epochs"], **scores, "split": "holdout"}
-        emit(judged_row, judged.log, classifier_line(judged_row))
+        log_row(judged, {**rows[rate], "epoch": hyper["epochs"], **scores, "split": "holdout"})
         top1_of[rate] = scores["top1"]
     return max(top1_of, key=top1_of.get)
 
@@ -149,8 +152,7 @@ def fit(
             for rate, loss, top1 in zip([*classifiers], mean_loss, train_top1):
                 if math.isfinite(loss) and classifiers[rate].weight.isfinite().all():
                     numbers = {"loss": loss, "train_top1": round(top1, 4), "rate": rates_now[rate]}
-                    epoch_row = {**rows[rate], "epoch": epoch, **numbers}
-                    emit(epoch_row, judged.log, classifier_line(epoch_row))
+                    log_row(judged, {**rows[rate], "epoch": epoch, **numbers})
                     continue
                 del classifiers[rate]
                 if not classifiers:

@@ -80,15 +80,16 @@ def by_prefix(tensors: Tensors, wanted: Tensors) -> dict[str, Tensors]:
 
 def misfit(part: Tensors, wanted: Tensors) -> str:
     """Name the first tensor that is not as the encoder has it; nothing if all are. BatchNorm's counters may differ."""
-    found, needed = {}, {}
-    for facts, tensors in ((found, part), (needed, wanted)):
-        for name, x in tensors.items():
-            if x.ndim:  # of whole numbers it is no weight
-                facts[name] = tuple(x.shape) if x.is_floating_point() else x.dtype
+    found, needed = ({name: in_short(x) for name, x in tensors.items() if x.ndim} for tensors in (part, wanted))
     for name in [*needed, *found]:
         if found.get(name) != needed.get(name):
             return f"{name} is {found.get(name, 'absent')} in the file, {needed.get(name, 'absent')} in the encoder"
     return ""
+
+
+def in_short(x: Tensor) -> str:
+    """Describe a tensor by its shape; one of whole numbers, which is no weight, by its type."""
+    return str(tuple(x.shape) if x.is_floating_point() else x.dtype)
 
 
 def choose(copies: dict[str, Tensors], prefix: str | None, holds: str) -> str:

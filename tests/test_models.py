@@ -216,7 +216,14 @@ def test_a_feature_without_variance_correlates_with_nothing(constant):
     assert loss.item() == pytest.approx(rest.item() + 1, rel=1e-5) and dead.grad.abs().max() < 1
 
 
-def test_the_target_begins_as_a_copy_and_keeps_its_statistics(byol):
+def test_a_grouped_encoder_will_do_where_the_heads_are_regularized():
+    with torch.device("meta"):
+        grouped = models.BYOL("resnext50_32x4d", "imagenet", "bn", 16, 8)
+    assert list(models.neurons(grouped, ["projector"])) == ["projector.hidden", "projector.out"]
+
+
+def test_the_target_begins_as_a_copy_and_keeps_its_statistics():
+    byol = models.BYOL("test_resnet", "imagenet", "bn", 16, 8)
     for part in ("encoder", "projector"):
         for x, y in zip(byol.target.get_submodule(part).parameters(), byol.get_submodule(part).parameters()):
             assert torch.equal(x, y)

@@ -44,6 +44,7 @@ def test_what_fails_ends_in_one_line(shell, tmp_path, monkeypatch):
     monkeypatch.setattr(notebook, "sources", lambda: [("python", "raise SystemExit('no such thing')")])
     code, _, err = shell(notebook.notebook)
     assert code == 2 and "exit code 1: no such thing" in err and not (tmp_path / "demo.ipynb").exists()
-    for wrong, fault in (("demo.txt", "ends in .ipynb"), ("pretrain.py/demo.ipynb", "pretrain.py is no folder")):
+    places = {"missing/demo.ipynb": "cannot be written", "pretrain.py/demo.ipynb": "cannot be written"}
+    for wrong, fault in {"demo.txt": "ends in .ipynb", **places}.items():
         code, _, err = shell(notebook.notebook, "--out", wrong)
-        assert code == 2 and "--out " in err and fault in err
+        assert code == 2 and f"--out {wrong}: " in err and fault in err

@@ -306,7 +306,8 @@ PREDICTOR = {"predictor.hidden", "predictor.out"}
         ({"out_dim": 2, "reg_on": ("predictor",)}, PREDICTOR),
         ({"out_dim": 3}, PROJECTOR | PREDICTOR),
         ({"out_dim": 8, "method": "simsiam"}, PROJECTOR | {"predictor.hidden"}),
-        ({"out_dim": 1, "hidden_dim": 2, "method": "simclr"}, {"projector.hidden"}),
+        ({"out_dim": 1, "hidden_dim": 2}, {"projector.hidden"}),
+        ({"hidden_dim": 2, "method": "simclr"}, {"projector.hidden"}),
     ],
 )
 def test_neurons_of_fewer_than_3_dimensions_are_regularized_by_name_alone(flags, regularized):

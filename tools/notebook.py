@@ -22,7 +22,6 @@ from typing import Annotated
 
 from PIL import Image
 
-from harness.settings import refuse_unwritable
 from lib import cli
 from lib.errors import InputError
 from lib.files import write_whole
@@ -60,7 +59,8 @@ def notebook(*, out: Annotated[str, "the file to write"] = "demo.ipynb"):
     """Run the README's commands and write them to a notebook, with their outputs."""
     if Path(out).suffix != ".ipynb":
         raise InputError(f"--out {out}: expected a name that ends in .ipynb")
-    refuse_unwritable(Path(out).parent)
+    if not os.access(f"{Path(out).parent}/", os.W_OK):  # by its slash a file in its place is none
+        raise InputError(f"--out {out}: cannot be written; name a file in a folder that can be")
     if os.path.exists(RUN):
         raise InputError(f"{RUN}: is there already, and its cell would say so; move it away")
     if not Path("pretrain.py").exists():
